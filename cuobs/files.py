@@ -1,0 +1,390 @@
+"""Arrays in and out of files: .npy, .npz, .safetensors; memory-mapped in, atomic out.
+
+A file is named by its path, and inside a file of several arrays by ``path:key``, for example
+``model.safetensors:layers.0.down_proj.weight``. Reading maps the file where its format allows
+(all but compressed .npz), so a large array is only read where it is used. Writing goes to a
+temporary file in the same folder, renamed when it is complete.
+"""
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import secrets
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = (".npy", ".npz", ".safetensors")
+
+_SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+}  # fmt: skip
+
+
+def split(spec):
+    """Split ``path:key`` into the path and the key of an array in it, None where there is none.
+
+    >>> split("model.safetensors:layers.0.weight")
+    ('model.safetensors', 'layers.0.weight')
+    >>> split("W.npy")
+    ('W.npy', None)
+    """
+    found = re.fullmatch(r"(.+?\.(?:npz|safetensors)):(.+)", os.fspath(spec))
+    return found.groups() if found else (os.fspath(spec), None)
+
+
+def load(spec, mmap=True):
+    """Load one array from ``path`` or ``path:key``.
+
+    Parameters
+    ----------
+    spec : str or path
+        A .npy file, or a .npz or .safetensors file with the key of the array; without a key the
+        file must hold exactly one array.
+    mmap : bool
+        Map the file read-only instead of reading it. A compressed .npz is always read.
+
+    Returns
+    -------
+    ndarray
+        In the file's own dtype (bfloat16 by ml_dtypes).
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+        The file is missing or cannot be read.
+    ValueError
+        The file is no array file, truncated or pickled, or has no such key.
+    ImportError
+        A .safetensors file without the extra ``safetensors``.
+    """
+    path, key = split(spec)
+    names = keys(path)
+    array = _load(path, names[0] if names == [None] else _pick(path, names, key))
+    return array if mmap else np.array(array)
+
+
+def load_arrays(path):
+    """Load every array of a .npz or .safetensors file, by name; see `load`."""
+    names = keys(path)
+    if names == [None]:
+        raise ValueError(f"{path}: found one array without a name, expected .npz or .safetensors")
+    return {name: _load(path, name) for name in names}
+
+
+def keys(path):
+    """Names of the arrays in a file; a .npy file holds one, called None."""
+    suffix = _suffix(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise OSError(f"{path}: found something that is not a file, expected {_one_of(SUFFIXES)}")
+    with _readable(path):
+        if suffix == ".npy":
+            return [None]
+        if suffix == ".npz":
+            with _open_zip(path) as archive:
+                return [name.removesuffix(".npy") for name in archive.namelist()]
+        with _open_safetensors(path) as tensors:
+            return list(tensors.keys())
+
+
+def save(spec, array, force=False):
+    """Save an array under ``path`` or ``path:key``, whole or not at all.
+
+    In a .npz or .safetensors file it is called ``key``, or ``weight`` without one. Other arrays
+    that the file held before are gone: the file is replaced as a whole.
+
+    Parameters
+    ----------
+    spec : str or path
+    array : ndarray
+    force : bool
+        Overwrite an existing file.
+
+    Raises
+    ------
+    FileExistsError
+        The path exists and ``force`` is not given.
+    OSError
+        The folder is missing or not writable, or the disk is full; no partial file is left.
+    ValueError, ImportError
+        The format is not known, cannot hold the dtype, or needs the extra ``safetensors``.
+    """
+    path, key = split(spec)
+    if _suffix(path) != ".npy":
+        return save_arrays(path, {key or "weight": array}, force)
+    array = np.asarray(array)
+    check_format(path, array.dtype)
+    with replacing(path, force) as f:
+        np.lib.format.write_array(f, array, allow_pickle=False)
+
+
+def save_arrays(path, content, force=False):
+    """Save arrays by name in a .npz or .safetensors file, whole or not at all; see `save`."""
+    content = {name: np.asarray(a) for name, a in content.items()}
+    for a in content.values():
+        check_format(path, a.dtype)
+    suffix = _suffix(path)
+    if suffix == ".npy":
+        raise ValueError(f"{path}: found .npy for named arrays, expected .npz or .safetensors")
+    with replacing(path, force) as f:
+        if suffix == ".npz":
+            # numpy.savez takes the names as keywords, so one called "file" would break it
+            with zipfile.ZipFile(f, "w") as archive:
+                for name, a in content.items():
+                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, a, allow_pickle=False)
+        else:
+            # safetensors writes the memory as it lies
+            content = {name: np.asarray(a, order="C") for name, a in content.items()}
+            f.write(_safetensors().numpy.save(content))
+
+
+def check_format(spec, dtype):
+    """Refuse a path whose format is unknown or cannot hold ``dtype``, before any work."""
+    path, key = split(spec)
+    suffix = _suffix(path)
+    dtype = np.dtype(dtype)
+    if suffix == ".safetensors":
+        _safetensors()
+        if dtype.name not in _SAFETENSORS_DTYPES.values():
+            raise ValueError(f"{path}: found {dtype} to write, expected .npy or .npz for it")
+    elif dtype.name == "bfloat16":
+        raise ValueError(f"{path}: found bfloat16 to write, expected .safetensors for it")
+
+
+def check_output(path, force=False):
+    """Refuse a path that could not be written, before any work.
+
+    Raises
+    ------
+    FileExistsError
+        It exists and ``force`` is not given.
+    OSError
+        It is a folder or a device, or its folder is missing or not writable.
+    """
+    path = split(path)[0]
+    _check_free(path, force)
+    # only trying tells: access() says yes to root on a read-only file system
+    with _temporary(path) as f:
+        pass
+    os.unlink(f.name)
+
+
+@contextlib.contextmanager
+def replacing(path, force=False):
+    """Open a temporary file beside ``path`` for writing bytes; rename it when all went well.
+
+    Whatever interrupts the block, ``path`` is as it was and the temporary file is removed.
+    """
+    _check_free(path, force)
+    f = _temporary(path)
+    try:
+        with f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if not force and os.path.exists(path):
+            raise FileExistsError(f"{path}: found a file that appeared meanwhile, left as it is")
+        os.replace(f.name, os.path.realpath(path))
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f.name)
+        if isinstance(error, OSError) and error.strerror:
+            raise _unwritable(path, error) from None
+        raise
+
+
+def write_text(path, text, force=False):
+    """Write a text file, UTF-8; atomic."""
+    with replacing(path, force) as f:
+        f.write(text.encode())
+
+
+def _check_free(path, force):
+    folder = os.path.dirname(path) or "."
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{path}: found no folder {folder} to write it in")
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"{path}: found that {folder} is not a folder")
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise OSError(f"{path}: found something that is not a file, expected a path to write")
+        if not force:
+            raise FileExistsError(
+                f"{path}: found an existing file, expected a new path or force to overwrite it"
+            )
+
+
+def _temporary(path):
+    # through a link, the file that it points to is replaced and not the link
+    folder, name = os.path.split(os.path.realpath(path))
+    try:
+        # not tempfile: its files are private to the user, and a rename would keep them so
+        return open(os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp"), "xb")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path, error):
+    return type(error)(f"{path}: found that it can't be written ({error.strerror})")
+
+
+def _suffix(path):
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: found {repr(suffix) if suffix else 'no ending'}, expected "
+            f"{_one_of(SUFFIXES)}"
+        )
+    return suffix
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    except PermissionError:
+        raise PermissionError(f"{path}: found a file that may not be read") from None
+
+
+def _load(path, name):
+    suffix = _suffix(path)
+    with _readable(path):
+        if suffix == ".npy":
+            return _map_npy(path, 0, path)
+        return (_load_npz if suffix == ".npz" else _load_safetensors)(path, name)
+
+
+def _one_of(names):
+    names = list(names)
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _pick(path, names, key):
+    names = list(names)
+    if key is None:
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise ValueError(f"{path}: found no arrays, expected one")
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise ValueError(f"{path}: found {len(names)} arrays ({some}), expected {path}:NAME")
+    if key not in names:
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{path}: found no array {key!r} among {len(names)}"
+            + (f" (nearest: {nearest[0]})" if nearest else "")
+        )
+    return key
+
+
+def _npy_header(f, name):
+    try:
+        version = np.lib.format.read_magic(f)
+    except ValueError:
+        raise ValueError(
+            f"{name}: found no .npy header (a pickle, or truncated), expected numpy.save's"
+        ) from None
+    try:
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(f)
+    except (ValueError, KeyError):
+        raise ValueError(f"{name}: found a broken or truncated .npy header") from None
+    if dtype.hasobject:
+        raise ValueError(f"{name}: found pickled Python objects, expected an array of floats")
+    return shape, fortran, dtype
+
+
+def _map_npy(path, start, name):
+    with open(path, "rb") as f:
+        f.seek(start)
+        shape, fortran, dtype = _npy_header(f, name)
+        return _map(path, f.tell(), shape, dtype, "F" if fortran else "C", name)
+
+
+def _map(path, offset, shape, dtype, order, name):
+    wanted, found = math.prod(shape) * dtype.itemsize, os.path.getsize(path) - offset
+    if found < wanted:
+        raise ValueError(
+            f"{name}: found {max(found, 0)} bytes of data (truncated), expected {wanted} for "
+            f"{dtype} {shape}"
+        )
+    if wanted == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, order)
+
+
+def _open_zip(path):
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path}: found a broken or truncated .npz file") from None
+
+
+def _load_npz(path, key):
+    name = f"{path}:{key}"
+    with _open_zip(path) as archive:
+        members = {n.removesuffix(".npy"): n for n in archive.namelist()}
+        member = archive.getinfo(members[key])
+        if member.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as f:
+                f.seek(member.header_offset)
+                local = f.read(30)
+            lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:], "little")
+            return _map_npy(path, member.header_offset + 30 + lengths, name)
+        try:
+            with archive.open(member) as f:
+                _npy_header(f, name)
+            with archive.open(member) as f:
+                return np.lib.format.read_array(f, allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            raise ValueError(
+                f"{name}: found damaged data that does not unpack, expected a .npz file as "
+                "numpy.savez_compressed writes it"
+            ) from None
+
+
+def _safetensors():
+    try:
+        import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+        import safetensors.numpy
+    except ImportError as e:
+        raise ImportError(
+            f".safetensors files need {e.name}, which is not installed: "
+            "pip install 'cuobs[safetensors]'"
+        ) from None
+    return safetensors
+
+
+def _open_safetensors(path):
+    safetensors = _safetensors()
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"{path}: found a broken or truncated .safetensors file ({e})") from None
+
+
+def _load_safetensors(path, key):
+    # keys() had safe_open check the header; it would copy the whole tensor, so map it instead
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        entry = json.loads(f.read(length))[key]
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        raise TypeError(
+            f"{path}:{key}: found dtype {entry['dtype']}, expected F16, BF16, F32 or F64"
+        )
+    dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+    offset = 8 + length + entry["data_offsets"][0]
+    return _map(path, offset, tuple(entry["shape"]), dtype, "C", f"{path}:{key}")
