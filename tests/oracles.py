@@ -1,0 +1,409 @@
+"""Independent float64 references: every method of cuobs in its textbook form.
+
+Nothing here is shared with the package. A pattern is the brute enumeration of its strided view, an
+inverse is an explicit inverse, and whatever is eliminated is eliminated from it by a Schur complement.
+Weights come as W (M, K), Hessians undamped; masks are True where kept. Ties prune the lowest index.
+"""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+NAMED = {
+    "2:4": "view=(M,K):(K,1) block=(1,1) scope=(1,4) keep=2",
+    "4:8": "view=(M,K):(K,1) block=(1,2) scope=(1,4) keep=2",
+    "coupled-2:4": "view=(M,K/16,8,2):(K,16,1,8) block=(1,1,1,2) scope=(1,1,4,1) keep=2",
+    "block16-row8": "view=(M/16,8,2,K):(16K,K,8K,1) block=(1,1,1,16) scope=(1,1,2,1) keep=1",
+}
+
+
+# Patterns
+
+
+def numbers(text, M, K):
+    """The integers of a parenthesised list such as "(M,K/16,8,2)"."""
+    terms = text.strip().strip("()").split(",")
+    return tuple(
+        int(eval(re.sub(r"(?<=\d)(?=[MK])", "*", t).replace("/", "//"), {"M": M, "K": K}))
+        for t in terms
+        if t.strip()
+    )
+
+
+def text_form(name):
+    """Named pattern, n:m or n:mxb, written out as view, block, scope and keep."""
+    if name in NAMED:
+        return NAMED[name]
+    short = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", name)
+    if short:
+        n, m, b = (int(g or 1) for g in short.groups())
+        return f"view=(M,K):(K,1) block=(1,{b}) scope=(1,{m}) keep={n}"
+    return name
+
+
+@dataclass
+class Scopes:
+    """element -> (scope, block) of an (M, K) weight, and the rectangles that the scopes are."""
+
+    scope: np.ndarray  # (M, K) ints
+    block: np.ndarray  # (M, K) ints, block within the scope
+    keep: int
+    rows: np.ndarray  # (R, r)
+    columns: np.ndarray  # (G, c)
+    blocks: np.ndarray  # (r, c)
+
+    @property
+    def count(self):
+        return int(self.blocks.max()) + 1
+
+    @property
+    def choices(self):
+        """The sets of blocks a scope may lose, in the order in which ties are decided."""
+        return list(itertools.combinations(range(self.count), self.count - self.keep))
+
+
+def enumerate_view(name, M, K):
+    """Walk the view element by element; return (scope, block), each (M, K), and keep."""
+    view, block, scope, keep = re.fullmatch(
+        r"view=(\S+) block=(\S+) scope=(\S+) keep=(\d+)", text_form(name)
+    ).groups()
+    shape, stride = (numbers(t, M, K) for t in view.split(":"))
+    block, scope = numbers(block, M, K), numbers(scope, M, K)
+    blocks_along = [n // b for n, b in zip(shape, block)]
+    scopes_along = [n // s for n, s in zip(blocks_along, scope)]
+    assert all(n == s * t * b for n, s, t, b in zip(shape, scope, scopes_along, block))
+    scope_of, block_of = np.full(M * K, -1), np.full(M * K, -1)
+    for index in np.ndindex(*shape):
+        offset = sum(i * s for i, s in zip(index, stride))
+        assert scope_of[offset] == -1, "the view overlaps"
+        at = [i // b for i, b in zip(index, block)]
+        scope_of[offset] = np.ravel_multi_index([a // s for a, s in zip(at, scope)], scopes_along)
+        block_of[offset] = np.ravel_multi_index([a % s for a, s in zip(at, scope)], scope)
+    assert (scope_of >= 0).all(), "the view leaves elements out"
+    return scope_of.reshape(M, K), block_of.reshape(M, K), int(keep)
+
+
+def scopes(name, M, K):
+    """Enumerate the view and find the groups of rows and of columns that its scopes are."""
+    scope, block, keep = enumerate_view(name, M, K)
+    rectangles = {}
+    for (i, j), s in np.ndenumerate(scope):
+        rectangles.setdefault(s, (set(), set()))
+        rectangles[s][0].add(i)
+        rectangles[s][1].add(j)
+    rows = np.array(sorted({tuple(sorted(r)) for r, _ in rectangles.values()}))
+    columns = np.array(sorted({tuple(sorted(c)) for _, c in rectangles.values()}))
+    assert sorted(rows.ravel()) == list(range(M)) and sorted(columns.ravel()) == list(range(K))
+    blocks = block[np.ix_(rows[0], columns[0])]
+    for r, c in itertools.product(rows, columns):
+        assert len(np.unique(scope[np.ix_(r, c)])) == 1
+        assert np.array_equal(block[np.ix_(r, c)], blocks)
+    return Scopes(scope, block, keep, rows, columns, blocks)
+
+
+def obeys(mask, name):
+    """True where every scope of the (M, K) mask keeps exactly `keep` whole blocks."""
+    scope, block, keep = enumerate_view(name, *mask.shape)
+    n = block.max() + 1
+    kept, size = np.zeros((scope.max() + 1, n), int), np.zeros((scope.max() + 1, n), int)
+    np.add.at(kept, (scope, block), mask)
+    np.add.at(size, (scope, block), 1)
+    whole = (kept == 0) | (kept == size)
+    return bool(whole.all() and ((kept > 0).sum(1) == keep).all())
+
+
+# The problem
+
+
+def damped(W, H, damp=0.01, target=None):
+    """W* with dead columns zeroed, and H + lambda I with 1 on the diagonal of dead columns."""
+    target = np.array(W if target is None else target, dtype=float)
+    H = np.array(H, dtype=float)
+    diagonal = np.diag(H).copy()
+    lam = damp * diagonal.mean()
+    dead = diagonal == 0
+    H[dead, dead] = 1
+    target[:, dead] = 0
+    return target, H + lam * np.eye(len(H))
+
+
+def relative_loss(W, pruned, H):
+    D = np.asarray(pruned, float) - np.asarray(W, float)
+    W = np.asarray(W, float)
+    return math.sqrt(np.einsum("ij,jk,ik", D, H, D, optimize=True)
+                     / np.einsum("ij,jk,ik", W, H, W, optimize=True))
+
+
+def damped_costs(target, pruned, Hl):
+    """D Hl D^T of every row."""
+    D = pruned - target
+    return np.einsum("ij,ij->i", D @ Hl, D)
+
+
+def exact(target, Hl, mask):
+    """The best weights for a mask, one dense solve a row."""
+    out = np.zeros_like(target)
+    G = target @ Hl
+    for i in range(len(target)):
+        S = np.flatnonzero(mask[i])
+        out[i, S] = np.linalg.solve(Hl[np.ix_(S, S)], G[i, S])
+    return out
+
+
+# Choosing
+
+
+def separable(score, s):
+    """Mask that prunes, in every scope, the blocks whose summed (M, K) score is smallest."""
+    mask = np.ones(score.shape, bool)
+    for columns in s.columns:
+        inside = score[s.rows][:, :, columns]
+        total = np.stack([inside[:, s.blocks == b].sum(-1) for b in range(s.count)], -1)
+        lost = np.argsort(total, axis=-1, kind="stable")[:, : s.count - s.keep]
+        for rows, gone in zip(s.rows, lost):
+            mask[np.ix_(rows, columns)] = ~np.isin(s.blocks, gone)
+    return mask
+
+
+def choice_costs(w, C, s):
+    """Cost of losing each choice of blocks in one scope.
+
+    w is (..., r, c), C (..., r, c, c); the result is (..., choices). The cost of rows adds.
+    """
+    costs = []
+    for lost in s.choices:
+        gone = np.isin(s.blocks, lost)
+        cost = 0.0
+        for i in range(len(s.blocks)):
+            P = np.flatnonzero(gone[i])
+            wp = w[..., i, P][..., None]
+            cost = cost + (wp * np.linalg.solve(C[..., i, :, :][..., P[:, None], P], wp)).sum((-2, -1))
+        costs.append(cost)
+    return np.stack(costs, -1)
+
+
+def lost_columns(s, choice):
+    """(r, c) True where the choice (an index into s.choices) prunes."""
+    return np.isin(s.blocks, s.choices[choice])
+
+
+def shared_costs(W, C, s, groups):
+    """(R, len(groups), choices) costs under one C for all rows."""
+    out = []
+    for g in groups:
+        columns = s.columns[g]
+        Cg = np.broadcast_to(C[np.ix_(columns, columns)], (1, s.rows.shape[1], len(columns), len(columns)))
+        out.append(choice_costs(W[s.rows][:, :, columns], Cg, s))
+    return np.stack(out, 1)
+
+
+def pruned_of(s, costs, groups, M, K):
+    """(M, K) True where the cheapest choices of these column groups prune."""
+    gone = np.zeros((M, K), bool)
+    best = costs.argmin(-1)
+    for R, rows in enumerate(s.rows):
+        for k, g in enumerate(groups):
+            gone[np.ix_(rows, s.columns[g])] = lost_columns(s, best[R, k])
+    return gone
+
+
+def eliminate(C, P):
+    """Schur complement: C with the columns P removed, their rows and columns left zero."""
+    C = C - C[:, P] @ np.linalg.solve(C[np.ix_(P, P)], C[P])
+    C[P] = 0
+    C[:, P] = 0
+    return C
+
+
+# Methods. Each returns (weights, mask) or (weights, mask, cost), for W* and damped Hl.
+
+
+def magnitude(target, s):
+    mask = separable(target**2, s)
+    return target * mask, mask
+
+
+def wanda(target, diagonal, s):
+    mask = separable(target**2 * diagonal, s)
+    return target * mask, mask
+
+
+def obs_local(target, Hl, s):
+    C = np.linalg.inv(Hl)
+    W, groups = target.copy(), range(len(s.columns))
+    gone = pruned_of(s, shared_costs(target, C, s, groups), groups, *target.shape)
+    for columns in s.columns:
+        for i in range(len(W)):
+            P = columns[gone[i, columns]]
+            W[i, columns] -= np.linalg.solve(C[np.ix_(P, P)], W[i, P]) @ C[np.ix_(P, columns)]
+    W[gone] = 0
+    return W, ~gone
+
+
+def sequential(W, C, gone, s, groups, right):
+    """obs-full's update of the scopes `groups`, in place, on the columns `right`."""
+    for g in groups:
+        columns = s.columns[g]
+        for i in range(len(W)):
+            P = columns[gone[i, columns]]
+            multiplier = np.linalg.solve(C[np.ix_(P, P)], W[i, P])
+            W[i, right] -= multiplier @ C[np.ix_(P, right)]
+            W[i, gone[i] & np.isin(np.arange(W.shape[1]), s.columns[groups[0]:g + 1])] = 0
+
+
+def spans(s, splits):
+    size = math.ceil(len(s.columns) / splits)
+    return [range(a, min(a + size, len(s.columns))) for a in range(0, len(s.columns), size)]
+
+
+def obs_full(target, Hl, s):
+    return obs_split(target, Hl, s, 1)
+
+
+def obs_split(target, Hl, s, splits, interleaved=False):
+    C = np.linalg.inv(Hl)
+    W = target.copy()
+    every = range(len(s.columns))
+    gone = np.zeros(W.shape, bool)
+    if not interleaved:
+        gone = pruned_of(s, shared_costs(W, C, s, every), every, *W.shape)
+    for span in spans(s, splits):
+        if interleaved:
+            gone |= pruned_of(s, shared_costs(W, C, s, span), span, *W.shape)
+        sequential(W, C, gone, s, span, s.columns[span[0]:].ravel())
+        C = eliminate(C, s.columns[list(span)].ravel())
+    return W, ~gone
+
+
+def sparsegpt(target, Hl, s):
+    """Column by column; C loses each column as it is passed, so U_jj^2 is its current C_jj."""
+    C = np.linalg.inv(Hl)
+    W = target.copy()
+    mask = np.ones(W.shape, bool)
+    for columns in s.columns:
+        pivots, ahead = [], C
+        for j in columns:
+            pivots.append(ahead[j, j])
+            if j != columns[-1]:
+                ahead = eliminate(ahead, [j])
+        score = np.zeros(W.shape)
+        score[:, columns] = W[:, columns] ** 2 / np.array(pivots)
+        mask[:, columns] = separable(score, s)[:, columns]
+        for j in columns:
+            error = np.where(mask[:, j], 0, W[:, j]) / C[j, j]
+            W -= np.outer(error, C[j])
+            W[~mask[:, j], j] = 0
+            C = eliminate(C, [j])
+    return W, mask
+
+
+def obs_ordered(target, Hl, s, group, order="largest"):
+    C = np.linalg.inv(Hl)
+    W = target.copy()
+    gone = np.zeros(W.shape, bool)
+    left = list(range(len(s.columns)))
+    cost = np.zeros(len(W))
+    while left:
+        costs = shared_costs(W, C, s, left)
+        total = costs.min(-1).sum(0)
+        sign = {"left": 0, "largest": -1, "smallest": 1}[order]
+        now = sorted(np.argsort(sign * total, kind="stable")[:group])
+        chosen = [left[k] for k in now]
+        gone |= pruned_of(s, costs[:, now], chosen, *W.shape)
+        columns = s.columns[chosen].ravel()
+        for i in range(len(W)):
+            P = columns[gone[i, columns]]
+            multiplier = np.linalg.solve(C[np.ix_(P, P)], W[i, P])
+            cost[i] += multiplier @ W[i, P]
+            W[i] -= multiplier @ C[P]
+            W[i, P] = 0
+        C = eliminate(C, columns)
+        left = [g for g in left if g not in chosen]
+    return W, ~gone, cost
+
+
+def true_obs(target, Hl, s, group, order="gap"):
+    C0 = np.linalg.inv(Hl)
+    every = range(len(s.columns))
+    shared = np.argsort(-shared_costs(target, C0, s, every).min(-1).sum(0), kind="stable")
+    W = target.copy()
+    gone = np.zeros(W.shape, bool)
+    cost = np.zeros(len(W))
+    for rows in s.rows:
+        C = [C0.copy() for _ in rows]
+        left = list(every) if order != "shared" else list(shared)
+        while left:
+            costs = np.stack([
+                choice_costs(W[np.ix_(rows, s.columns[g])],
+                             np.stack([c[np.ix_(s.columns[g], s.columns[g])] for c in C]), s)
+                for g in left
+            ])
+            ranked = np.sort(costs, -1)
+            key = {
+                "left": lambda: np.zeros(len(left)),
+                "shared": lambda: np.zeros(len(left)),
+                "largest": lambda: -ranked[:, 0],
+                "smallest": lambda: ranked[:, 0],
+                "gap": lambda: -(ranked[:, 1] - ranked[:, 0]),
+            }[order]()
+            now = np.argsort(key, kind="stable")[:group]
+            for k in now:
+                gone[np.ix_(rows, s.columns[left[k]])] = lost_columns(s, costs[k].argmin())
+            columns = s.columns[[left[k] for k in now]].ravel()
+            for k, i in enumerate(rows):
+                P = columns[gone[i, columns]]
+                multiplier = np.linalg.solve(C[k][np.ix_(P, P)], W[i, P])
+                cost[i] += multiplier @ W[i, P]
+                W[i] -= multiplier @ C[k][P]
+                W[i, gone[i]] = 0
+                C[k] = eliminate(C[k], P)
+            left = [g for k, g in enumerate(left) if k not in now]
+    return W, ~gone, cost
+
+
+def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, least=30, most=1000):
+    """ADMM with a new inverse for every rho; returns the mask and the number of iterations."""
+    scale = np.sqrt(np.diag(Hl))
+    Ws = target * scale
+    Hs = Hl / np.outer(scale, scale)
+    G = Ws @ Hs
+    V = np.zeros_like(Ws)
+    mask = separable(Ws**2, s)
+    D = Ws * mask
+    inverse = np.linalg.inv(Hs + rho * np.eye(len(Hs)))
+    last, pruned = mask, (~mask).sum()
+    for step in range(1, most + 1):
+        B = (G - V + rho * D) @ inverse
+        mask = separable((B + V / rho) ** 2, s)
+        D = (B + V / rho) * mask
+        V = V + rho * (B - D)
+        if step % every == 0:
+            changed = (mask != last).sum() / pruned
+            last = mask
+            if step >= least and changed < 0.0003:
+                break
+            rho *= growth[0] if changed > 0.1 else growth[1] if changed > 0.005 else growth[2]
+            inverse = np.linalg.inv(Hs + rho * np.eye(len(Hs)))
+    return separable(B**2, s), step
+
+
+def optimum(target, Hl, s):
+    """Brute force over all masks: the least damped cost of every group of rows."""
+    G = target @ Hl
+    best = []
+    for rows in s.rows:
+        least = np.inf
+        for choice in itertools.product(range(len(s.choices)), repeat=len(s.columns)):
+            cost = 0.0
+            for k, i in enumerate(rows):
+                lost = np.concatenate([s.columns[g][lost_columns(s, c)[k]] for g, c in enumerate(choice)])
+                S = np.setdiff1d(np.arange(len(Hl)), lost)
+                w = np.zeros(len(Hl))
+                w[S] = np.linalg.solve(Hl[np.ix_(S, S)], G[i, S])
+                cost += (w - target[i]) @ Hl @ (w - target[i])
+            least = min(least, cost)
+        best.append(least)
+    return np.array(best)
