@@ -1,0 +1,224 @@
+"""The only place that knows NumPy, CuPy and PyTorch: namespaces, devices, free memory.
+
+A computation takes its arrays in with `receive`, works on the namespace of `choose`, and gives
+its result back in the kind that came with `hand_back`.
+"""
+
+import contextlib
+import os
+import re
+from functools import lru_cache
+
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@lru_cache(maxsize=1)
+def find_cupy():
+    """CuPy with a device that works, or None."""
+    return None if cupy_fault() else __import__("cupy")
+
+
+@lru_cache(maxsize=1)
+def cupy_fault():
+    """Why CuPy can't be used, in one sentence, or an empty text."""
+    try:
+        import cupy
+    except ImportError:
+        return (
+            "CuPy is not installed: pip install 'cuobs[cuda13]' (or 'cuobs[cuda12]' "
+            "for a driver of CUDA 12)"
+        )
+    try:
+        if cupy.cuda.runtime.getDeviceCount() > 0:
+            return ""
+        fault = "no device"
+    except Exception as error:
+        fault = str(error).splitlines()[0]
+    return f"CuPy {cupy.__version__} finds no CUDA device ({fault}): check the NVIDIA driver"
+
+
+def namespace(array):
+    """The module (numpy or cupy) whose arrays hold this one's data."""
+    if _is_cuda(array):
+        import cupy
+
+        return cupy
+    return np
+
+
+def choose(device, *arrays):
+    """The namespace to compute on.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        "auto" takes the GPU where an array lies there or where one is found.
+
+    Raises
+    ------
+    ValueError
+        An unknown device, or "cuda" where CuPy or its device is missing.
+    """
+    if device == "cpu":
+        return np
+    if device not in ("auto", "cuda"):
+        raise ValueError(f"device: found {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and cupy_fault():
+        raise ValueError(f"device: found 'cuda', but {cupy_fault()}")
+    return find_cupy() or np
+
+
+def device_name(xp):
+    """ "cpu" or "cuda"."""
+    return "cpu" if xp is np else "cuda"
+
+
+def receive(array, name="array"):
+    """An array of NumPy or CuPy on the data of whatever came, without a copy where possible."""
+    if isinstance(array, np.ndarray):
+        return array
+    if _is_torch(array):
+        return _from_torch(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        import cupy
+
+        return cupy.asarray(array)
+    if hasattr(array, "__dlpack__"):
+        if _is_cuda(array):
+            import cupy
+
+            return cupy.from_dlpack(array)
+        return np.from_dlpack(array)
+    if isinstance(array, list | tuple) or hasattr(array, "__array__"):
+        return np.asarray(array)
+    raise TypeError(f"{name}: found {type(array).__name__}, expected an array")
+
+
+def round_to(array, like):
+    """`array` rounded to the dtype of `like`, on its own namespace.
+
+    Where the namespace has no such dtype (bfloat16), the rounded values are held in float32.
+    """
+    xp = namespace(array)
+    if dtype_of(like) != "bfloat16":
+        return array.astype(dtype_of(like), copy=False)
+    # Round half to even on the upper 16 bits.
+    bits = array.astype(np.float32).view(np.uint32)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits & xp.uint32(0xFFFF0000)).view(np.float32)
+
+
+def hand_back(array, like):
+    """`array` (NumPy or CuPy) as the kind and on the device of `like`.
+
+    Floats take the dtype of `like`; round to it first.
+    """
+    kind = array.dtype.kind
+    if _is_torch(like):
+        import torch
+
+        tensor = torch.from_dlpack(_cupy_of(array)) if like.is_cuda else torch.from_numpy(
+            to_numpy(array)
+        )
+        return tensor.to(like.dtype) if kind == "f" else tensor
+    array = _cupy_of(array) if _is_cuda(like) else to_numpy(array)
+    return array.astype(like.dtype, copy=False) if kind == "f" else array
+
+
+def to_numpy(array):
+    """The data in host memory."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def asarray(array, xp, dtype=None):
+    """`array` (NumPy or CuPy) on a namespace, copied only where it has to be."""
+    if xp is np:
+        array = to_numpy(array)
+    elif dtype_of(array) == "bfloat16":
+        array = array.astype(np.float32)
+    return xp.asarray(array, dtype=dtype)
+
+
+def dtype_of(array):
+    """The name of an array's dtype, whatever kind it is."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def stream_of(*arrays):
+    """Run on the device and the current stream of the first PyTorch CUDA tensor among these."""
+    tensor = next((a for a in arrays if _is_torch(a) and a.is_cuda), None)
+    if tensor is None:
+        yield
+        return
+    import cupy
+    import torch
+
+    pointer = torch.cuda.current_stream(tensor.device).cuda_stream
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(pointer):
+        yield
+
+
+def synchronize(xp):
+    """Wait for the device; nothing on the CPU."""
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+
+
+def free_memory(xp):
+    """Bytes that can still be allocated."""
+    if xp is not np:
+        return xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()
+    with contextlib.suppress(OSError):
+        with open("/proc/meminfo") as file:
+            if match := re.search(r"MemAvailable:\s+(\d+) kB", file.read()):
+                return 1024 * int(match[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def parse_size(text):
+    """Bytes from a number or from a text like "8GiB" or "500 MB"."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not match:
+        raise ValueError(
+            f"memory_limit: found {text!r}, expected bytes, or a size like '8GiB'"
+        )
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _is_torch(array):
+    return type(array).__module__.partition(".")[0] == "torch"
+
+
+def _is_cuda(array):
+    if _is_torch(array):
+        return array.is_cuda
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    if hasattr(array, "__dlpack_device__") and not isinstance(array, np.ndarray):
+        return array.__dlpack_device__()[0] == 2
+    return False
+
+
+def _from_torch(tensor):
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        # NumPy has no bfloat16; float32 holds each of its values.
+        tensor = tensor.float()
+    if tensor.is_cuda:
+        import cupy
+
+        return cupy.from_dlpack(tensor)
+    return tensor.numpy()
+
+
+def _cupy_of(array):
+    import cupy
+
+    return cupy.asarray(array)

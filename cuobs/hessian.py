@@ -1,0 +1,154 @@
+"""The Hessian of a layer's output error, XᵀX, from calibration activations in pieces."""
+
+import numpy as np
+
+from cuobs import arrays, validation
+from cuobs.ops.gram import add_gram
+
+# Bytes of one piece of X in the compute dtype: small beside any memory, large beside a cache.
+PIECE = 128 * 2**20
+
+
+class Hessian:
+    """The undamped Hessian H = XᵀX, accumulated in pieces.
+
+    Parameters
+    ----------
+    K : int
+        Input features of the layer.
+    dtype : {"float32", "float64"}
+        What the sum is held and accumulated in; half precision is widened first.
+    device : {"auto", "cpu", "cuda"}
+        Where the sum is held and computed.
+
+    Attributes
+    ----------
+    matrix : array, shape (K, K)
+        The sum so far.
+    tokens : int
+        Rows of X seen so far.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuobs
+    >>> X = np.random.default_rng(0).standard_normal((6, 2))
+    >>> h = cuobs.Hessian(2, dtype="float64")
+    >>> h.update(X[:4])
+    >>> h.update(X[4:])
+    >>> bool(np.allclose(h.matrix, X.T @ X))
+    True
+    """
+
+    def __init__(self, K, dtype="float32", device="cpu"):
+        validation.integer("K", K)
+        validation.name_of("dtype", dtype, ("float32", "float64"))
+        self._xp = arrays.choose(device)
+        self.matrix = self._xp.zeros((K, K), dtype)
+        self.tokens = 0
+
+    @property
+    def K(self):
+        """Input features."""
+        return len(self.matrix)
+
+    def update(self, X, progress=None):
+        """Add the activations X, of shape (..., K), reading them in pieces.
+
+        Raises
+        ------
+        ValueError
+            X has other features, is empty, or holds NaN or infinity; the sum is then unchanged.
+        TypeError
+            X is not of a floating-point dtype.
+        """
+        X = check_activations(X, self.K)
+        dtype = self.matrix.dtype
+        rows = max(1, PIECE // (self.K * dtype.itemsize))
+        total = self._xp.zeros_like(self.matrix) if self.tokens else self.matrix
+        for start in range(0, len(X), rows):
+            piece = arrays.asarray(X[start : start + rows], self._xp)
+            add_gram(piece, total)
+            if progress:
+                progress(min(start + rows, len(X)), len(X))
+        if not self._xp.isfinite(total.diagonal()).all():
+            if total is self.matrix:
+                total[...] = 0
+            for start in range(0, len(X), rows):
+                validation.all_finite("X", X[start : start + rows], offset=start)
+            raise ValueError(
+                f"X: found values whose squares overflow {dtype}, expected smaller ones"
+            )
+        if total is not self.matrix:
+            self.matrix += total
+        self.tokens += len(X)
+
+    def merge(self, other):
+        """Add another part, such as one from another machine; returns self."""
+        if not isinstance(other, Hessian):
+            raise TypeError(f"other: found {type(other).__name__}, expected a Hessian")
+        if other.K != self.K:
+            raise ValueError(f"other: found K={other.K}, expected K={self.K}")
+        self.matrix += arrays.asarray(other.matrix, self._xp, self.matrix.dtype)
+        self.tokens += other.tokens
+        return self
+
+    def save(self, path, force=False):
+        """Write the sum and the number of tokens to an .npz file, whole or not at all."""
+        from cuobs import files
+
+        files.save_arrays(
+            path,
+            {"hessian": arrays.to_numpy(self.matrix), "tokens": np.int64(self.tokens)},
+            force=force,
+        )
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Read what `save` wrote."""
+        from cuobs import files
+
+        content = files.load_arrays(path)
+        if "hessian" not in content:
+            raise ValueError(
+                f"{path}: found the arrays {', '.join(content) or 'none'}, expected 'hessian' "
+                "as cuobs hessian writes it"
+            )
+        H = validation.matrix("hessian", content["hessian"])
+        self = cls(len(H), dtype="float64" if H.dtype == np.float64 else "float32", device=device)
+        check_symmetric(H, self.K)
+        self.matrix[...] = arrays.asarray(H, self._xp)
+        self.tokens = int(content.get("tokens", 0))
+        return self
+
+
+def check_activations(X, K):
+    """X as a matrix (tokens, K), still where it was, and not yet read."""
+    if not hasattr(X, "dtype"):
+        X = np.asarray(arrays.receive(X, "X"))
+    validation.floating("X", X)
+    if X.ndim < 2:
+        raise ValueError(f"X: found {X.ndim} dimensions, expected at least 2 (tokens, features)")
+    validation.nonempty("X", X)
+    if X.shape[-1] != K:
+        raise ValueError(
+            f"X: found {X.shape[-1]} features, expected K={K} as the weight has columns"
+        )
+    X = arrays.receive(X, "X")
+    return X.reshape(-1, K)
+
+
+def check_symmetric(H, K):
+    """A Hessian as a matrix (K, K) that is symmetric and has no negative diagonal."""
+    H = validation.matrix("hessian", H, (K, K))
+    xp = arrays.namespace(H)
+    largest = float(xp.abs(H.diagonal()).max())
+    # Rounding in another program's product; a matrix of something else fails by far more.
+    tolerance = 1e-2 if H.dtype.itemsize < 4 else 1e-4
+    probe = xp.random.default_rng(0).standard_normal(K).astype(np.float64)
+    difference = H @ probe - probe @ H
+    if float(xp.abs(difference).max()) > tolerance * largest * K**0.5:
+        raise ValueError("hessian: found a matrix that is not symmetric, expected XᵀX")
+    if float(H.diagonal().min()) < 0:
+        raise ValueError("hessian: found a negative diagonal element, expected XᵀX")
+    return H

@@ -1,0 +1,50 @@
+"""The relative output loss of a pruned layer."""
+
+import math
+
+from cuobs import arrays, validation
+from cuobs.hessian import Hessian, check_symmetric
+
+
+def relative_loss(W, W_pruned, H):
+    """Relative output error ‖X(Wp − W)ᵀ‖ / ‖XWᵀ‖ in the Frobenius norm, by the undamped H.
+
+    Parameters
+    ----------
+    W, W_pruned : array, shape (M, K)
+        The weight and what became of it.
+    H : array, shape (K, K), or Hessian
+        XᵀX of the calibration activations.
+
+    Returns
+    -------
+    float
+        0 is a layer that gives the same outputs, 1 one that gives none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuobs
+    >>> W = np.array([[3.0, 4.0]])
+    >>> cuobs.relative_loss(W, np.array([[3.0, 0.0]]), np.eye(2))
+    0.8
+    """
+    with arrays.stream_of(W, W_pruned):
+        W = validation.matrix("W", W)
+        W_pruned = validation.matrix("W_pruned", W_pruned, W.shape)
+        H = check_symmetric(H.matrix if isinstance(H, Hessian) else H, W.shape[1])
+        xp = arrays.namespace(H)
+        dtype = xp.result_type(H.dtype, "float32")
+        W, W_pruned, H = (arrays.asarray(a, xp, dtype) for a in (W, W_pruned, H))
+        return loss(W, W_pruned, H)
+
+
+def loss(W, W_pruned, H):
+    """`relative_loss` of arrays on one namespace and of one dtype."""
+    whole = output_energy(W, H)
+    return math.sqrt(max(output_energy(W_pruned - W, H), 0.0) / whole) if whole > 0 else 0.0
+
+
+def output_energy(D, H):
+    """tr(D H Dᵀ), the squared norm of the outputs X Dᵀ, summed in float64."""
+    return float(((D @ H) * D).sum(dtype="float64"))

@@ -1,0 +1,89 @@
+"""ADMM: mask and weights together, by alternating directions."""
+
+from typing import NamedTuple
+
+from cuobs.ops.cholesky import inverse
+from cuobs.ops.projection import project_mask, project_update
+from cuobs.problem import Pruned
+
+
+class Schedule(NamedTuple):
+    """How the penalty ρ grows.
+
+    Attributes
+    ----------
+    start : float
+        ρ of the first step.
+    growth : tuple of float
+        Factors for a step in which more than 10%, more than 0.5% and less of the mask changed.
+    """
+
+    start: float
+    growth: tuple
+
+
+SCHEDULES = {
+    "default": Schedule(0.2, (1.05, 1.03, 1.03)),
+    "slow": Schedule(0.1, (1.04, 1.02, 1.02)),
+}
+MIN_STEPS = 30
+MAX_STEPS = 300
+# Stop when less than this share of the pruned elements changed in a step.
+SETTLED = 3e-4
+
+
+def admm(problem, schedule="default"):
+    """Split the problem into a ridge solve and a projection that pull each other together.
+
+    With columns scaled to a unit diagonal of H and G = W H, each step solves
+    B (H + ρI) = G − V + ρD, projects D = project(B + V/ρ), and updates V ← V + ρ(B − D). The
+    inverse need not follow ρ: that of an older ρ corrects the last B by one residual.
+
+    Parameters
+    ----------
+    problem : Problem
+    schedule : {"default", "slow"}
+        "slow" takes two to three times the steps for a loss about 0.7% lower.
+
+    References
+    ----------
+    .. [1] Meng, Behdin, Wang, Mazumder, "ALPS: improved optimization for highly sparse one-shot
+       pruning for large language models", NeurIPS 2024.
+    """
+    xp, layout = problem.xp, problem.layout
+    scale = xp.sqrt(problem.H.diagonal())
+    H = problem.H / scale / scale[:, None]
+    W = problem.W * scale
+    G = W @ H
+    mask = xp.zeros(W.shape, bool)
+    project_mask(W, mask, layout)
+    B, D, V = W, W * mask, xp.zeros_like(W)
+    n_pruned = mask.size - int(xp.count_nonzero(mask))
+    rho, growth = SCHEDULES[schedule]
+    inverted = 0.0
+    for step in range(MAX_STEPS):
+        right = rho * D
+        right -= V
+        right += G
+        if inverted == 0 or rho >= 2 * inverted:
+            inverted = rho
+            A = inverse(_shifted(H, rho))
+            B = right @ A
+        else:
+            right -= B @ H
+            right -= rho * B
+            B = B + right @ A
+        share = project_update(B, V, D, mask, rho, layout) / n_pruned
+        problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
+        if step + 1 >= MIN_STEPS and share < SETTLED:
+            break
+        rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
+    project_mask(B, mask, layout)
+    return Pruned(mask)
+
+
+def _shifted(H, rho):
+    """H + ρI."""
+    shifted = H.copy()
+    shifted.ravel()[:: len(H) + 1] += rho
+    return shifted

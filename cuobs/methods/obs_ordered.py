@@ -1,0 +1,78 @@
+"""OBS in an order of cost, with one inverse Hessian for all rows."""
+
+import numpy as np
+
+from cuobs.arrays import to_numpy
+from cuobs.ops.conjugate_gradient import masked_cg
+from cuobs.ops.schur import eliminate
+from cuobs.ops.selection import candidate_costs, choose, expand, scope_blocks
+from cuobs.problem import Pruned
+
+# The joint solves are systems of a group's size; the tolerance is that of the dtype.
+TOLERANCE = {"float32": 1e-6, "float64": 1e-14}
+
+
+def obs_ordered(problem, group=None, order="largest"):
+    """Prune the scopes group by group, dearest first, and eliminate each group from C.
+
+    For every group, masks and costs are found again from the current W and C; the `group` scopes
+    whose cost, summed over all rows, is largest (or smallest, or leftmost) are pruned by a joint
+    solve over each row's pruned set, and their columns are eliminated from C.
+
+    Parameters
+    ----------
+    problem : Problem
+    group : int, optional
+        Scopes in a Schur update; a tenth of all by default.
+    order : {"largest", "left", "smallest"}
+    """
+    xp, layout = problem.xp, problem.layout
+    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    M = R * r
+    group = group or default_group(G)
+    W, C = problem.W.copy(), problem.C.copy()
+    left = np.arange(G)
+    weight = xp.empty_like(W)
+    mask = xp.empty(W.shape, bool)
+    cost = xp.zeros(M, "float64")
+    while len(left):
+        n = len(left)
+        w = W.reshape(R, r, n, c).transpose(3, 0, 1, 2)
+        pruned, best, _ = choose(candidate_costs(w, scope_blocks(C, c), layout), layout)
+        chosen = _first(best.sum(0, dtype="float64"), group, order)
+        rest = np.setdiff1d(np.arange(n), chosen)
+        columns, others = (xp.asarray(_columns(part, c)) for part in (chosen, rest))
+        kept = ~expand(pruned[:, :, xp.asarray(chosen)], layout).reshape(M, -1)
+
+        w = W[:, columns]
+        C_group = C[columns][:, columns]
+        multipliers = masked_cg(C_group, w, ~kept, tolerance=TOLERANCE[problem.dtype.name],
+                                max_iterations=20 * len(columns))
+        cost += xp.einsum("mk,mk->m", multipliers, w)
+        final = xp.asarray(_columns(left[chosen], c))
+        weight[:, final] = (w - multipliers @ C_group) * kept
+        mask[:, final] = kept
+        W = W[:, others] - multipliers @ C[columns][:, others]
+        C = eliminate(C, columns, others)
+        left = left[rest]
+        problem.settings.report(G - len(left), G)
+    return Pruned(mask, weight, cost)
+
+
+def default_group(G):
+    """A tenth of the scopes, at least one."""
+    return max(1, G // 10)
+
+
+def _first(costs, group, order):
+    """Positions, ascending, of the scopes to prune next."""
+    key = to_numpy(costs)
+    if order == "left":
+        return np.arange(min(group, len(key)))
+    key = -key if order == "largest" else key
+    return np.sort(np.argsort(key, kind="stable")[:group])
+
+
+def _columns(scopes, c):
+    """Columns of scopes, in layout order."""
+    return (scopes[:, None] * c + np.arange(c)).ravel()

@@ -1,0 +1,35 @@
+"""SparseGPT in the form of one Cholesky factor."""
+
+from cuobs.ops.sweep import block_width, sparsegpt_block
+from cuobs.problem import Pruned
+
+
+def sparsegpt(problem):
+    """Column by column: prune by w²/U_ii², compensate to the right, freeze what is kept.
+
+    The published method needs the Cholesky factor U of the inverse Hessian. With H = R Rᵀ and
+    F = R / diag(R), the compensation of column j is s_j = Σ e_i F_ij over the deviations e of the
+    columns before it, so neither an inverse nor a second factor is formed.
+
+    References
+    ----------
+    .. [1] Frantar, Alistarh, "SparseGPT: massive language models can be accurately pruned in
+       one-shot", ICML 2023.
+    """
+    xp, W, R, layout = problem.xp, problem.W, problem.R, problem.layout
+    K = W.shape[1]
+    width = block_width(layout.blocks.shape[1])
+    diagonal = R.diagonal()
+    F = R / diagonal
+    S = xp.zeros_like(W)
+    weight = xp.empty_like(W)
+    mask = xp.empty(W.shape, bool)
+    for a in range(0, K, width):
+        b = min(a + width, K)
+        mask[:, a:b], E = sparsegpt_block(
+            W[:, a:b], S[:, a:b], F[a:b, a:b], diagonal[a:b] ** 2, layout
+        )
+        weight[:, a:b] = (W[:, a:b] - E) * mask[:, a:b]
+        S[:, b:] += E @ F[a:b, b:]
+        problem.settings.report(b, K)
+    return Pruned(mask, weight)

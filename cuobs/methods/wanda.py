@@ -1,0 +1,14 @@
+"""Wanda: weights times activation norms."""
+
+from cuobs.methods.magnitude import prune_by_score
+
+
+def wanda(problem):
+    """Prune the blocks with the smallest sum of w² H_jj; no compensation.
+
+    References
+    ----------
+    .. [1] Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for large language
+       models", ICLR 2024.
+    """
+    return prune_by_score(problem, problem.W**2 * problem.diagonal)

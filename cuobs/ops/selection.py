@@ -1,0 +1,176 @@
+"""Which blocks of each scope to prune.
+
+Arrays are place-major: w has shape (c, R, r, G) for R row groups of r rows and G column groups of
+c columns; what is known of a scope's n blocks has shape (n, R, G).
+"""
+
+import numpy as np
+
+from cuobs.arrays import namespace
+
+# Up to this many blocks, ranks come from all comparisons; above, from a sort.
+COMPARED = 16
+
+
+def block_sums(scores, layout):
+    """Sum scores over each block of each scope.
+
+    Parameters
+    ----------
+    scores : array, shape (c, R, r, G)
+    layout : Layout
+
+    Returns
+    -------
+    array, shape (n, R, G)
+    """
+    xp = namespace(scores)
+    c, R, r, G = scores.shape
+    sums = xp.zeros((layout.n_blocks, R, G), scores.dtype)
+    for row in range(r):
+        for place in range(c):
+            sums[layout.blocks[row, place]] += scores[place, :, row]
+    return sums
+
+
+def prune_lowest(scores, n_pruned):
+    """Mark the blocks with the lowest scores, the lowest index first where scores tie.
+
+    Parameters
+    ----------
+    scores : array, shape (n, R, G)
+    n_pruned : int
+
+    Returns
+    -------
+    array of bool, shape (n, R, G)
+    """
+    xp = namespace(scores)
+    n = len(scores)
+    if n > COMPARED:
+        order = xp.argsort(scores, axis=0, kind="stable")
+        rank = xp.argsort(order, axis=0, kind="stable")
+        return rank < n_pruned
+    rank = xp.zeros(scores.shape, np.int8)
+    for i in range(n):
+        for j in range(i):
+            later = scores[i] < scores[j]
+            rank[j] += later
+            rank[i] += ~later
+    return rank < n_pruned
+
+
+def expand(blocks, layout, out=None):
+    """Blocks of scopes to elements: (n, R, G) to (R, r, G, c)."""
+    xp = namespace(blocks)
+    _, R, G = blocks.shape
+    r, c = layout.blocks.shape
+    if out is None:
+        out = xp.empty((R, r, G, c), blocks.dtype)
+    for row in range(r):
+        for place in range(c):
+            out[:, row, :, place] = blocks[layout.blocks[row, place]]
+    return out
+
+
+def scope_blocks(C, c):
+    """The c x c diagonal blocks of a (K, K) matrix, place-major: shape (c, c, G)."""
+    G = len(C) // c
+    return namespace(C).einsum("gigj->ijg", C.reshape(G, c, G, c))
+
+
+def candidate_costs(w, C, layout):
+    """Cost w_P (C_PP)⁻¹ w_Pᵀ of each candidate mask of each scope, summed over the scope's rows.
+
+    Parameters
+    ----------
+    w : array, shape (c, R, r, G)
+    C : array, shape (c, c, G) or (c, c, R, r, G)
+        The diagonal blocks of the inverse Hessian, shared or one for each row.
+    layout : Layout
+
+    Returns
+    -------
+    array, shape (candidates, R, G)
+
+    Notes
+    -----
+    Forward substitution with an L D Lᵀ factor, unrolled over the places of a set. The factor of a
+    set's beginning serves every set that goes on from it.
+    """
+    xp = namespace(w)
+    c, R, r, G = w.shape
+    costs = xp.zeros((len(layout.candidates), R, G), w.dtype)
+    for row in range(r):
+        chain = _Chain(w[:, :, row], C if C.ndim == 3 else C[:, :, :, row])
+        for candidate, pruned in enumerate(layout.candidates):
+            places = tuple(np.flatnonzero(pruned[row]).tolist())
+            if places:
+                costs[candidate] += chain.cost(places)
+    return costs
+
+
+class _Chain:
+    """Costs of sets of places, each set's factor grown from that of its beginning."""
+
+    def __init__(self, w, C):
+        self.w, self.C = w, C
+        self.known = {}
+
+    def cost(self, places):
+        return self._factor(places)[3]
+
+    def _factor(self, places):
+        """(row of L times D, pivot, forward-substituted weight, cost) of the last place."""
+        if places in self.known:
+            return self.known[places]
+        i = places[-1]
+        scaled, value, pivot, cost = [], self.w[i], self.C[i, i], 0
+        for n, j in enumerate(places[:-1]):
+            row, before, solved, cost = self._factor(places[: n + 1])
+            entry = self.C[i, j]
+            for k in range(n):
+                entry = entry - scaled[k] * row[k]
+            scaled.append(entry)
+            ratio = entry / before
+            pivot = pivot - entry * ratio
+            value = value - ratio * solved
+        # The next place needs this row as unit L.
+        unit = [
+            entry / self._factor(places[: n + 1])[1] for n, entry in enumerate(scaled)
+        ]
+        result = unit, pivot, value, cost + value * value / pivot
+        self.known[places] = result
+        return result
+
+
+def choose(costs, layout):
+    """Take the cheapest mask of each scope.
+
+    Parameters
+    ----------
+    costs : array, shape (candidates, R, G)
+    layout : Layout
+
+    Returns
+    -------
+    blocks : array of bool, shape (n, R, G)
+        The blocks to prune.
+    best : array, shape (R, G)
+        The cost of that mask.
+    gap : array, shape (R, G)
+        How much more the second-best mask costs.
+    """
+    xp = namespace(costs)
+    n_pruned = layout.n_blocks - layout.keep
+    if not layout.enumerated:
+        blocks = prune_lowest(costs, n_pruned)
+        best = xp.where(blocks, costs, 0).sum(0)
+        kept = xp.where(blocks, xp.inf, costs).min(0)
+        return blocks, best, kept - xp.where(blocks, costs, -xp.inf).max(0)
+    winner = costs.argmin(0)
+    best = xp.take_along_axis(costs, winner[None], 0)[0]
+    others = costs.copy()
+    xp.put_along_axis(others, winner[None], xp.inf, 0)
+    table = xp.asarray(layout.candidate_blocks)
+    return table[:, winner], best, others.min(0) - best

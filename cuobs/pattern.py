@@ -1,0 +1,453 @@
+"""Sparsity patterns: strided views of a weight, their text form, and what they compile to.
+
+A pattern says which elements of a weight are kept or pruned together (blocks) and which blocks
+compete with each other (scopes). It is written on a strided view of the row-major weight and
+compiled once, for a given shape, into a `Layout` that every method works on.
+"""
+
+import difflib
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from cuobs.arrays import namespace
+
+# Scopes with more masks than this are pruned by separable block scores instead of trying them all.
+MAX_CANDIDATES = 128
+
+
+def _items(text):
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+_SYMBOL = re.compile(r"(\d*)\*?([MK]?)(?:/(\d+))?")
+
+
+def _symbol(value):
+    """Check one size or stride and give it as an int or as a canonical string."""
+    match = _SYMBOL.fullmatch(str(value).replace(" ", ""))
+    if isinstance(value, bool) or not match or not (match[1] or match[2]):
+        raise ValueError(
+            f"view: found {value!r}, expected an integer, or M or K with one factor or divisor"
+        )
+    return int(match[1]) if not match[2] and not match[3] else match[0].replace("*", "")
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided view of a row-major (M, K) weight.
+
+    Parameters
+    ----------
+    shape, strides : tuple of int or str
+        Sizes and strides, in elements. A string may use the symbols M and K with one integer
+        factor or divisor: ``"K/16"``, ``"16K"``, ``"M"``.
+    """
+
+    shape: tuple
+    strides: tuple
+
+    def __post_init__(self):
+        for name in ("shape", "strides"):
+            object.__setattr__(self, name, tuple(_symbol(v) for v in getattr(self, name)))
+        if len(self.shape) != len(self.strides):
+            raise ValueError(
+                f"view: found {len(self.shape)} sizes and {len(self.strides)} strides, "
+                "expected as many of one as of the other"
+            )
+
+    @classmethod
+    def parse(cls, text):
+        """Read the text form ``(M,K/16,8,2):(K,16,1,8)``."""
+        match = re.fullmatch(r"\s*\(([^()]*)\)\s*:\s*\(([^()]*)\)\s*", text)
+        if not match:
+            raise ValueError(f"view: found {text!r}, expected a form like '(M,K):(K,1)'")
+        return cls(*(tuple(_items(part)) for part in match.groups()))
+
+    def __str__(self):
+        return f"({','.join(map(str, self.shape))}):({','.join(map(str, self.strides))})"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which blocks of a weight compete, and how many of them each scope keeps.
+
+    Parameters
+    ----------
+    view : View or str
+        How the weight is looked at, ``"(M,K):(K,1)"`` for the weight as it is.
+    block : tuple of int
+        View elements along each dimension that are kept or pruned as one.
+    scope : tuple of int
+        Blocks along each dimension that compete with each other.
+    keep : int
+        Blocks that each scope keeps.
+    name : str, optional
+        A short name to print.
+
+    Examples
+    --------
+    >>> from cuobs import Pattern
+    >>> pairs = Pattern(view="(M,K):(K,1)", block=(1, 2), scope=(1, 4), keep=2)
+    >>> print(pairs)
+    view=(M,K):(K,1) block=(1,2) scope=(1,4) keep=2
+    >>> layout = pairs.compile(2, 16)
+    >>> layout.columns
+    array([[ 0,  1,  2,  3,  4,  5,  6,  7],
+           [ 8,  9, 10, 11, 12, 13, 14, 15]])
+    >>> layout.blocks
+    array([[0, 0, 1, 1, 2, 2, 3, 3]])
+    """
+
+    view: View = "(M,K):(K,1)"
+    block: tuple = (1, 1)
+    scope: tuple = (1, 4)
+    keep: int = 2
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if isinstance(self.view, str):
+            object.__setattr__(self, "view", View.parse(self.view))
+        rank = len(self.view.shape)
+        for name in ("block", "scope"):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != rank or not all(isinstance(v, int) and v > 0 for v in value):
+                raise ValueError(
+                    f"{name}: found {value}, expected {rank} positive integers, one for each "
+                    "dimension of the view"
+                )
+        if not (isinstance(self.keep, int) and 0 < self.keep < math.prod(self.scope)):
+            raise ValueError(
+                f"keep: found {self.keep}, expected an integer from 1 to "
+                f"{math.prod(self.scope) - 1}, as a scope holds {math.prod(self.scope)} blocks"
+            )
+
+    def __str__(self):
+        block, scope = (f"({','.join(map(str, v))})" for v in (self.block, self.scope))
+        return f"view={self.view} block={block} scope={scope} keep={self.keep}"
+
+    @property
+    def label(self):
+        """The name, or the text form where there is none."""
+        return self.name or str(self)
+
+    def compile(self, M, K):
+        """Reduce the view to row groups, column groups and one block map.
+
+        Parameters
+        ----------
+        M, K : int
+            Shape of the weight.
+
+        Returns
+        -------
+        Layout
+
+        Raises
+        ------
+        ValueError
+            The view does not divide the weight, leaves elements out, overlaps itself, or has no
+            such form.
+        """
+        return _compile(self, int(M), int(K))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A pattern compiled for one shape.
+
+    Attributes
+    ----------
+    rows : ndarray of int, shape (R, r)
+        Rows of the weight, by row group; a scope spans the r rows of a group.
+    columns : ndarray of int, shape (G, c)
+        Columns of the weight, by column group; a scope spans the c columns of a group.
+    blocks : ndarray of int, shape (r, c)
+        Block that each element of a scope belongs to, the same for every scope.
+    keep : int
+        Blocks that each scope keeps.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    blocks: np.ndarray
+    keep: int
+
+    @classmethod
+    def plain(cls, M, K):
+        """The layout of no pattern: rows and columns as they are, everything kept."""
+        return cls(np.arange(M)[:, None], np.arange(K)[:, None], np.zeros((1, 1), int), 1)
+
+    @property
+    def shape(self):
+        """Shape (M, K) of the weight."""
+        return self.rows.size, self.columns.size
+
+    @property
+    def n_blocks(self):
+        """Blocks in a scope."""
+        return int(self.blocks.max()) + 1
+
+    @cached_property
+    def candidate_blocks(self):
+        """The masks to choose from, by block: bool, shape (n_blocks, n), True = pruned.
+
+        With `enumerated`, each is a whole mask of a scope, in lexicographic order of the blocks
+        that it prunes, so that the first minimum prunes the lowest index. Without, each prunes
+        one block alone, and the n_blocks - keep cheapest are taken together.
+        """
+        blocks = range(self.n_blocks)
+        size = self.n_blocks - self.keep if self.enumerated else 1
+        return np.stack(
+            [np.isin(blocks, pruned) for pruned in itertools.combinations(blocks, size)], axis=1
+        )
+
+    @cached_property
+    def candidates(self):
+        """The masks to choose from, by element: bool, shape (n, r, c), True = pruned."""
+        return self.candidate_blocks.T[:, self.blocks]
+
+    @property
+    def enumerated(self):
+        """Whether a scope has few enough masks to try them all."""
+        return math.comb(self.n_blocks, self.keep) <= MAX_CANDIDATES
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; true where the weight obeys the pattern.
+
+    Attributes
+    ----------
+    broken : int
+        Scopes that keep more blocks than the pattern allows.
+    scopes : int
+        Scopes in all.
+    first : tuple of int or None
+        Row and column of the first element of the first broken scope.
+    """
+
+    broken: int
+    scopes: int
+    first: tuple | None
+
+    def __bool__(self):
+        return self.broken == 0
+
+
+def verify(W, pattern):
+    """Say whether a weight obeys a pattern.
+
+    Parameters
+    ----------
+    W : array, shape (M, K)
+    pattern : str or Pattern
+
+    Returns
+    -------
+    Verification
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuobs
+    >>> bool(cuobs.verify(np.array([[1.0, 0.0, 0.0, 2.0]]), "2:4"))
+    True
+    >>> cuobs.verify(np.array([[1.0, 0.0, 3.0, 2.0]]), "2:4")
+    Verification(broken=1, scopes=1, first=(0, 0))
+    """
+    xp = namespace(W)
+    W = xp.asarray(W)
+    if W.ndim != 2:
+        raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")
+    layout = parse(pattern).compile(*W.shape)
+    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    nonzero = (W != 0)[xp.asarray(layout.rows.ravel())][:, xp.asarray(layout.columns.ravel())]
+    nonzero = nonzero.reshape(R, r, G, c).transpose(0, 2, 1, 3).reshape(R, G, r * c)
+    used = xp.stack(
+        [nonzero[:, :, xp.asarray(np.flatnonzero(layout.blocks.ravel() == b))].any(2)
+         for b in range(layout.n_blocks)]
+    )
+    broken = xp.argwhere(used.sum(0) > layout.keep)
+    first = None
+    if len(broken):
+        row, column = (int(v) for v in broken[0])
+        first = int(layout.rows[row, 0]), int(layout.columns[column, 0])
+    return Verification(len(broken), R * G, first)
+
+
+_NAMED = {
+    "2:4": Pattern(scope=(1, 4), keep=2, name="2:4"),
+    "4:8": Pattern(block=(1, 2), scope=(1, 4), keep=2, name="4:8"),
+    "coupled-2:4": Pattern(
+        "(M,K/16,8,2):(K,16,1,8)", (1, 1, 1, 2), (1, 1, 4, 1), keep=2, name="coupled-2:4"
+    ),
+    "block16-row8": Pattern(
+        "(M/16,8,2,K):(16K,K,8K,1)", (1, 1, 1, 16), (1, 1, 2, 1), keep=1, name="block16-row8"
+    ),
+}
+
+
+def patterns():
+    """The named patterns, by name. ``n:m`` and ``n:mxb`` are understood besides these."""
+    return dict(_NAMED)
+
+
+def parse(text):
+    """Read a pattern from its name, from ``n:m`` or ``n:mxb``, or from its text form.
+
+    Parameters
+    ----------
+    text : str or Pattern
+
+    Returns
+    -------
+    Pattern
+
+    Examples
+    --------
+    >>> from cuobs.pattern import parse
+    >>> print(parse("4:8x1"))
+    view=(M,K):(K,1) block=(1,1) scope=(1,8) keep=4
+    """
+    if isinstance(text, Pattern):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"pattern: found {type(text).__name__}, expected a name or a Pattern")
+    if text in _NAMED:
+        return _NAMED[text]
+    if match := re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", text):
+        keep, blocks, width = (int(g or 1) for g in match.groups())
+        return Pattern(block=(1, width), scope=(1, blocks), keep=keep, name=text)
+    if "=" in text:
+        return _parse_fields(text)
+    nearest = difflib.get_close_matches(text, _NAMED, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"pattern: found {text!r}, expected one of {', '.join(_NAMED)}, n:m, n:mxb or "
+        f"'view=... block=... scope=... keep=...' (nearest: {nearest})"
+    )
+
+
+def _parse_fields(text):
+    found = dict(re.findall(r"(\w+)=(\S+)", re.sub(r"\s*([,:()])\s*(?![a-z]+=)", r"\1", text)))
+    if set(found) != {"view", "block", "scope", "keep"}:
+        raise ValueError(
+            f"pattern: found the fields {', '.join(sorted(found)) or 'none'}, expected "
+            "view, block, scope and keep, each once"
+        )
+    numbers = {}
+    for name in ("block", "scope", "keep"):
+        items = _items(found[name].strip("()"))
+        if not items or not all(item.isdigit() for item in items):
+            raise ValueError(f"{name}: found {found[name]!r}, expected positive integers")
+        numbers[name] = tuple(map(int, items))
+    if len(numbers["keep"]) != 1:
+        raise ValueError(f"keep: found {found['keep']!r}, expected one integer")
+    return Pattern(found["view"], numbers["block"], numbers["scope"], numbers["keep"][0])
+
+
+def _evaluate(value, sizes):
+    """A size or stride as an integer, None where a division leaves a rest."""
+    factor, symbol, divisor = _SYMBOL.fullmatch(str(value)).groups()
+    number = int(factor or 1) * sizes.get(symbol, 1)
+    quotient, rest = divmod(number, int(divisor or 1))
+    return None if rest else quotient
+
+
+@lru_cache(maxsize=64)
+def _compile(pattern, M, K):
+    where = f"pattern {pattern.label}: the view {pattern.view}"
+    sizes = {"M": M, "K": K}
+    shape = [_evaluate(v, sizes) for v in pattern.view.shape]
+    strides = [_evaluate(v, sizes) for v in pattern.view.strides]
+    for size, stride, block, scope in zip(shape, strides, pattern.block, pattern.scope,
+                                          strict=True):
+        if not size or not stride or size % (block * scope):
+            raise ValueError(
+                f"{where} with block {pattern.block} and scope {pattern.scope} does not divide "
+                f"a weight of shape ({M}, {K})"
+            )
+    _check_cover(shape, strides, M, K, where)
+
+    # Every dimension is scopes x blocks x elements; only the place within a scope has a block.
+    coefficients = np.cumprod([1, *pattern.scope[:0:-1]])[::-1]
+    outer = [[], []]
+    inner = [[], []]
+    for size, stride, block, scope, coefficient in zip(
+        shape, strides, pattern.block, pattern.scope, coefficients.tolist(), strict=True
+    ):
+        for parts, n, step, weight in (
+            (outer, size // (block * scope), stride * block * scope, 0),
+            (inner, scope, stride * block, coefficient),
+            (inner, block, stride, 0),
+        ):
+            for axis, *part in _split(n, step, weight, K, where):
+                parts[axis].append(part)
+    rows, _ = _offsets(outer[0])
+    columns, _ = _offsets(outer[1])
+    scope_rows, row_blocks = _offsets(inner[0])
+    scope_columns, column_blocks = _offsets(inner[1])
+    return Layout(
+        rows[:, None] + scope_rows,
+        columns[:, None] + scope_columns,
+        row_blocks[:, None] + column_blocks,
+        pattern.keep,
+    )
+
+
+def _check_cover(shape, strides, M, K, where):
+    """Raise unless the view holds every element exactly once.
+
+    The positions are a sum of arithmetic progressions from 0. They are 0..n-1, each once, just
+    where every stride is the product of the sizes of the smaller ones.
+    """
+    total = math.prod(shape)
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if last >= M * K:
+        raise ValueError(
+            f"{where} reaches element {last}, outside a weight of shape ({M}, {K})"
+        )
+    expected = 1
+    for stride, size in sorted((t, n) for t, n in zip(strides, shape, strict=True) if n > 1):
+        if stride != expected:
+            fault = "overlaps itself" if stride < expected else "leaves elements out"
+            raise ValueError(f"{where} {fault} on a weight of shape ({M}, {K})")
+        expected *= size
+    if total != M * K:
+        raise ValueError(f"{where} leaves elements out on a weight of shape ({M}, {K})")
+
+
+def _split(size, stride, coefficient, K, where):
+    """Split one dimension where it passes the end of a row: (axis, size, stride, coefficient)."""
+    if size == 1:
+        return
+    if stride % K == 0:
+        yield 0, size, stride // K, coefficient
+    elif stride * size <= K:
+        yield 1, size, stride, coefficient
+    else:
+        columns, rest = divmod(K, stride)
+        if rest or size % columns:
+            raise ValueError(
+                f"{where} is not rows times columns: a dimension of {size} elements {stride} "
+                f"apart passes the end of a row of {K}"
+            )
+        yield 1, columns, stride, coefficient
+        yield 0, size // columns, 1, coefficient * columns
+
+
+def _offsets(parts):
+    """All sums of the progressions, ascending, with the block each belongs to."""
+    offsets = np.zeros(1, dtype=np.int64)
+    blocks = np.zeros(1, dtype=np.int64)
+    for size, stride, coefficient in parts:
+        steps = np.arange(size)
+        offsets = np.add.outer(offsets, steps * stride).ravel()
+        blocks = np.add.outer(blocks, steps * coefficient).ravel()
+    order = np.argsort(offsets)
+    return offsets[order], blocks[order]

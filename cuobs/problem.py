@@ -1,0 +1,180 @@
+"""What a method is given: the target and the damped Hessian in a pattern's own order.
+
+Rows and columns are permuted once so that scopes lie side by side: row group by row group and
+column group by column group. Factors are made on first use and shared by whoever asks next.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from cuobs import arrays
+from cuobs.ops import cholesky
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what to compute: nothing here changes a mask.
+
+    Attributes
+    ----------
+    precision : {"tensor", "fp32"}
+        Whether products may run on tensor cores inside float32.
+    workers : int or None
+        Threads that share the rows on the CPU; None takes one a core.
+    batch_rows : int or None
+        Rows in a batch; None sizes batches from the memory that is free.
+    memory_limit : int or None
+        Bytes that the computation may hold in all.
+    progress : callable or None
+        Called with (done, total).
+    """
+
+    precision: str = "tensor"
+    workers: int | None = None
+    batch_rows: int | None = None
+    memory_limit: int | None = None
+    progress: object = None
+
+    def report(self, done, total):
+        """Tell the caller how far the work is."""
+        if self.progress:
+            self.progress(done, total)
+
+
+class Pruned(NamedTuple):
+    """What a method returns, in layout order.
+
+    Attributes
+    ----------
+    mask : array of bool, shape (M, K)
+        True = kept.
+    weight : array, shape (M, K), or None
+        None leaves the weights to the exact re-solve.
+    cost : array, shape (M,), or None
+        The damped cost of each row that the method added up.
+    """
+
+    mask: object
+    weight: object = None
+    cost: object = None
+
+
+@dataclass
+class Problem:
+    """One layer to prune, in layout order.
+
+    Attributes
+    ----------
+    W : array, shape (M, K)
+        The target; dead columns are 0.
+    H : array, shape (K, K)
+        The damped Hessian.
+    diagonal : array, shape (K,)
+        The diagonal of the undamped Hessian.
+    layout : Layout
+    settings : Settings
+    """
+
+    W: object
+    H: object
+    diagonal: object
+    layout: object
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def build(cls, W, H, layout, damp, settings=None):
+        """Permute, damp, and retire dead columns.
+
+        Parameters
+        ----------
+        W : array, shape (M, K)
+            The target, not changed.
+        H : array, shape (K, K)
+            The undamped Hessian, on the same namespace and of the same dtype; not changed.
+        layout : Layout
+        damp : float
+            λ as a share of the mean of the diagonal of H.
+        settings : Settings, optional
+        """
+        xp = arrays.namespace(H)
+        W = permute(W, layout)
+        columns = layout.columns.ravel()
+        H = H.copy() if _ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
+        diagonal = H.diagonal().copy()
+        dead = diagonal == 0
+        # λ is that of the original diagonal; a dead column then stands alone with H_jj = 1.
+        lam = damp * float(diagonal.mean(dtype="float64"))
+        H.ravel()[:: len(H) + 1] += xp.where(dead, 1, lam).astype(H.dtype)
+        W = xp.where(dead, W.dtype.type(0), W)
+        return cls(W, H, diagonal, layout, settings or Settings())
+
+    @property
+    def xp(self):
+        """The namespace, numpy or cupy."""
+        return arrays.namespace(self.W)
+
+    @property
+    def dtype(self):
+        """The compute dtype."""
+        return self.W.dtype
+
+    def by_scope(self, array):
+        """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
+        (R, r), (G, c) = self.layout.rows.shape, self.layout.columns.shape
+        return array.reshape(R, r, G, c).transpose(3, 0, 1, 2)
+
+    @cached_property
+    def R(self):
+        """The reversed Cholesky factor: upper triangular, H = R Rᵀ."""
+        return cholesky.reversed_cholesky(self.H)
+
+    @cached_property
+    def R_inverse(self):
+        """R⁻¹, upper triangular."""
+        return cholesky.upper_inverse(self.R)
+
+    @cached_property
+    def C(self):
+        """The inverse of the damped Hessian."""
+        return self.R_inverse.T @ self.R_inverse
+
+    @cached_property
+    def scope_blocks(self):
+        """The diagonal blocks of C, place-major: shape (c, c, G)."""
+        G, c = self.layout.columns.shape
+        U = self.R_inverse.reshape(-1, G, c)
+        return self.xp.einsum("kgi,kgj->ijg", U, U)
+
+    def free_bytes(self):
+        """Bytes that a method may still allocate."""
+        free = arrays.free_memory(self.xp)
+        if self.settings.memory_limit is None:
+            return int(0.8 * free)
+        held = sum(
+            value.nbytes for value in vars(self).values() if hasattr(value, "nbytes")
+        )
+        return min(free, max(self.settings.memory_limit - held, 0))
+
+
+def permute(array, layout):
+    """An (M, K) array into layout order."""
+    for axis, order in enumerate((layout.rows.ravel(), layout.columns.ravel())):
+        if not _ordered(order):
+            array = array.take(arrays.namespace(array).asarray(order), axis=axis)
+    return array
+
+
+def permute_back(array, layout):
+    """An (M, K) array out of layout order."""
+    for axis, order in enumerate((layout.rows.ravel(), layout.columns.ravel())):
+        if not _ordered(order):
+            inverse = np.argsort(order)
+            array = array.take(arrays.namespace(array).asarray(inverse), axis=axis)
+    return array
+
+
+def _ordered(order):
+    return bool((order[1:] > order[:-1]).all())

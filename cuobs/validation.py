@@ -1,0 +1,115 @@
+"""Checks of what a caller brings, made before any work starts.
+
+Each raises with one sentence that names the argument, what was found and what was expected:
+ValueError for shapes and values, TypeError for dtypes.
+"""
+
+import difflib
+import numbers
+
+import numpy as np
+
+from cuobs.arrays import FLOATS, dtype_of, namespace, receive
+
+
+def matrix(name, array, shape=None, finite=True):
+    """A floating-point matrix, as an array of NumPy or CuPy.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name.
+    array : array
+    shape : tuple of (int or None), optional
+        What each dimension has to be; None leaves it free.
+    finite : bool
+        Whether to look for NaN and infinity.
+    """
+    if not hasattr(array, "dtype"):
+        array = np.asarray(receive(array, name))
+    floating(name, array)
+    if array.ndim != 2:
+        raise ValueError(f"{name}: found {_shape(array)}, expected 2 dimensions (rows, columns)")
+    nonempty(name, array)
+    if shape and any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: found shape {_shape(array)}, expected ({expected})")
+    array = receive(array, name)
+    if finite:
+        all_finite(name, array)
+    return array
+
+
+def mask(name, array, shape):
+    """A matrix of bool of a given shape, as an array of NumPy or CuPy."""
+    array = receive(array, name)
+    if array.dtype != bool:
+        raise TypeError(f"{name}: found dtype {array.dtype}, expected bool (True = kept)")
+    if array.shape != tuple(shape):
+        raise ValueError(f"{name}: found shape {_shape(array)}, expected {tuple(shape)}")
+    return array
+
+
+def floating(name, array):
+    """Refuse integers, complex numbers and whatever else is no float."""
+    if dtype_of(array) not in FLOATS:
+        raise TypeError(f"{name}: found dtype {dtype_of(array)}, expected {', '.join(FLOATS)}")
+
+
+def nonempty(name, array):
+    """Refuse an array without elements."""
+    if 0 in array.shape:
+        raise ValueError(f"{name}: found shape {_shape(array)}, expected at least one element")
+
+
+def all_finite(name, array, offset=0):
+    """Refuse NaN and infinity, saying how many there are and where the first one is."""
+    xp = namespace(array)
+    # A sum is one pass without a temporary; only where it fails does the slow look follow.
+    if xp.isfinite(xp.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)):
+        return
+    bad = xp.argwhere(~xp.isfinite(array))
+    if len(bad):
+        first = [int(v) for v in bad[0]]
+        first[0] += offset
+        raise ValueError(
+            f"{name}: found {len(bad)} elements that are NaN or infinite, the first at "
+            f"{tuple(first)}, expected finite numbers"
+        )
+
+
+def name_of(kind, name, known):
+    """Refuse an unknown name, saying which known one is nearest."""
+    if name in known:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"{kind}: found {type(name).__name__}, expected a name")
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise ValueError(
+        f"{kind}: found {name!r}, expected one of {', '.join(known)} (nearest: {nearest[0]})"
+    )
+
+
+def integer(name, value, low=1, high=None):
+    """Refuse anything but an integer in a range."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Integral)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        upper = "" if high is None else f" to {high}"
+        raise ValueError(f"{name}: found {value!r}, expected an integer from {low}{upper}")
+    return int(value)
+
+
+def damping(value):
+    """Refuse a damping that is negative or no number."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf"):
+        raise ValueError(f"damp: found {value!r}, expected a number that is not negative")
+    return float(value)
+
+
+def _shape(array):
+    return "(" + ", ".join(str(n) for n in array.shape) + ("," if array.ndim == 1 else "") + ")"
