@@ -161,6 +161,23 @@ def stream_of(*arrays):
         yield
 
 
+@contextlib.contextmanager
+def tensor_cores(xp, allowed):
+    """Whether float32 products of CuPy's matmul may run on tensor cores, in tf32."""
+    if xp is np:
+        yield
+        return
+    from cupy._core import _routines_linalg as linalg
+
+    before = linalg.get_compute_type(np.dtype("float32"))
+    mode = linalg.COMPUTE_TYPE_TF32 if allowed else linalg.COMPUTE_TYPE_FP32
+    linalg.set_compute_type(np.dtype("float32"), mode)
+    try:
+        yield
+    finally:
+        linalg.set_compute_type(np.dtype("float32"), before)
+
+
 def synchronize(xp):
     """Wait for the device; nothing on the CPU."""
     if xp is not np:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.batches import run_batches
-from cuobs.ops.cholesky import masked_factor_solve
+from cuobs.ops.masked_solve import masked_factor_solve
 from cuobs.ops.conjugate_gradient import masked_cg
 
 # Relative residuals to stop at. In float32 the loss no longer moves in its fourth digit.

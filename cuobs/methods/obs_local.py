@@ -1,6 +1,6 @@
 """OBS with compensation inside each scope only."""
 
-from cuobs.ops.cholesky import masked_solve
+from cuobs.ops.masked_solve import masked_solve
 from cuobs.ops.selection import candidate_costs, choose, expand
 from cuobs.problem import Pruned
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops.cholesky import masked_solve
+from cuobs.ops.masked_solve import masked_solve
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 
 # Columns that a sweep finishes before it updates those to the right by one product.

@@ -1,0 +1,89 @@
+"""Systems restricted to a set of places of each row: many small ones, or one large one a row."""
+
+import numpy as np
+import scipy.linalg
+
+from cuobs.arrays import namespace
+
+# Systems up to this order are solved by unrolled array operations over the batch.
+UNROLLED = 16
+
+
+def masked_solve(C, w, mask):
+    """Solve λ_P C_PP = w_P for every system of a batch, with λ = 0 outside its set P.
+
+    Parameters
+    ----------
+    C : array, shape (c, c, ...)
+        Symmetric positive definite, broadcast against the batch.
+    w : array, shape (c, ...)
+    mask : array of bool, shape (c, ...)
+        The set P.
+
+    Returns
+    -------
+    array, shape (c, ...)
+    """
+    xp = namespace(w)
+    c = len(w)
+    keep = mask.astype(w.dtype)
+    if c > UNROLLED:
+        eye = xp.eye(c, dtype=w.dtype)
+        full = xp.moveaxis(xp.broadcast_to(C, (c, *w.shape)), (0, 1), (-2, -1))
+        m = xp.moveaxis(keep, 0, -1)
+        A = full * m[..., None] * m[..., None, :] + eye * (1 - m)[..., None]
+        right = (xp.moveaxis(w, 0, -1) * m)[..., None]
+        return xp.moveaxis(xp.linalg.solve(A, right)[..., 0], -1, 0)
+
+    # L D Lᵀ with unit L; a row outside P is decoupled and has pivot 1.
+    L = [[None] * c for _ in range(c)]
+    pivot = [None] * c
+    x = [None] * c
+    for i in range(c):
+        value = w[i] * keep[i]
+        diagonal = C[i, i] * keep[i] + (1 - keep[i])
+        scaled = []
+        for j in range(i):
+            entry = C[i, j] * (keep[i] * keep[j])
+            for k in range(j):
+                entry = entry - scaled[k] * L[j][k]
+            scaled.append(entry)
+            L[i][j] = entry / pivot[j]
+            diagonal = diagonal - entry * L[i][j]
+            value = value - L[i][j] * x[j]
+        pivot[i] = diagonal
+        x[i] = value
+    out = xp.empty_like(w)
+    for i in reversed(range(c)):
+        value = x[i] / pivot[i]
+        for j in range(i + 1, c):
+            value = value - L[j][i] * out[j]
+        out[i] = value
+    return out
+
+
+def masked_factor_solve(A, B, mask, out):
+    """Solve X_S A_SS = B_S by a factor for each row, with X = 0 outside its set S.
+
+    Parameters
+    ----------
+    A : ndarray, shape (K, K)
+        Symmetric positive definite.
+    B : ndarray, shape (M, K)
+    mask : ndarray of bool, shape (M, K)
+        True = in S.
+    out : ndarray, shape (M, K)
+        Overwritten where in S.
+    """
+    posv = scipy.linalg.get_lapack_funcs("posv", (A,))
+    for m in range(len(B)):
+        kept = np.flatnonzero(mask[m])
+        if not kept.size:
+            continue
+        block = A[kept].take(kept, axis=1)
+        _, solution, info = posv(block.T, B[m, kept], lower=1, overwrite_a=True)
+        if info:
+            raise np.linalg.LinAlgError(
+                f"H: found a block that is not positive definite in row {m}, expected more damping"
+            )
+        out[m, kept] = solution
