@@ -220,7 +220,7 @@ def _check_free(path, force):
             raise OSError(f"{path}: found something that is not a file, expected a path to write")
         if not force:
             raise FileExistsError(
-                f"{path}: found an existing file, expected a new path or force to overwrite it"
+                f"{path}: found an existing file, expected a new path or force (--force)"
             )
 
 

@@ -1,0 +1,52 @@
+"""cuobs hessian"""
+
+import click
+
+import cuobs
+from cuobs import files
+from cuobs.cli import common
+from cuobs.hessian import check_activations
+
+
+@click.command()
+@click.argument("specs", metavar="X...", nargs=-1, required=True)
+@click.option("-o", "--out", metavar="H.npz", required=True, help="Where to write.")
+@click.option("--dtype", metavar="T", help="Add up in float32 or float64.  [float32]")
+@click.option("--device", metavar="D", default="auto", help="auto, cpu or cuda.  [auto]")
+@common.force_option
+def hessian(specs, out, dtype, device, force):
+    """Add up the Hessian of activations X, read in pieces, for 'prune --hessian'.
+
+    An X may also be what this command wrote before, here or on another machine.
+    """
+    common.check_outputs(specs, {"-o": out}, force)
+    files.check_format(out, dtype or "float32")
+    if out.endswith(".npy"):
+        raise ValueError(f"-o: found {out}, expected .npz or .safetensors")
+    parts = [(spec, _load(spec, device)) for spec in specs]
+    sums = [part for _, part in parts if isinstance(part, cuobs.Hessian)]
+    if dtype is None:
+        dtype = "float64" if any(h.matrix.dtype == "float64" for h in sums) else "float32"
+    K = sums[0].K if sums else parts[0][1].shape[-1] if parts[0][1].ndim else 0
+    total = cuobs.Hessian(K, dtype=dtype, device=device)
+    for spec, part in parts:
+        if not isinstance(part, cuobs.Hessian):
+            with common.naming(spec):
+                check_activations(part, K)
+    for spec, part in parts:
+        with common.naming(spec), common.Progress(spec) as progress:
+            if isinstance(part, cuobs.Hessian):
+                total.merge(part)
+            else:
+                total.update(part, progress=progress.callback())
+    total.save(out, force)
+    click.echo(f"tokens   {total.tokens} from {len(parts)} file{'s' * (len(parts) > 1)}")
+    click.echo(f"columns  {K}, {total.tokens / K:.1f} tokens each")
+    click.echo(f"written  {out}")
+
+
+def _load(spec, device):
+    path, key = files.split(spec)
+    if key is None and "hessian" in files.keys(path):
+        return cuobs.Hessian.load(path, device=device)
+    return files.load(spec)

@@ -1,0 +1,71 @@
+"""cuobs patterns, cuobs methods"""
+
+import math
+import re
+import string
+
+import click
+
+import cuobs
+from cuobs.cli import common
+
+LETTERS = string.ascii_letters
+WIDTH = 32
+
+
+@click.command()
+@click.argument("names", metavar="[PATTERN]...", nargs=-1)
+def patterns(names):
+    """Draw one scope of each named pattern, or of those given."""
+    for name in names or cuobs.patterns():
+        pattern = cuobs.pattern.parse(name)
+        click.echo(f"{pattern.label}: {common.keeps(pattern)}")
+        if pattern.name:
+            click.echo(f"  {pattern}")
+        click.echo("")
+        click.echo("\n".join("    " + line for line in drawing(pattern)))
+        click.echo("")
+    click.echo("Each letter is a block of one scope, which competes with the other letters;")
+    click.echo("dots belong to other scopes.")
+
+
+@click.command()
+def methods():
+    """List the methods, what they do and which options they take."""
+    known = cuobs.methods()
+    width = max(map(len, known))
+    for name, method in known.items():
+        click.echo(f"{name:{width}}  {method.summary}")
+        for option in method.options:
+            choices = f" {', '.join(method.orders)}" if option == "order" else ""
+            click.echo(f"{'':{width}}  --{option}{choices}")
+
+
+def drawing(pattern):
+    """The first scope of a pattern where it lies in the weight, as lines of text."""
+    layout = pattern.compile(*_smallest(pattern))
+    rows, columns = layout.rows[0], layout.columns[0]
+    left, right = int(columns.min()), int(columns.max())
+    lines, last = [], None
+    for row in sorted(map(int, rows)):
+        if last is not None and row > last + 1:
+            between = row - last - 1
+            lines.append(f"  ({between} row{'s' * (between > 1)} between)")
+        last = row
+        cells = ["."] * (right - left + 1)
+        blocks = layout.blocks[list(rows).index(row)]
+        for column, block in zip(columns, blocks, strict=True):
+            cells[column - left] = LETTERS[block % len(LETTERS)]
+        more = " ..." if len(cells) > WIDTH else ""
+        lines.append(f"row {row:<3} " + " ".join(cells[:WIDTH]) + more)
+    return lines
+
+
+def _smallest(pattern):
+    """The smallest weight (M, K) that the pattern's view divides."""
+    sizes = {"M": 1, "K": 1}
+    for size, block, scope in zip(pattern.view.shape, pattern.block, pattern.scope, strict=True):
+        if found := re.fullmatch(r"\d*([MK])(?:/(\d+))?", str(size)):
+            symbol, divisor = found.groups()
+            sizes[symbol] = math.lcm(sizes[symbol], int(divisor or 1) * block * scope)
+    return sizes["M"], sizes["K"]

@@ -1,0 +1,27 @@
+"""cuobs verify"""
+
+import sys
+
+import click
+
+import cuobs
+from cuobs import files
+from cuobs.cli import common
+
+
+@click.command()
+@click.argument("w", metavar="W")
+@common.pattern_option
+def verify(w, pattern):
+    """Say whether a weight obeys a pattern; exit code 1 if not."""
+    pattern = cuobs.pattern.parse(pattern)
+    found = cuobs.verify(files.load(w), pattern)
+    if found:
+        click.echo(f"{w} obeys {pattern.label} ({common.keeps(pattern)}) in {found.scopes} scopes")
+        return
+    row, column = found.first
+    click.echo(
+        f"{w} breaks {pattern.label} ({common.keeps(pattern)}) in {found.broken} of "
+        f"{found.scopes} scopes; the first begins at row {row}, column {column}"
+    )
+    sys.exit(1)

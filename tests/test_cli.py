@@ -1,0 +1,537 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner
+
+import cuobs
+from cuobs import files
+from cuobs.cli import common, listing, main
+
+M, K, N = 8, 32, 96
+COMMAND = [sys.executable, "-c", "from cuobs.cli import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def _layer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.save("W.npy", rng.standard_normal((M, K)).astype(np.float16))
+    np.save("X.npy", rng.standard_normal((N, K)).astype(np.float16))
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def refused(*args):
+    """What is said of a command that must fail with one sentence and write nothing."""
+    before = {name: os.stat(name).st_mtime_ns for name in os.listdir(".")}
+    result = run(*args, code=2)
+    assert {name: os.stat(name).st_mtime_ns for name in os.listdir(".")} == before
+    assert result.stdout == ""
+    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr
+
+
+def test_prune_is_what_cuobs_prune_does():
+    result = run("prune", "W.npy", "X.npy", "--pattern", "4:8")
+    W, X = np.load("W.npy"), np.load("X.npy")
+    expected = cuobs.prune(W, X, pattern="4:8")
+    pruned = np.load("W-pruned.npy")
+    assert pruned.dtype == W.dtype
+    np.testing.assert_array_equal(pruned, expected.weight)
+    assert cuobs.verify(pruned, "4:8") and (pruned == 0).sum() == M * K // 2
+    said = dict(line.split(None, 1) for line in result.stdout.splitlines())
+    assert said["method"] == "admm, weights re-solved"
+    assert said["pattern"] == "4:8: keep 2 of 4 pairs"
+    assert said["loss"] == f"{expected.loss:.3%}"
+    assert said["sparsity"] == "50.00%"
+    assert re.fullmatch(r"\d+\.\d\d s", said["time"])
+    assert said["written"] == "W-pruned.npy"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ("--method sparsegpt --refine exact", {"method": "sparsegpt", "refine": "exact"}),
+        ("--method obs-split --splits 2", {"method": "obs-split", "splits": 2}),
+        ("--method true-obs --group 1 --order left",
+         {"method": "true-obs", "group": 1, "order": "left"}),
+        ("--schedule slow --dtype float64", {"schedule": "slow", "dtype": "float64"}),
+        ("--method obs-full --damp 0.5 --device cpu --precision fp32 --memory-limit 1GiB "
+         "--workers 1", {"method": "obs-full", "damp": 0.5}),
+    ],
+)  # fmt: skip
+def test_options_arrive(options, arguments):
+    run("prune", "W.npy", "X.npy", *options.split(), "--report", "r.json")
+    expected = cuobs.prune(np.load("W.npy"), np.load("X.npy"), **arguments)
+    np.testing.assert_array_equal(np.load("W-pruned.npy"), expected.weight)
+    report = json.load(open("r.json"))
+    assert report["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert report["method"] == expected.method and report["refine"] == expected.refine
+    assert report["options"] == expected.options
+
+
+def test_mask_and_report():
+    result = run("prune", "W.npy", "X.npy", "--method", "wanda", "-o", "P.npy",
+                 "--mask-out", "mask.npz", "--report", "r.json")  # fmt: skip
+    mask, pruned = files.load("mask.npz"), np.load("P.npy")
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(np.where(mask, np.load("W.npy"), 0), pruned)
+    report = json.load(open("r.json"))
+    assert report.pop("seconds") > 0
+    assert report.pop("loss") == pytest.approx(
+        cuobs.relative_loss(np.load("W.npy"), pruned, cuobs_hessian()), rel=1e-4
+    )
+    assert report == {
+        "cuobs": cuobs.__version__, "weight": "W.npy", "activations": "X.npy", "hessian": None,
+        "written": "P.npy", "mask": "mask.npz", "shape": [M, K], "dtype": "float16",
+        "method": "wanda", "pattern": str(cuobs.patterns()["2:4"]), "refine": None,
+        "damp": 0.01, "options": {}, "sparsity": 0.5, "device": "cpu",
+    }  # fmt: skip
+    assert result.stdout.count("written") == 3
+
+
+def cuobs_hessian():
+    h = cuobs.Hessian(K)
+    h.update(np.load("X.npy"))
+    return h
+
+
+def test_safetensors_in_and_out():
+    W = np.load("W.npy").astype(ml_dtypes.bfloat16)
+    other = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file({"a.weight": W, "b.weight": other}, "m.safetensors")
+    run("prune", "m.safetensors:a.weight", "X.npy", "--method", "sparsegpt")
+    (item,) = safetensors.numpy.load_file("W-pruned.safetensors").items()
+    assert item[0] == "a.weight"
+    assert item[1].dtype == W.dtype and item[1].shape == W.shape
+    expected = cuobs.prune(W.astype(np.float32), np.load("X.npy"), method="sparsegpt").weight
+    np.testing.assert_array_equal(item[1], expected.astype(W.dtype))
+    assert "obeys" in run("verify", "W-pruned.safetensors", "--pattern", "2:4").stdout
+    assert "expected .safetensors" in refused(
+        "prune", "m.safetensors:a.weight", "X.npy", "-o", "P.npy"
+    )
+
+
+def test_npz_keeps_the_name():
+    np.savez("m.npz", up=np.load("W.npy"), x=np.load("X.npy"))
+    run("prune", "m.npz:up", "m.npz:x", "--method", "magnitude")
+    assert list(np.load("W-pruned.npz")) == ["up"]
+    run("prune", "m.npz:up", "m.npz:x", "--method", "magnitude", "-o", "o.npz:down")
+    assert list(np.load("o.npz")) == ["down"]
+
+
+def test_hessian_of_files_and_of_parts_is_that_of_all_activations():
+    X = np.load("X.npy")
+    np.save("X0.npy", X[:40])
+    np.savez("X1.npz", x=X[40:].reshape(2, -1, K))
+    said = run("hessian", "X0.npy", "X1.npz:x", "-o", "H.npz").stdout
+    assert re.search(rf"tokens +{N} from 2 files", said) and "3.0 tokens each" in said
+    run("hessian", "X0.npy", "-o", "H0.npz")
+    run("hessian", "X1.npz:x", "-o", "H1.npz", "--dtype", "float64")
+    run("hessian", "H0.npz", "H1.npz", "-o", "H01.npz")
+    run("hessian", "H0.npz", "X1.npz", "-o", "H0x.npz")
+    expected = X.astype(np.float64).T @ X.astype(np.float64)
+    for name in ("H.npz", "H01.npz", "H0x.npz"):
+        h = cuobs.Hessian.load(name)
+        assert h.tokens == N
+        np.testing.assert_allclose(h.matrix, expected, rtol=1e-5, atol=1e-4)
+    assert cuobs.Hessian.load("H01.npz").matrix.dtype == np.float64
+
+
+def test_prune_by_hessian():
+    run("hessian", "X.npy", "-o", "H.npz")
+    np.save("H.npy", cuobs_hessian().matrix)
+    run("prune", "W.npy", "X.npy")
+    expected = np.load("W-pruned.npy")
+    for hessian in ("H.npz", "H.npy"):
+        run("prune", "W.npy", "--hessian", hessian, "-o", "P.npy", "--force")
+        np.testing.assert_array_equal(np.load("P.npy"), expected)
+
+
+def test_force_overwrites():
+    for method in ("magnitude", "wanda"):
+        run("prune", "W.npy", "X.npy", "--method", method, "--force")
+    expected = cuobs.prune(np.load("W.npy"), np.load("X.npy"), method="wanda").weight
+    np.testing.assert_array_equal(np.load("W-pruned.npy"), expected)
+    run("prune", "W.npy", "X.npy", "--method", "wanda", "-o", "W.npy", "--force")
+    np.testing.assert_array_equal(np.load("W.npy"), expected)
+
+
+def bad_files():
+    W, X = np.load("W.npy"), np.load("X.npy")
+    np.save("cube.npy", W[None])
+    np.save("narrow.npy", X[:, :-1])
+    np.save("integer.npy", W.astype(np.int32))
+    np.save("complex.npy", W.astype(np.complex64))
+    np.save("none.npy", W[:0])
+    np.save("odd.npy", W[:, :-1])
+    np.save("object.npy", np.array([None]), allow_pickle=True)
+    open("short.npy", "wb").write(open("W.npy", "rb").read()[:-2])
+    for name, value in (("nan", np.nan), ("inf", np.inf)):
+        A = W.copy()
+        A[3, 5] = A[4, 1] = value
+        np.save(f"{name}.npy", A)
+        A = X.copy()
+        A[70, 9] = value
+        np.save(f"X{name}.npy", A)
+    np.savez("parts.npz", a=W, b=W)
+    np.save("old.npy", W)
+    np.save("skew.npy", X[:K])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("missing.npy X.npy", r"missing\.npy: no such file"),
+        ("W.npy missing.npy", r"missing\.npy: no such file"),
+        ("W.npy --hessian missing.npz", r"missing\.npz: no such file"),
+        ("W.npy", r"X.*hessian"),
+        ("W.npy X.npy --hessian skew.npy", r"X.*hessian"),
+        ("object.npy X.npy", r"object\.npy: found pickled"),
+        ("short.npy X.npy", r"short\.npy: found 510 bytes .*expected 512"),
+        ("W.npy short.npz", r"short\.npz: no such file"),
+        ("parts.npz X.npy", r"parts\.npz: found 2 arrays \(a, b\)"),
+        ("parts.npz:c X.npy", r"parts\.npz: found no array 'c'"),
+        ("cube.npy X.npy", r"W: found .*expected 2"),
+        ("W.npy narrow.npy", r"X: found 31 features, expected K=32"),
+        ("integer.npy X.npy", r"W: found dtype int32, expected float16"),
+        ("complex.npy X.npy", r"W: found dtype complex64"),
+        ("W.npy integer.npy", r"X: found dtype int32"),
+        ("none.npy X.npy", r"W: found shape \(0, 32\)"),
+        ("W.npy none.npy", r"X: found shape \(0, 32\)"),
+        ("nan.npy X.npy", r"W: found 2 .*first at \(3, 5\)"),
+        ("inf.npy X.npy", r"W: found 2 .*first at \(3, 5\)"),
+        ("W.npy Xnan.npy", r"X: found 1 .*first at \(70, 9\)"),
+        ("W.npy Xinf.npy", r"X: found 1 .*first at \(70, 9\)"),
+        ("odd.npy narrow.npy", r"2:4.*does not divide.*\(8, 31\)"),
+        ("W.npy --hessian skew.npy", r"hessian: found .*symmetric"),
+        ("W.npy X.npy --pattern coupled-24", r"pattern: found 'coupled-24'.*nearest: coupled-2:4"),
+        ("W.npy X.npy --method sparse-gpt", r"method: found 'sparse-gpt'.*nearest: sparsegpt"),
+        ("W.npy X.npy --method true-obs --order gaps", r"order: found 'gaps'.*nearest: gap"),
+        ("W.npy X.npy --method wanda --splits 4", r"splits: .*wanda"),
+        ("W.npy X.npy --damp -1", r"damp: found -1"),
+        ("W.npy X.npy --dtype float16", r"dtype: found 'float16'"),
+        ("W.npy X.npy --device gpu", r"device: found 'gpu'"),
+        ("W.npy X.npy --refine twice", r"refine: found 'twice'"),
+        ("W.npy X.npy --memory-limit lots", r"memory_limit: found 'lots'"),
+        ("W.npy X.npy -o old.npy", r"old\.npy: found an existing file.*--force"),
+        ("W.npy X.npy --mask-out old.npy", r"old\.npy: found an existing file"),
+        ("W.npy X.npy --report old.npy", r"old\.npy: found an existing file"),
+        ("W.npy X.npy -o W.npy", r"-o: found the input W\.npy"),
+        ("W.npy X.npy --report X.npy", r"--report: found the input X\.npy"),
+        ("W.npy X.npy -o a.npy --mask-out ./a.npy", r"--mask-out: found \./a\.npy, which -o"),
+        ("W.npy X.npy -o no/a.npy", r"no/a\.npy: found no folder no"),
+        ("W.npy X.npy -o a.txt", r"a\.txt: found '\.txt', expected \.npy"),
+        ("W.npy X.npy --mask-out a", r"a: found no ending, expected \.npy"),
+        ("W.npy few.npy --damp 0", r"positive definite"),
+    ],
+)
+def test_prune_refuses(arguments, said):
+    bad_files()
+    np.save("few.npy", np.load("X.npy")[: K // 2])
+    assert re.search(said, refused("prune", *arguments.split()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("compare W.npy X.npy --rst old.npy", r"old\.npy: found an existing file"),
+        ("compare W.npy X.npy --json no/a", r"no/a: found no folder no"),
+        ("compare W.npy X.npy --plot a.txt", r"a\.txt: found \.txt, expected \.png"),
+        ("compare W.npy X.npy --method wandas", r"found 'wandas'.*nearest: wanda"),
+        ("hessian X.npy narrow.npy -o H.npz", r"narrow\.npy: X: found 31 features"),
+        ("hessian X.npy Xnan.npy -o H.npz", r"Xnan\.npy: X: found 1 .*first at \(70, 9\)"),
+        ("hessian X.npy -o H.npy", r"-o: found H\.npy, expected \.npz"),
+        ("hessian X.npy -o parts.npz", r"parts\.npz: found an existing file"),
+        ("hessian parts.npz -o H.npz", r"parts\.npz: found 2 arrays"),
+        ("hessian X.npy -o H.npz --dtype float16", r"dtype: found 'float16'"),
+        ("verify W.npy --pattern 3:5", r"does not divide"),
+        ("verify short.npy", r"short\.npy: found 510 bytes"),
+        ("patterns 5:4", r"keep: found 5"),
+    ],
+)
+def test_the_other_commands_refuse(arguments, said):
+    bad_files()
+    assert re.search(said, refused(*arguments.split()))
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    folder = "/proc"  # where root can't make a file either
+    if os.geteuid():
+        folder = "locked"
+        os.mkdir(folder)
+        os.chmod(folder, 0o555)
+    assert f"{folder}/P.npy: found that it can't be written" in refused(
+        "prune", "W.npy", "X.npy", "-o", f"{folder}/P.npy"
+    )
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "W-pruned.npy: found that it can't be written (No space left" in refused(
+        "prune", "W.npy", "X.npy", "--method", "wanda"
+    )
+
+
+def test_verify():
+    assert run("verify", "W.npy", code=1).stdout == (
+        "W.npy breaks 2:4 (keep 2 of 4) in 64 of 64 scopes; the first begins at row 0, column 0\n"
+    )
+    W = np.zeros((16, 32))
+    W[1, 16:20] = [1, 0, 2, 3]
+    np.save("V.npy", W)
+    assert "in 1 of 128 scopes; the first begins at row 1, column 16" in run(
+        "verify", "V.npy", "--pattern", "2:4", code=1
+    ).stdout
+    assert run("verify", "V.npy", "--pattern", "block16-row8").stdout == (
+        "V.npy obeys block16-row8 (keep 1 of 2 blocks of 16) in 16 scopes\n"
+    )
+
+
+def test_compare():
+    result = run("compare", "W.npy", "X.npy", "--pattern", "4:8", "--rst", "t.rst", "--json",
+                 "t.json", "--plot", "p.png")  # fmt: skip
+    lines = result.stdout.splitlines()
+    names = list(cuobs.methods())
+    assert [line.split()[0] for line in lines[2 : 2 + len(names)]] == names
+    table = json.load(open("t.json"))
+    for line, row in zip(lines[2:], table["rows"], strict=False):
+        assert line.split()[:3] == [row["method"], f"{100 * row['loss']:.3f}",
+                                    f"{row['ratio']:.3f}"]  # fmt: skip
+    rst = open("t.rst").read().splitlines()
+    assert rst[1] == lines[0] and rst[3:-1] == lines[2 : 2 + len(names)]
+    assert open("p.png", "rb").read(4) == b"\x89PNG"
+    some = run("compare", "W.npy", "X.npy", "--method", "wanda", "--method", "admm").stdout
+    assert [line.split()[0] for line in some.splitlines()[2:]] == ["wanda", "admm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("2:4", ["row 0   a b c d"]),
+        ("4:8", ["row 0   a a b b c c d d"]),
+        ("1:2x3", ["row 0   a a a b b b"]),
+        ("coupled-2:4", ["row 0   a b c d . . . . a b c d"]),
+        ("block16-row8",
+         ["row 0   " + " ".join("a" * 16), "  (7 rows between)", "row 8   " + " ".join("b" * 16)]),
+        ("view=(M/2,2,K):(2K,K,1) block=(1,1,2) scope=(1,2,2) keep=1",
+         ["row 0   a a b b", "row 1   c c d d"]),
+        ("1:2x40", ["row 0   " + " ".join("a" * 32) + " ..."]),
+    ],
+)  # fmt: skip
+def test_drawings(name, lines):
+    assert listing.drawing(cuobs.pattern.parse(name)) == lines
+    assert "\n".join("    " + line for line in lines) in run("patterns", name).stdout
+
+
+def test_patterns_and_methods_are_all_listed():
+    said = run("patterns").stdout
+    for name, pattern in cuobs.patterns().items():
+        assert f"{name}: keep {pattern.keep} of " in said and f"  {pattern}\n" in said
+    said = run("methods").stdout
+    for name, method in cuobs.methods().items():
+        assert re.search(rf"^{name} +{re.escape(method.summary)}$", said, re.MULTILINE)
+    assert "--order gap, left" in said
+
+
+def test_a_new_method_and_a_new_pattern_need_no_change_here(monkeypatch):
+    methods, pattern = sys.modules["cuobs.methods"], sys.modules["cuobs.pattern"]
+    new = methods.methods()["wanda"]._replace(name="novel", summary="brand new")
+    monkeypatch.setattr(methods, "_METHODS", (*methods._METHODS, new))
+    monkeypatch.setitem(pattern._NAMED, "thirds", cuobs.Pattern(scope=(1, 8), keep=3,
+                                                                name="thirds"))  # fmt: skip
+    run("prune", "W.npy", "X.npy", "--method", "novel", "--pattern", "thirds")
+    assert cuobs.verify(np.load("W-pruned.npy"), "thirds")
+    assert "brand new" in run("methods").stdout
+    assert "thirds: keep 3 of 8" in run("patterns").stdout
+    assert "novel" in run("compare", "W.npy", "X.npy").stdout
+
+
+def test_info_without_cupy(monkeypatch):
+    from cuobs import arrays
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    arrays.cupy_fault.cache_clear()
+    said = run("info").stdout.splitlines()
+    arrays.cupy_fault.cache_clear()
+    assert f"numpy        {np.__version__}" in said
+    (device,) = (line for line in said if line.startswith("device"))
+    assert "CuPy is not installed: pip install 'cuobs[cuda" in device
+    assert "kernels      not tried without a device" in said
+
+
+class Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_tells_the_time_left():
+    now, terminal = [100.0], Terminal()
+    with common.Progress("admm", terminal, lambda: now[0]) as progress:
+        show = progress.callback()
+        show(1, 10)
+        assert terminal.text.endswith("admm   10%")
+        now[0] += 10.0
+        show(2, 10)
+        assert terminal.text.endswith("admm   20%  1:20 left")
+        now[0] += 0.01
+        before = terminal.text
+        show(3, 10)
+        assert terminal.text == before  # not faster than one can read
+        now[0] += 5000
+        show(4, 10)
+        assert terminal.text.endswith("admm   40%  2:47:00 left")
+        show(1, 50)  # another stage: the old pace is no guide
+        assert terminal.text.endswith("admm    2%")
+    assert terminal.text.endswith("\r\x1b[K")
+
+
+def test_progress_is_silent_elsewhere(capsys):
+    with common.Progress("admm") as progress:
+        assert progress.callback() is None
+    assert capsys.readouterr().err == ""
+
+
+def start(*args, **kwargs):
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([*COMMAND, *args], env=environment, **kwargs)
+
+
+def test_a_pipe_gets_the_result_and_nothing_else():
+    with start("prune", "W.npy", "X.npy", "--method", "true-obs",
+               stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        out, err = process.communicate()
+    assert process.returncode == 0 and err == b""
+    assert b"\r" not in out and b"\x1b" not in out and b"W-pruned.npy" in out
+
+
+def on_terminal(*args):
+    master, slave = pty.openpty()
+    with start(*args, stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        out, seen = process.stdout.read(), b""
+        try:
+            while chunk := os.read(master, 4096):
+                seen += chunk
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(master)
+    return process.returncode, out, seen
+
+
+def test_a_terminal_gets_progress():
+    rng = np.random.default_rng(1)
+    np.save("big.npy", rng.standard_normal((64, K)))
+    code, out, seen = on_terminal("prune", "big.npy", "X.npy", "--method", "true-obs",
+                                  "--group", "1", "--workers", "1")  # fmt: skip
+    assert code == 0 and b"\x1b" not in out
+    assert re.search(rb"true-obs +\d+%", seen)
+    assert seen.endswith(b"\r\x1b[K")
+
+
+def test_ctrl_c_leaves_nothing():
+    rng = np.random.default_rng(1)
+    np.save("W1.npy", rng.standard_normal((2048, 512)).astype(np.float32))
+    np.save("X1.npy", rng.standard_normal((1024, 512)).astype(np.float32))
+    before = sorted(os.listdir("."))
+    master, slave = pty.openpty()
+    with start("prune", "W1.npy", "X1.npy", "--method", "true-obs", "--group", "1",
+               stdout=subprocess.PIPE, stderr=slave) as process:  # fmt: skip
+        os.close(slave)
+        seen = b""
+        while b"%" not in seen:  # it is at work
+            seen += os.read(master, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stdout.read() == b""
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert b"Stopped." in seen and b"Traceback" not in seen
+    assert sorted(os.listdir(".")) == before
+
+
+SLOW_WRITE = """
+import sys, time
+import numpy as np
+from cuobs import cli, files
+write = np.lib.format.write_array
+def slow(f, array, **kwargs):
+    write(f, array, **kwargs)
+    f.flush()
+    print("half", flush=True)
+    time.sleep(60)
+np.lib.format.write_array = slow
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_writing_the_old_file_is_whole(stop):
+    old = open("W.npy", "rb").read()
+    before = sorted(os.listdir("."))
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_WRITE, "prune", "W.npy", "X.npy", "--method", "wanda",
+         "-o", "W.npy", "--force"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(stop)
+        process.wait(60)
+    assert open("W.npy", "rb").read() == old
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert sorted(os.listdir(".")) == before
+
+
+def test_a_closed_pipe_is_no_error():
+    process = subprocess.run(
+        " ".join(f"'{a}'" for a in COMMAND) + " methods | head -1",
+        shell=True, capture_output=True, check=True,
+    )  # fmt: skip
+    assert process.stderr == b"" and process.stdout.startswith(b"magnitude")
+
+
+def test_the_activations_are_never_in_memory_whole():
+    K, size = 64, 2**29
+    np.save("W1.npy", np.random.default_rng(0).standard_normal((4, K)).astype(np.float16))
+    # a file with a hole: it takes no space on the disk
+    X = np.lib.format.open_memmap("X1.npy", "w+", np.float16, (size // (2 * K), K))
+    X[: 2 * K] = np.random.default_rng(1).standard_normal((2 * K, K))
+    del X
+    code = (
+        "import resource; import cuobs.cli\n"
+        f"resource.setrlimit(resource.RLIMIT_DATA, ({size}, {size}))\n"
+        "cuobs.cli.main('prune W1.npy X1.npy --method sparsegpt --workers 1'.split())"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert cuobs.verify(np.load("W-pruned.npy"), "2:4")
