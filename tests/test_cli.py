@@ -377,6 +377,54 @@ def test_info_without_cupy(monkeypatch):
     assert "kernels      not tried without a device" in said
 
 
+class FakeCupy:
+    """A CuPy with one device and a compiler that says what it is told to."""
+
+    __version__ = "14.0.1"
+
+    def __init__(self, fault):
+        self.cuda, self.runtime, self.fault = self, self, fault
+
+    def getDeviceCount(self):
+        return 1
+
+    def getDevice(self):
+        return 0
+
+    def getDeviceProperties(self, device):
+        return {"name": b"Test GPU"}
+
+    def memGetInfo(self):
+        return 3 * 2**30, 8 * 2**30
+
+    def RawKernel(self, code, name):
+        assert name in code
+        return self
+
+    def compile(self):
+        if self.fault:
+            raise RuntimeError(self.fault)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("", "compile"),
+        ("\nprobe.cu(2): cannot open source file\nmore",
+         "do not compile (probe.cu(2): cannot open source file): pip install"),
+    ],
+)  # fmt: skip
+def test_info_with_a_device(fault, said, monkeypatch):
+    from cuobs import arrays
+
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(fault))
+    monkeypatch.setattr(arrays, "cupy_fault", lambda: "")
+    lines = run("info").stdout.splitlines()
+    assert "device       Test GPU, 3.0 of 8.0 GiB free, CuPy 14.0.1" in lines
+    assert lines[-1].startswith(f"kernels      {said}")
+    assert (lines[-1] == "kernels      compile") is (not fault)
+
+
 class Terminal:
     def __init__(self):
         self.text = ""

@@ -9,7 +9,7 @@ from cuobs import files
 from cuobs.cli import common
 
 
-@click.command()
+@click.command(short_help="Set methods side by side on a layer.")
 @common.layer_arguments
 @common.pattern_option
 @click.option(

@@ -8,7 +8,7 @@ from cuobs.cli import common
 from cuobs.hessian import check_activations
 
 
-@click.command()
+@click.command(short_help="Add up the Hessian of activations.")
 @click.argument("specs", metavar="X...", nargs=-1, required=True)
 @click.option("-o", "--out", metavar="H.npz", required=True, help="Where to write.")
 @click.option("--dtype", metavar="T", help="Add up in float32 or float64.  [float32]")

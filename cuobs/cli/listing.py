@@ -13,7 +13,7 @@ LETTERS = string.ascii_letters
 WIDTH = 32
 
 
-@click.command()
+@click.command(short_help="Draw the patterns.")
 @click.argument("names", metavar="[PATTERN]...", nargs=-1)
 def patterns(names):
     """Draw one scope of each named pattern, or of those given."""
@@ -29,7 +29,7 @@ def patterns(names):
     click.echo("dots belong to other scopes.")
 
 
-@click.command()
+@click.command(short_help="List the methods and their options.")
 def methods():
     """List the methods, what they do and which options they take."""
     known = cuobs.methods()

@@ -9,7 +9,7 @@ from cuobs import files
 from cuobs.cli import common
 
 
-@click.command()
+@click.command(short_help="Prune a weight.")
 @common.layer_arguments
 @common.pattern_option
 @click.option(
