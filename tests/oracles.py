@@ -20,6 +20,10 @@ NAMED = {
 }
 
 
+# "Few masks" are at most this many; scopes with more are pruned by the separable costs of blocks.
+FEW = 128
+
+
 # Patterns
 
 
@@ -156,10 +160,10 @@ def exact(target, Hl, mask):
 # Choosing
 
 
-def separable(score, s):
+def separable(score, s, groups=None):
     """Mask that prunes, in every scope, the blocks whose summed (M, K) score is smallest."""
     mask = np.ones(score.shape, bool)
-    for columns in s.columns:
+    for columns in s.columns if groups is None else s.columns[groups]:
         inside = score[s.rows][:, :, columns]
         total = np.stack([inside[:, s.blocks == b].sum(-1) for b in range(s.count)], -1)
         lost = np.argsort(total, axis=-1, kind="stable")[:, : s.count - s.keep]
@@ -171,18 +175,25 @@ def separable(score, s):
 def choice_costs(w, C, s):
     """Cost of losing each choice of blocks in one scope.
 
-    w is (..., r, c), C (..., r, c, c); the result is (..., choices). The cost of rows adds.
+    w is (..., r, c), C (..., r, c, c); the result is (..., choices). The cost of rows adds. Where
+    there are too many choices to try, the cost of a choice is the sum of its blocks' own.
     """
-    costs = []
-    for lost in s.choices:
-        gone = np.isin(s.blocks, lost)
-        cost = 0.0
-        for i in range(len(s.blocks)):
-            P = np.flatnonzero(gone[i])
-            wp = w[..., i, P][..., None]
-            cost = cost + (wp * np.linalg.solve(C[..., i, :, :][..., P[:, None], P], wp)).sum((-2, -1))
-        costs.append(cost)
-    return np.stack(costs, -1)
+    if len(s.choices) > FEW:
+        alone = np.stack([removal_cost(w, C, s, [b]) for b in range(s.count)], -1)
+        return alone[..., np.array(s.choices)].sum(-1)
+    return np.stack([removal_cost(w, C, s, lost) for lost in s.choices], -1)
+
+
+def removal_cost(w, C, s, lost):
+    """w_P (C_PP)^-1 w_P^T of the blocks `lost`, summed over the rows of the scope."""
+    gone = np.isin(s.blocks, lost)
+    cost = 0.0
+    for i in range(len(s.blocks)):
+        P = np.flatnonzero(gone[i])
+        wp = w[..., i, P][..., None]
+        C_PP = C[..., i, P[:, None], P]
+        cost = cost + (wp * np.linalg.solve(C_PP, wp)).sum((-2, -1))
+    return cost
 
 
 def lost_columns(s, choice):
@@ -192,12 +203,10 @@ def lost_columns(s, choice):
 
 def shared_costs(W, C, s, groups):
     """(R, len(groups), choices) costs under one C for all rows."""
-    out = []
-    for g in groups:
-        columns = s.columns[g]
-        Cg = np.broadcast_to(C[np.ix_(columns, columns)], (1, s.rows.shape[1], len(columns), len(columns)))
-        out.append(choice_costs(W[s.rows][:, :, columns], Cg, s))
-    return np.stack(out, 1)
+    at = s.columns[groups]
+    blocks = C[at[:, :, None], at[:, None, :]][:, None]
+    blocks = np.broadcast_to(blocks, (len(groups), s.rows.shape[1], *blocks.shape[2:]))
+    return choice_costs(W[s.rows][:, :, at].transpose(0, 2, 1, 3), blocks, s)
 
 
 def pruned_of(s, costs, groups, M, K):
@@ -283,15 +292,14 @@ def sparsegpt(target, Hl, s):
     C = np.linalg.inv(Hl)
     W = target.copy()
     mask = np.ones(W.shape, bool)
-    for columns in s.columns:
-        pivots, ahead = [], C
-        for j in columns:
+    for g, columns in enumerate(s.columns):
+        pivots, ahead = [], C[np.ix_(columns, columns)]
+        for j in range(len(columns)):
             pivots.append(ahead[j, j])
-            if j != columns[-1]:
-                ahead = eliminate(ahead, [j])
+            ahead = eliminate(ahead, [j])
         score = np.zeros(W.shape)
         score[:, columns] = W[:, columns] ** 2 / np.array(pivots)
-        mask[:, columns] = separable(score, s)[:, columns]
+        mask[:, columns] = separable(score, s, [g])[:, columns]
         for j in columns:
             error = np.where(mask[:, j], 0, W[:, j]) / C[j, j]
             W -= np.outer(error, C[j])
@@ -336,11 +344,11 @@ def true_obs(target, Hl, s, group, order="gap"):
         C = [C0.copy() for _ in rows]
         left = list(every) if order != "shared" else list(shared)
         while left:
-            costs = np.stack([
-                choice_costs(W[np.ix_(rows, s.columns[g])],
-                             np.stack([c[np.ix_(s.columns[g], s.columns[g])] for c in C]), s)
-                for g in left
-            ])
+            at = s.columns[left]
+            costs = choice_costs(
+                np.stack([W[i][at] for i in rows], 1),
+                np.stack([c[at[:, :, None], at[:, None, :]] for c in C], 1), s
+            )
             ranked = np.sort(costs, -1)
             key = {
                 "left": lambda: np.zeros(len(left)),
@@ -364,46 +372,59 @@ def true_obs(target, Hl, s, group, order="gap"):
     return W, ~gone, cost
 
 
-def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, least=30, most=1000):
-    """ADMM with a new inverse for every rho; returns the mask and the number of iterations."""
+def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300, corrected=False):
+    """ADMM; returns the mask and the number of steps.
+
+    With `corrected`, the inverse is renewed only when rho has doubled, and in between that of the
+    older rho corrects the last B by one residual.
+    """
     scale = np.sqrt(np.diag(Hl))
     Ws = target * scale
     Hs = Hl / np.outer(scale, scale)
+    eye = np.eye(len(Hs))
     G = Ws @ Hs
     V = np.zeros_like(Ws)
-    mask = separable(Ws**2, s)
+    mask = last = separable(Ws**2, s)
     D = Ws * mask
-    inverse = np.linalg.inv(Hs + rho * np.eye(len(Hs)))
-    last, pruned = mask, (~mask).sum()
+    B, inverse, inverse_rho = None, None, 0
     for step in range(1, most + 1):
-        B = (G - V + rho * D) @ inverse
+        right = G - V + rho * D
+        if inverse_rho != rho and not (corrected and 0 < inverse_rho and rho < 2 * inverse_rho):
+            inverse, inverse_rho = np.linalg.inv(Hs + rho * eye), rho
+            B = right @ inverse
+        elif corrected:
+            B = B + (right - B @ (Hs + rho * eye)) @ inverse
+        else:
+            B = right @ inverse
         mask = separable((B + V / rho) ** 2, s)
         D = (B + V / rho) * mask
         V = V + rho * (B - D)
         if step % every == 0:
-            changed = (mask != last).sum() / pruned
+            changed = (mask != last).sum() / (~mask).sum()
             last = mask
-            if step >= least and changed < 0.0003:
+            if step >= 30 and changed < 0.0003:
                 break
             rho *= growth[0] if changed > 0.1 else growth[1] if changed > 0.005 else growth[2]
-            inverse = np.linalg.inv(Hs + rho * np.eye(len(Hs)))
     return separable(B**2, s), step
 
 
+def mask_costs(target, Hl, masks):
+    """Least damped cost of one row of weights, (K,), for each of the masks, (n, K)."""
+    kept = masks.astype(float)
+    eye = np.eye(len(Hl))
+    A = Hl * kept[:, :, None] * kept[:, None, :] + eye * (1 - kept)[:, None, :]
+    D = np.linalg.solve(A, ((target @ Hl) * kept)[..., None])[..., 0] - target
+    return np.einsum("nk,nk->n", D @ Hl, D)
+
+
 def optimum(target, Hl, s):
-    """Brute force over all masks: the least damped cost of every group of rows."""
-    G = target @ Hl
-    best = []
-    for rows in s.rows:
-        least = np.inf
-        for choice in itertools.product(range(len(s.choices)), repeat=len(s.columns)):
-            cost = 0.0
-            for k, i in enumerate(rows):
-                lost = np.concatenate([s.columns[g][lost_columns(s, c)[k]] for g, c in enumerate(choice)])
-                S = np.setdiff1d(np.arange(len(Hl)), lost)
-                w = np.zeros(len(Hl))
-                w[S] = np.linalg.solve(Hl[np.ix_(S, S)], G[i, S])
-                cost += (w - target[i]) @ Hl @ (w - target[i])
-            least = min(least, cost)
-        best.append(least)
-    return np.array(best)
+    """Brute force over all masks: the least damped cost of each group of rows."""
+    every = list(itertools.product(range(len(s.choices)), repeat=len(s.columns)))
+    masks = np.ones((len(every), s.rows.shape[1], len(Hl)), bool)
+    for n, choice in enumerate(every):
+        for columns, lost in zip(s.columns, choice):
+            masks[n][:, columns] = ~lost_columns(s, lost)
+    return np.array([
+        sum(mask_costs(target[i], Hl, masks[:, k]) for k, i in enumerate(rows)).min()
+        for rows in s.rows
+    ])

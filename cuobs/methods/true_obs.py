@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cuobs.arrays import namespace
 from cuobs.batches import run_batches
 from cuobs.methods.obs_ordered import default_group
@@ -95,7 +97,9 @@ def _prune_rows(W, C, layout, group, order, rank):
     every = xp.arange(R)[:, None]
     for done in range(0, G, group):
         size = min(group, G - done)
-        blocks, best, gap = choose(candidate_costs(rows.w, rows.D, layout), layout)
+        # Of finished scopes nothing is left in D, and their costs are not used.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            blocks, best, gap = choose(candidate_costs(rows.w, rows.D, layout), layout)
         key = {"largest": -best, "smallest": best, "gap": -gap}.get(order, rank[rows.scopes])
         key = xp.where(rows.live, key, xp.inf)
         chosen = xp.argsort(key, axis=1, kind="stable")[:, :size]

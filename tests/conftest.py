@@ -1,0 +1,33 @@
+"""Fixtures: the array namespaces, and the example layer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cuobs import arrays
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """The test's body runs on NumPy and, where a CUDA device is found, on CuPy."""
+    if request.param == "numpy":
+        return np
+    if fault := arrays.cupy_fault():
+        pytest.skip(fault)
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(scope="session")
+def example():
+    """W (576, 1536) and X (4096, 1536) of the example layer, float16, memory-mapped."""
+    return np.load(EXAMPLE / "W.npy", mmap_mode="r"), np.load(EXAMPLE / "X.npy", mmap_mode="r")
+
+
+def pytest_configure(config):
+    # A division by zero or an overflow inside a method is a bug even where the result is right.
+    config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
