@@ -74,12 +74,12 @@ def _literal(value):
     return str(int(value))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(file, function, options):
     return _module(file, options).get_function(function)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(file, options):
     import cupy
 
