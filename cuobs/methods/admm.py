@@ -23,7 +23,7 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = {
-    "default": Schedule(0.2, (1.05, 1.03, 1.03)),
+    "default": Schedule(0.1, (1.08, 1.05, 1.03)),
     "slow": Schedule(0.1, (1.04, 1.02, 1.02)),
 }
 MIN_STEPS = 30
@@ -65,6 +65,7 @@ def admm(problem, schedule="default"):
         right = rho * D
         right -= V
         right += G
+        # The correction converges only while ρ is below twice that of the inverse.
         if inverted == 0 or rho >= 2 * inverted:
             inverted = rho
             A = inverse(_shifted(H, rho))
