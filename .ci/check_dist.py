@@ -1,0 +1,22 @@
+"""Check what a wheel and an sdist hold: the kernels, and no top-level package but cuobs."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+expected = {f"cuobs/ops/kernels/{path.name}" for path in Path("cuobs/ops/kernels").glob("*.cu*")}
+for archive in sys.argv[1:]:
+    if archive.endswith(".whl"):
+        names = set(zipfile.ZipFile(archive).namelist())
+        top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith("-info")}
+        if top != {"cuobs"}:
+            sys.exit(f"{archive}: found the top-level names {sorted(top)}, expected cuobs alone")
+    else:
+        # An sdist has one folder above everything.
+        names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    if missing := expected - names:
+        sys.exit(f"{archive}: {sorted(missing)} are missing")
+    if "cuobs/cli/__init__.py" not in names:
+        sys.exit(f"{archive}: the command line is missing")
+    print(f"{Path(archive).name}: {len(names)} files, {len(expected)} kernel sources among them")
