@@ -18,7 +18,8 @@ def recipe(name):
     return "\n".join(line[3:] for line in lines)
 
 
-def test_a_method_is_one_function_and_one_registry_line(monkeypatch, rng):
+def test_a_method_is_one_function_and_one_registry_line(monkeypatch):
+    rng = np.random.default_rng(0)
     scope = {"Method": cuobs.methods.Method}
     exec(recipe("method"), scope)
     entry = eval(recipe("registry").strip(), scope)
@@ -35,7 +36,8 @@ def test_a_method_is_one_function_and_one_registry_line(monkeypatch, rng):
     assert (result.mask == np.tile([False, False, True, True], (8, 8))).all()
 
 
-def test_a_pattern_is_one_line(monkeypatch, rng):
+def test_a_pattern_is_one_line(monkeypatch):
+    rng = np.random.default_rng(0)
     line = re.search(r'^    ("1:4": Pattern\(.*\)),$', PAGE, re.MULTILINE)[1]
     added = eval("{" + line + "}", {"Pattern": cuobs.Pattern})
     monkeypatch.setattr(cuobs.pattern, "_NAMED", {**cuobs.pattern._NAMED, **added})

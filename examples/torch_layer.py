@@ -1,0 +1,26 @@
+"""Prune a layer of a PyTorch model in place, from the activations that a hook collects."""
+
+import torch
+
+import cuobs
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = torch.nn.Sequential(
+    torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)
+).to(device)
+batches = [torch.randn(64, 256, device=device) for _ in range(32)]
+
+layer = model[2]
+hessian = cuobs.Hessian(layer.in_features, device="auto")
+hook = layer.register_forward_pre_hook(lambda module, args: hessian.update(args[0]))
+with torch.no_grad():
+    for batch in batches:
+        model(batch)
+hook.remove()
+
+result = cuobs.prune(layer.weight, hessian=hessian, pattern="2:4")
+with torch.no_grad():
+    layer.weight.copy_(result.weight)
+print(f"{result.method}: loss {100 * result.loss:.2f}%, sparsity {result.sparsity:.0%}, "
+      f"{result.seconds:.2f} s on {result.device}")
