@@ -145,7 +145,7 @@ def check_symmetric(H, K):
     largest = float(xp.abs(H.diagonal()).max())
     # Rounding in another program's product; a matrix of something else fails by far more.
     tolerance = 1e-2 if H.dtype.itemsize < 4 else 1e-4
-    probe = xp.random.default_rng(0).standard_normal(K).astype(np.float64)
+    probe = xp.asarray(np.random.default_rng(0).standard_normal(K), xp.result_type(H, "float32"))
     difference = H @ probe - probe @ H
     if float(xp.abs(difference).max()) > tolerance * largest * K**0.5:
         raise ValueError("hessian: found a matrix that is not symmetric, expected XᵀX")

@@ -33,7 +33,9 @@ class Result:
     sparsity : float
         Share of elements of `weight` that are exactly zero.
     seconds : float
-        From the arrays that came in to those that go out.
+        From the Hessian to the pruned weights, the measurement of the loss apart.
+    hessian_seconds : float
+        What the Hessian took: reading X and its products, or checking the one that came.
     method : str
     pattern : Pattern
     refine : str or None
@@ -52,6 +54,7 @@ class Result:
     loss: float
     sparsity: float
     seconds: float
+    hessian_seconds: float
     method: str
     pattern: Pattern
     refine: str | None
@@ -153,7 +156,6 @@ def prune(
     >>> bool(cuobs.verify(result.weight, "2:4"))
     True
     """
-    begin = time.perf_counter()
     with arrays.stream_of(W, X, hessian):
         chosen, options = _check_options(
             method, splits=splits, group=group, order=order, schedule=schedule
@@ -176,18 +178,40 @@ def prune(
         if target is not None:
             target = validation.matrix("target", target, weight.shape)
         xp = arrays.choose(device, W, X)
+        began = time.perf_counter()
         H = hessian_of(weight.shape[1], X, hessian, dtype, xp)
+        hessian_seconds = _since(began, xp)
 
+        began = time.perf_counter()
         base = arrays.asarray(weight, xp, dtype)
         goal = base if target is None else arrays.asarray(target, xp, dtype)
-        problem = Problem.build(goal, H, layout, damp, settings)
-        pruned = chosen.function(problem, **options)
-        exact = refine == "exact" or chosen.resolves
-        new = resolve(problem, pruned.mask, pruned.weight) if exact else pruned.weight
-        return _result(
-            W, base, new, pruned, H, layout,
-            method=method, pattern=pattern, refine="exact" if exact else None, damp=damp,
-            options=options, device=arrays.device_name(xp), begin=begin,
+        with arrays.tensor_cores(xp, precision == "tensor"):
+            problem = Problem.build(goal, H, layout, damp, settings)
+            pruned = chosen.function(problem, **options)
+            exact = refine == "exact" or chosen.resolves
+            new = resolve(problem, pruned.mask, pruned.weight) if exact else pruned.weight
+        mask = permute_back(pruned.mask, layout)
+        new = arrays.round_to(xp.where(mask, permute_back(new, layout), 0), W)
+        seconds = _since(began, xp)
+
+        _check_result(new, W, pattern, method)
+        cost = pruned.cost
+        if cost is not None:
+            cost = arrays.hand_back(cost[xp.asarray(np.argsort(layout.rows.ravel()))], W)
+        return Result(
+            weight=arrays.hand_back(new, W),
+            mask=arrays.hand_back(mask, W),
+            loss=loss(base, new.astype(base.dtype, copy=False), H),
+            sparsity=1 - int(xp.count_nonzero(new)) / new.size,
+            seconds=seconds,
+            hessian_seconds=hessian_seconds,
+            method=method,
+            pattern=pattern,
+            refine="exact" if exact else None,
+            damp=damp,
+            options=options,
+            cost=cost,
+            device=arrays.device_name(xp),
         )
 
 
@@ -231,8 +255,9 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         xp = arrays.choose(device, W, H)
         H = hessian_of(weight.shape[1], None, H, dtype, xp)
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
-        problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
-        new = resolve(problem, arrays.asarray(mask, xp))
+        with arrays.tensor_cores(xp, True):
+            problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
+            new = resolve(problem, arrays.asarray(mask, xp))
         return arrays.hand_back(arrays.round_to(new, W), W)
 
 
@@ -274,27 +299,17 @@ def _check_options(name, **given):
     return method, options
 
 
-def _result(W, base, new, pruned, H, layout, *, begin, **facts):
-    """Take what a method found back to the caller's order, dtype and kind; check and measure it."""
-    xp = arrays.namespace(new)
-    mask = permute_back(pruned.mask, layout)
-    new = arrays.round_to(xp.where(mask, permute_back(new, layout), 0), W)
-    if not xp.isfinite(new).all():
+def _check_result(new, W, pattern, method):
+    """Refuse weights that W's dtype can't hold, and a method's own mistakes."""
+    if not arrays.namespace(new).isfinite(new).all():
         raise ValueError(
             f"W: found pruned weights that {arrays.dtype_of(W)} can't hold, expected a wider dtype"
         )
-    found = verify(new, facts["pattern"])
+    found = verify(new, pattern)
     if not found:
-        raise RuntimeError(f"{facts['method']} broke the pattern in {found.broken} scopes")
-    cost = pruned.cost
-    if cost is not None:
-        cost = arrays.hand_back(cost[xp.asarray(np.argsort(layout.rows.ravel()))], W)
-    return Result(
-        weight=arrays.hand_back(new, W),
-        mask=arrays.hand_back(mask, W),
-        loss=loss(base, new.astype(base.dtype, copy=False), H),
-        sparsity=1 - int(xp.count_nonzero(new)) / new.size,
-        cost=cost,
-        seconds=time.perf_counter() - begin,
-        **facts,
-    )
+        raise RuntimeError(f"{method} broke the pattern in {found.broken} scopes")
+
+
+def _since(began, xp):
+    arrays.synchronize(xp)
+    return time.perf_counter() - began
