@@ -148,16 +148,22 @@ def dtype_of(array):
 
 @contextlib.contextmanager
 def stream_of(*arrays):
-    """Run on the device and the current stream of the first PyTorch CUDA tensor among these."""
-    tensor = next((a for a in arrays if _is_torch(a) and a.is_cuda), None)
-    if tensor is None:
+    """Run on the device of the first CUDA array among these, on PyTorch's current stream if it is a
+    tensor."""
+    first = next((a for a in arrays if _is_cuda(a)), None)
+    if first is None:
         yield
         return
     import cupy
+
+    if not _is_torch(first):
+        with cupy.cuda.Device(cupy.asarray(first).device.id):
+            yield
+        return
     import torch
 
-    pointer = torch.cuda.current_stream(tensor.device).cuda_stream
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(pointer):
+    pointer = torch.cuda.current_stream(first.device).cuda_stream
+    with cupy.cuda.Device(first.device.index), cupy.cuda.ExternalStream(pointer):
         yield
 
 
