@@ -6,7 +6,7 @@ with the layers' order rotated by one from one block of 576 rows to the next. Bo
 size that is asked for. The activations come from a forward pass written here on NumPy or CuPy.
 
 The weights and tokens come from a pack, a 40 MB .npz file that is not part of the repository; see
-`PACK_HELP`. Without it `load` returns the layer of `examples/smollm2`, (576, 1536) and 4096 tokens.
+`PACK_HELP`. Without it, and on the CPU, the layer of `examples/smollm2` is measured: W (576, 1536).
 """
 
 import os
@@ -46,19 +46,20 @@ def find_pack():
     return path if path.is_file() else None
 
 
-def load(xp=np, rows=PUBLISHED[0], columns=PUBLISHED[1], tokens=PUBLISHED[2]):
-    """W and X of the size asked for, or those of the example where there is no pack.
+def load(xp=np):
+    """The layer to measure on: the published size on a GPU, that of the example on the CPU.
 
     Returns
     -------
     W, X : float16 arrays of xp
     name : str
-        ``"seven layers"`` or ``"example"``.
+        "seven layers" or "example".
     """
     pack = find_pack()
-    if pack:
-        return (*make(pack, rows, columns, tokens, xp), "seven layers")
-    print(PACK_HELP, file=sys.stderr)
+    if xp is not np and pack:
+        return (*make(pack, xp=xp), "seven layers")
+    if xp is not np:
+        print(PACK_HELP, file=sys.stderr)
     return (*(xp.asarray(np.load(EXAMPLE / f"{name}.npy")) for name in "WX"), "example")
 
 
