@@ -1,5 +1,6 @@
 """Second-order pruning of linear layers to patterns that hardware can use."""
 
+from cuobs.comparing import compare
 from cuobs.hessian import Hessian
 from cuobs.loss import relative_loss
 from cuobs.methods import methods
@@ -14,6 +15,7 @@ __all__ = [
     "Result",
     "Verification",
     "View",
+    "compare",
     "methods",
     "patterns",
     "prune",

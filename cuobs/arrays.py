@@ -203,10 +203,8 @@ def free_memory(xp):
 
 def parse_size(text):
     """Bytes from a number or from a text like "8GiB" or "500 MB"."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    if not match:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
         raise ValueError(
             f"memory_limit: found {text!r}, expected bytes, or a size like '8GiB'"
         )

@@ -1,13 +1,11 @@
 """Every method side by side on one layer: the benchmark's table."""
 
-import contextlib
 from typing import NamedTuple
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian
 from cuobs.methods import methods as known_methods
 from cuobs.pattern import parse
-from cuobs.pruning import hessian_of, prune
+from cuobs.pruning import hessian_of, prepare
 
 REFERENCE = "sparsegpt"
 HEADER = ("method", "loss %", f"/ {REFERENCE}", "sparsity %", "seconds")
@@ -117,10 +115,13 @@ def compare(
     """
     known = known_methods()
     names = list(known) if methods is None else list(methods)
+    if not names:
+        raise ValueError("methods: found none, expected at least one name")
     for name in names:
         validation.name_of("methods", name, known)
     chosen = {name: dict(options) for name in names}
-    for option in {o for method in known.values() for o in method.options} & set(options):
+    own_options = {option for method in known.values() for option in method.options}
+    for option in own_options & set(options):
         takers = [name for name in names if option in known[name].options]
         if not takers:
             raise ValueError(f"{option}: found it given, but none of {', '.join(names)} takes it")
@@ -133,38 +134,25 @@ def compare(
             if order not in known[name].orders:
                 del chosen[name]["order"]
     pattern = parse(pattern)
-    run = {"pattern": pattern, "refine": refine, "progress": progress}
-    for name in names:
-        with contextlib.suppress(_Checked):
-            prune(W, hessian=_Probe(), method=name, **run, **chosen[name])
+    plans = {}
     with arrays.stream_of(W, X, hessian):
-        xp = arrays.choose(options.get("device", "auto"), W, X)
-        H = hessian_of(W.shape[1], X, hessian, options.get("dtype", "float32"), xp)
-    rows = []
-    for name in names:
-        if starting:
-            starting(name)
-        result = prune(W, hessian=H, method=name, **run, **chosen[name])
-        rows.append(Row(name, result.loss, None, result.sparsity, result.seconds))
+        for name in names:
+            own = {key: chosen[name].pop(key) for key in own_options & set(chosen[name])}
+            plans[name] = prepare(
+                W, pattern, name, refine=refine, progress=progress, options=own, **chosen[name]
+            )
+        plan = plans[names[0]]
+        H = hessian_of(plan.layout.shape[1], X, hessian, plan.dtype, plan.xp, progress)
+        rows = []
+        for name, plan in plans.items():
+            if starting:
+                starting(name)
+            result = plan.run(H)
+            rows.append(Row(name, result.loss, None, result.sparsity, result.seconds))
     losses = {row.method: row.loss for row in rows}
     if reference := losses.get(REFERENCE):
         rows = [row._replace(ratio=row.loss / reference) for row in rows]
     return Table(rows, pattern, tuple(W.shape))
-
-
-class _Checked(Exception):
-    pass
-
-
-class _Probe(Hessian):
-    """Stands for a Hessian that is not there yet: prune comes to it when all else is checked."""
-
-    def __init__(self):
-        pass
-
-    @property
-    def matrix(self):
-        raise _Checked
 
 
 def text_table(header, rows):

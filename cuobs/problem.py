@@ -121,6 +121,16 @@ class Problem:
         """The compute dtype."""
         return self.W.dtype
 
+    def check_definite(self):
+        """Raise LinAlgError where the damping is too small to make H safely positive definite.
+
+        Methods that factor H find out by themselves; this is for those that only multiply by it.
+        """
+        smallest = float((self.H.diagonal() - self.diagonal).min())
+        noise = len(self.H) * self.xp.finfo(self.dtype).eps * float(self.diagonal.max())
+        if smallest < noise:
+            self.R  # noqa: B018
+
     def by_scope(self, array):
         """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
         (R, r), (G, c) = self.layout.rows.shape, self.layout.columns.shape

@@ -157,62 +157,123 @@ def prune(
     True
     """
     with arrays.stream_of(W, X, hessian):
-        chosen, options = _check_options(
-            method, splits=splits, group=group, order=order, schedule=schedule
-        )
-        if refine not in (None, "exact"):
-            raise ValueError(f"refine: found {refine!r}, expected None or 'exact'")
-        damp = validation.damping(damp)
-        validation.name_of("dtype", dtype, DTYPES)
-        validation.name_of("precision", precision, PRECISIONS)
-        settings = Settings(
-            precision=precision,
-            workers=workers and validation.integer("workers", workers),
-            batch_rows=batch_rows and validation.integer("batch_rows", batch_rows),
-            memory_limit=memory_limit and arrays.parse_size(memory_limit),
-            progress=progress,
-        )
-        pattern = parse(pattern)
-        weight = validation.matrix("W", W)
-        layout = pattern.compile(*weight.shape)
-        if target is not None:
-            target = validation.matrix("target", target, weight.shape)
-        xp = arrays.choose(device, W, X)
+        plan = prepare(
+            W, pattern, method, refine=refine, damp=damp, target=target, dtype=dtype,
+            device=device, precision=precision, memory_limit=memory_limit, workers=workers,
+            batch_rows=batch_rows, progress=progress,
+            options=dict(splits=splits, group=group, order=order, schedule=schedule),
+        )  # fmt: skip
         began = time.perf_counter()
-        H = hessian_of(weight.shape[1], X, hessian, dtype, xp)
-        hessian_seconds = _since(began, xp)
+        H = hessian_of(plan.layout.shape[1], X, hessian, dtype, plan.xp, progress)
+        return plan.run(H, _since(began, plan.xp))
 
+
+@dataclass
+class Plan:
+    """A call of `prune` with everything checked but the Hessian, and nothing computed."""
+
+    W: object
+    weight: object
+    target: object
+    pattern: Pattern
+    layout: Layout
+    method: object
+    options: dict
+    exact: bool
+    damp: float
+    dtype: str
+    xp: object
+    settings: Settings
+
+    def run(self, H, hessian_seconds=0.0):
+        """Prune under an undamped Hessian on this plan's namespace and of its dtype."""
+        xp = self.xp
         began = time.perf_counter()
-        base = arrays.asarray(weight, xp, dtype)
-        goal = base if target is None else arrays.asarray(target, xp, dtype)
-        with arrays.tensor_cores(xp, precision == "tensor"):
-            problem = Problem.build(goal, H, layout, damp, settings)
-            pruned = chosen.function(problem, **options)
-            exact = refine == "exact" or chosen.resolves
-            new = resolve(problem, pruned.mask, pruned.weight) if exact else pruned.weight
-        mask = permute_back(pruned.mask, layout)
-        new = arrays.round_to(xp.where(mask, permute_back(new, layout), 0), W)
+        base = arrays.asarray(self.weight, xp, self.dtype)
+        goal = base if self.target is None else arrays.asarray(self.target, xp, self.dtype)
+        with arrays.tensor_cores(xp, self.settings.precision == "tensor"):
+            problem = Problem.build(goal, H, self.layout, self.damp, self.settings)
+            if self.exact:
+                problem.check_definite()
+            pruned = self.method.function(problem, **self.options)
+            new = pruned.weight
+            if self.exact:
+                new = resolve(problem, pruned.mask, new)
+        mask = permute_back(pruned.mask, self.layout)
+        new = arrays.round_to(xp.where(mask, permute_back(new, self.layout), 0), self.W)
         seconds = _since(began, xp)
-
-        _check_result(new, W, pattern, method)
+        self._check(new)
         cost = pruned.cost
         if cost is not None:
-            cost = arrays.hand_back(cost[xp.asarray(np.argsort(layout.rows.ravel()))], W)
+            cost = arrays.hand_back(cost[xp.asarray(np.argsort(self.layout.rows.ravel()))], self.W)
         return Result(
-            weight=arrays.hand_back(new, W),
-            mask=arrays.hand_back(mask, W),
+            weight=arrays.hand_back(new, self.W),
+            mask=arrays.hand_back(mask, self.W),
             loss=loss(base, new.astype(base.dtype, copy=False), H),
             sparsity=1 - int(xp.count_nonzero(new)) / new.size,
             seconds=seconds,
             hessian_seconds=hessian_seconds,
-            method=method,
-            pattern=pattern,
-            refine="exact" if exact else None,
-            damp=damp,
-            options=options,
+            method=self.method.name,
+            pattern=self.pattern,
+            refine="exact" if self.exact else None,
+            damp=self.damp,
+            options=self.options,
             cost=cost,
             device=arrays.device_name(xp),
         )
+
+    def _check(self, new):
+        """Refuse weights that W's dtype can't hold, and a method's own mistakes."""
+        if not self.xp.isfinite(new).all():
+            raise ValueError(
+                f"W: found pruned weights that {arrays.dtype_of(self.W)} can't hold, expected a "
+                "wider dtype"
+            )
+        found = verify(new, self.pattern)
+        if not found:
+            raise RuntimeError(f"{self.method.name} broke the pattern in {found.broken} scopes")
+
+
+def prepare(
+    W, pattern, method, *, refine=None, damp=0.01, target=None, dtype="float32", device="auto",
+    precision="tensor", memory_limit=None, workers=None, batch_rows=None, progress=None,
+    options=None,
+):  # fmt: skip
+    """Check the arguments of `prune`, all but the Hessian, and give what runs it."""
+    entry, options = _check_options(method, options or {})
+    if refine not in (None, "exact"):
+        raise ValueError(f"refine: found {refine!r}, expected None or 'exact'")
+    validation.name_of("dtype", dtype, DTYPES)
+    validation.name_of("precision", precision, PRECISIONS)
+    for name, value in ("workers", workers), ("batch_rows", batch_rows):
+        if value is not None:
+            validation.integer(name, value)
+    settings = Settings(
+        precision=precision,
+        workers=workers,
+        batch_rows=batch_rows,
+        memory_limit=None if memory_limit is None else arrays.parse_size(memory_limit),
+        progress=progress,
+    )
+    damp = validation.damping(damp)
+    pattern = parse(pattern)
+    weight = validation.matrix("W", W)
+    if target is not None:
+        target = validation.matrix("target", target, weight.shape)
+    return Plan(
+        W=W,
+        weight=weight,
+        target=target,
+        pattern=pattern,
+        layout=pattern.compile(*weight.shape),
+        method=entry,
+        options=options,
+        exact=refine == "exact" or entry.resolves,
+        damp=damp,
+        dtype=dtype,
+        xp=arrays.choose(device, W),
+        settings=settings,
+    )
 
 
 def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="auto"):
@@ -257,11 +318,12 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         with arrays.tensor_cores(xp, True):
             problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
+            problem.check_definite()
             new = resolve(problem, arrays.asarray(mask, xp))
         return arrays.hand_back(arrays.round_to(new, W), W)
 
 
-def hessian_of(K, X, hessian, dtype, xp):
+def hessian_of(K, X, hessian, dtype, xp, progress=None):
     """The undamped Hessian, shape (K, K), on a namespace, from activations or as it came.
 
     Raises
@@ -274,13 +336,13 @@ def hessian_of(K, X, hessian, dtype, xp):
         raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
     if hessian is None:
         part = Hessian(K, dtype=dtype, device=arrays.device_name(xp))
-        part.update(X)
+        part.update(X, progress)
         return part.matrix
     H = hessian.matrix if isinstance(hessian, Hessian) else hessian
     return arrays.asarray(check_symmetric(H, K), xp, dtype)
 
 
-def _check_options(name, **given):
+def _check_options(name, given):
     """The method of a name, and those of its options that were given."""
     validation.name_of("method", name, methods())
     method = methods()[name]
@@ -297,17 +359,6 @@ def _check_options(name, **given):
     if "schedule" in options:
         validation.name_of("schedule", options["schedule"], SCHEDULES)
     return method, options
-
-
-def _check_result(new, W, pattern, method):
-    """Refuse weights that W's dtype can't hold, and a method's own mistakes."""
-    if not arrays.namespace(new).isfinite(new).all():
-        raise ValueError(
-            f"W: found pruned weights that {arrays.dtype_of(W)} can't hold, expected a wider dtype"
-        )
-    found = verify(new, pattern)
-    if not found:
-        raise RuntimeError(f"{method} broke the pattern in {found.broken} scopes")
 
 
 def _since(began, xp):

@@ -64,6 +64,7 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
             "loss": result.loss,
             "sparsity": result.sparsity,
             "seconds": result.seconds,
+            "hessian_seconds": result.hessian_seconds,
             "device": result.device,
         }
         files.write_text(report, json.dumps(content, indent=2) + "\n", force)
@@ -72,7 +73,9 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
     click.echo(f"pattern   {result.pattern.label}: {common.keeps(result.pattern)}")
     click.echo(f"loss      {result.loss:.3%}")
     click.echo(f"sparsity  {result.sparsity:.2%}")
-    click.echo(f"time      {result.seconds:.2f} s")
+    click.echo(
+        f"time      {result.seconds:.2f} s, and {result.hessian_seconds:.2f} s for the Hessian"
+    )
     for path in (out, mask_out, report):
         if path:
             click.echo(f"written   {path}")
