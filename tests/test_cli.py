@@ -57,7 +57,7 @@ def test_prune_is_what_cuobs_prune_does():
     assert said["pattern"] == "4:8: keep 2 of 4 pairs"
     assert said["loss"] == f"{expected.loss:.3%}"
     assert said["sparsity"] == "50.00%"
-        assert re.fullmatch(r"\d+\.\d\d s, and \d+\.\d\d s for the Hessian", said["time"])
+    assert re.fullmatch(r"\d+\.\d\d s, and \d+\.\d\d s for the Hessian", said["time"])
     assert said["written"] == "W-pruned.npy"
     assert result.stderr == ""
 
