@@ -1,14 +1,16 @@
 """The recipes of docs/contributing.rst, followed word for word."""
 
+import importlib
 import re
 from pathlib import Path
 
 import numpy as np
 
 import cuobs
-import cuobs.methods
-import cuobs.pattern
 
+# cuobs.methods and cuobs.pattern as modules: the public function methods() has the same name.
+REGISTRY = importlib.import_module("cuobs.methods")
+PATTERN = importlib.import_module("cuobs.pattern")
 PAGE = (Path(__file__).parents[1] / "docs" / "contributing.rst").read_text()
 
 
@@ -20,10 +22,10 @@ def recipe(name):
 
 def test_a_method_is_one_function_and_one_registry_line(monkeypatch):
     rng = np.random.default_rng(0)
-    scope = {"Method": cuobs.methods.Method}
+    scope = {"Method": REGISTRY.Method}
     exec(recipe("method"), scope)
     entry = eval(recipe("registry").strip(), scope)
-    monkeypatch.setattr(cuobs.methods, "_METHODS", (*cuobs.methods._METHODS, entry))
+    monkeypatch.setattr(REGISTRY, "_METHODS", (*REGISTRY._METHODS, entry))
     assert "activation" in cuobs.methods()
     W = rng.standard_normal((8, 32))
     X = rng.standard_normal((128, 32)) * np.tile([1.0, 2.0, 3.0, 4.0], 8)
@@ -40,7 +42,7 @@ def test_a_pattern_is_one_line(monkeypatch):
     rng = np.random.default_rng(0)
     line = re.search(r'^    ("1:4": Pattern\(.*\)),$', PAGE, re.MULTILINE)[1]
     added = eval("{" + line + "}", {"Pattern": cuobs.Pattern})
-    monkeypatch.setattr(cuobs.pattern, "_NAMED", {**cuobs.pattern._NAMED, **added})
+    monkeypatch.setattr(PATTERN, "_NAMED", {**PATTERN._NAMED, **added})
     W, X = rng.standard_normal((4, 16)), rng.standard_normal((64, 16))
     for method in cuobs.methods():
         result = cuobs.prune(W, X, pattern="1:4", method=method)
