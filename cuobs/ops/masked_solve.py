@@ -4,6 +4,7 @@ import numpy as np
 import scipy.linalg
 
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
 
 # Systems up to this order are solved by unrolled array operations over the batch.
 UNROLLED = 16
@@ -62,6 +63,47 @@ def masked_solve(C, w, mask):
     return out
 
 
+def scope_compensation(W, C, mask):
+    """Compensate the loss of each scope's pruned weights by the rest of that scope.
+
+    w − λ C in each scope, with λ_P C_PP = w_P at the pruned places, and 0 there.
+
+    Parameters
+    ----------
+    W : array, shape (M, K)
+        Whole scopes.
+    C : array, shape (c, c, G)
+        The diagonal blocks of the inverse Hessian.
+    mask : array of bool, shape (M, K)
+        True = kept.
+
+    Returns
+    -------
+    array, shape (M, K)
+    """
+    xp = namespace(W)
+    M, K = W.shape
+    c, _, G = C.shape
+    if xp is not np and c <= UNROLLED:
+        W, C, mask, out = *map(xp.ascontiguousarray, (W, C, mask)), xp.empty((M, K), W.dtype)
+        kernel = kernels.kernel(
+            "masked_solve.cu", "scope_compensation", REAL=kernels.real(W.dtype), PLACES=c
+        )
+        grid = -(-G // 32), min(-(-M // 16), 65535)
+        kernel(grid, (32, 4), (W, C, mask, out, np.int32(M), np.int32(G)))
+        return out
+    w = W.reshape(M, G, c).transpose(2, 0, 1)
+    pruned = ~mask.reshape(M, G, c).transpose(2, 0, 1)
+    multipliers = masked_solve(C[:, :, None], w, pruned)
+    out = W.copy()
+    scoped = out.reshape(M, G, c).transpose(2, 0, 1)
+    for i in range(c):
+        for j in range(c):
+            scoped[i] -= multipliers[j] * C[j, i]
+    out *= mask
+    return out
+
+
 def masked_factor_solve(A, B, mask, out):
     """Solve X_S A_SS = B_S by a factor for each row, with X = 0 outside its set S.
 
@@ -87,3 +129,10 @@ def masked_factor_solve(A, B, mask, out):
                 f"H: found a block that is not positive definite in row {m}, expected more damping"
             )
         out[m, kept] = solution
+
+
+def variants():
+    """What the kernels here compile for some patterns."""
+    for c in (2, 3, 4, 8, 12, 16):
+        for dtype in ("float32", "float64"):
+            yield "masked_solve.cu", {"REAL": kernels.real(dtype), "PLACES": c}

@@ -7,7 +7,10 @@ c columns; what is known of a scope's n blocks has shape (n, R, G).
 import numpy as np
 
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
 
+# Scopes with more candidate masks are left to array operations; a kernel is unrolled over them.
+MAX_UNROLLED = 128
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
 COMPARED = 16
 
@@ -174,3 +177,81 @@ def choose(costs, layout):
     xp.put_along_axis(others, winner[None], xp.inf, 0)
     table = xp.asarray(layout.candidate_blocks)
     return table[:, winner], best, others.min(0) - best
+
+
+def select(w, C, layout):
+    """The cheapest mask of each scope: `choose` on `candidate_costs`.
+
+    Parameters
+    ----------
+    w : array, shape (c, R, r, G)
+    C : array, shape (c, c, G) or (c, c, R, r, G)
+        The diagonal blocks of the inverse Hessian, shared or one for each row.
+    layout : Layout
+
+    Returns
+    -------
+    blocks : array of bool, shape (n, R, G)
+        The blocks to prune.
+    best, gap : array, shape (R, G)
+        The cost of that mask, and how much more the second-best costs.
+    """
+    xp = namespace(w)
+    if xp is np or not _has_kernel(layout):
+        return choose(candidate_costs(w, C, layout), layout)
+    _, R, _, G = w.shape
+    blocks = xp.empty((layout.n_blocks, R, G), bool)
+    best, gap = xp.empty((2, R, G), w.dtype)
+    _launch(w, C, layout, blocks, kernels.NULL, np.int64(0), best, gap)
+    return blocks, best, gap
+
+
+def select_mask(w, C, layout, out):
+    """The cheapest mask of each scope, element by element.
+
+    Parameters
+    ----------
+    w : array, shape (c, R, r, G)
+    C : array, shape (c, c, G) or (c, c, R, r, G)
+    layout : Layout
+    out : array of bool, shape (R r, G c)
+        True = kept; rows may be those of a wider array. Overwritten.
+    """
+    if namespace(w) is np or not _has_kernel(layout):
+        c, R, r, G = w.shape
+        pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
+        out[...] = ~expand(pruned, layout).reshape(out.shape)
+        return
+    _launch(w, C, layout, kernels.NULL, out, kernels.strides(out)[0], kernels.NULL, kernels.NULL)
+
+
+def _has_kernel(layout):
+    return kernels.unrolls(layout) and len(layout.candidates) <= MAX_UNROLLED
+
+
+def _launch(w, C, layout, blocks, mask, mask_row, best, gap):
+    _, R, _, G = w.shape
+    if C.ndim == 3:
+        C = C[:, :, None, None]
+    C = namespace(w).broadcast_to(C, (len(w), *w.shape))
+    kernel = kernels.kernel("select.cu", "select", **_defines(layout, w.dtype))
+    grid = -(-G // 32), min(-(-R // 16), 65535)
+    kernel(grid, (32, 4), (w, *kernels.strides(w), C, *kernels.strides(C), np.int32(R),
+                           np.int32(G), blocks, mask, mask_row, best, gap))
+
+
+def _defines(layout, dtype):
+    bits = 1 << np.arange(32)
+    return kernels.scope_defines(layout, dtype) | {
+        "N_CANDIDATES": len(layout.candidates),
+        "PRUNED": (layout.candidates * bits[: layout.blocks.shape[1]]).sum(2).ravel(),
+        "CHOICE": layout.candidate_blocks.T @ bits[: layout.n_blocks],
+        "ENUMERATED": layout.enumerated,
+    }
+
+
+def variants():
+    """What the kernels here compile for some patterns."""
+    for layout, dtype in kernels.samples():
+        if _has_kernel(layout):
+            yield "select.cu", _defines(layout, dtype)

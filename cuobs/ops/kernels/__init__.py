@@ -5,13 +5,17 @@ float or double, the others are what the header comment of a file lists.
 """
 
 import re
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module, resources
 
+import numpy as np
+
 OPTIONS = ("--std=c++17",)
+NULL = np.uint64(0)
 # The modules of cuobs.ops that launch kernels; each lists what it may compile in `variants`.
 USERS = (
-    "selection", "sweep", "projection", "masked_solve", "conjugate_gradient", "cholesky", "schur",
+    "gram", "selection", "masked_solve", "sweep", "projection", "conjugate_gradient", "cholesky",
+    "schur",
 )
 
 
@@ -45,6 +49,33 @@ def real(dtype):
     return {"float16": "__half", "float32": "float", "float64": "double"}[str(dtype)]
 
 
+def scope_defines(layout, dtype):
+    """The macros of scope.cuh."""
+    r, c = layout.blocks.shape
+    return {
+        "REAL": real(dtype), "ROWS": r, "PLACES": c, "BLOCKS": layout.blocks.ravel(),
+        "N_BLOCKS": layout.n_blocks, "N_PRUNED": layout.n_blocks - layout.keep,
+    }
+
+
+def unrolls(layout):
+    """Whether a scope is small enough for a kernel that is unrolled over its elements."""
+    r, c = layout.blocks.shape
+    return c <= 16 and r * c <= 64 and layout.n_blocks <= 32
+
+
+def launch(function, grid, block, args, shared=0):
+    """Launch a kernel, with more than the usual 48 KiB of shared memory where it asks for it."""
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    function(grid, block, args, shared_mem=shared)
+
+
+def strides(array):
+    """Strides in elements, as kernels take them; 0 along axes that are broadcast."""
+    return [np.int64(s // array.itemsize) for s in array.strides]
+
+
 @cache
 def source(file):
     """The text of a source with the headers that lie beside it written out.
@@ -64,6 +95,16 @@ def variants():
     """(file, defines) of all that the named patterns and a few others compile, for CI."""
     for user in USERS:
         yield from getattr(import_module(f"cuobs.ops.{user}"), "variants", list)()
+
+
+def samples():
+    """(layout, dtype) of the named patterns and of some that a user may write."""
+    from cuobs.pattern import parse, patterns
+
+    for text in (*patterns(), "1:4", "2:3", "4:8x1", "2:4x3", "8:16", "1:2",
+                 "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,2,4) keep=5"):
+        for dtype in ("float32", "float64"):
+            yield parse(text).compile(16, 48), dtype
 
 
 def _literal(value):
