@@ -334,12 +334,14 @@ def parse(text):
 
 
 def _parse_fields(text):
-    found = dict(re.findall(r"(\w+)=(\S+)", re.sub(r"\s*([,:()])\s*(?![a-z]+=)", r"\1", text)))
-    if set(found) != {"view", "block", "scope", "keep"}:
+    found = re.findall(r"(\w+)=(\S+)", re.sub(r"\s*([,:()])\s*(?![a-z]+=)", r"\1", text))
+    names = sorted(name for name, _ in found)
+    if names != ["block", "keep", "scope", "view"]:
         raise ValueError(
-            f"pattern: found the fields {', '.join(sorted(found)) or 'none'}, expected "
+            f"pattern: found the fields {', '.join(names) or 'none'}, expected "
             "view, block, scope and keep, each once"
         )
+    found = dict(found)
     numbers = {}
     for name in ("block", "scope", "keep"):
         items = _items(found[name].strip("()"))
@@ -367,7 +369,7 @@ def _compile(pattern, M, K):
     strides = [_evaluate(v, sizes) for v in pattern.view.strides]
     for size, stride, block, scope in zip(shape, strides, pattern.block, pattern.scope,
                                           strict=True):
-        if not size or not stride or size % (block * scope):
+        if not size or stride is None or size % (block * scope):
             raise ValueError(
                 f"{where} with block {pattern.block} and scope {pattern.scope} does not divide "
                 f"a weight of shape ({M}, {K})"
@@ -375,28 +377,30 @@ def _compile(pattern, M, K):
     _check_cover(shape, strides, M, K, where)
 
     # Every dimension is scopes x blocks x elements; only the place within a scope has a block.
-    coefficients = np.cumprod([1, *pattern.scope[:0:-1]])[::-1]
-    outer = [[], []]
-    inner = [[], []]
-    for size, stride, block, scope, coefficient in zip(
-        shape, strides, pattern.block, pattern.scope, coefficients.tolist(), strict=True
-    ):
-        for parts, n, step, weight in (
-            (outer, size // (block * scope), stride * block * scope, 0),
-            (inner, scope, stride * block, coefficient),
-            (inner, block, stride, 0),
-        ):
-            for axis, *part in _split(n, step, weight, K, where):
-                parts[axis].append(part)
-    rows, _ = _offsets(outer[0])
-    columns, _ = _offsets(outer[1])
-    scope_rows, row_blocks = _offsets(inner[0])
-    scope_columns, column_blocks = _offsets(inner[1])
-    return Layout(
-        rows[:, None] + scope_rows,
-        columns[:, None] + scope_columns,
-        row_blocks[:, None] + column_blocks,
-        pattern.keep,
+    origins = []
+    offsets = blocks = np.zeros(1, dtype=np.int64)
+    weight = math.prod(pattern.scope)
+    for size, stride, block, scope in zip(shape, strides, pattern.block, pattern.scope,
+                                          strict=True):
+        weight //= scope
+        origins.append((size // (block * scope), stride * block * scope))
+        for n, step, w in (scope, stride * block, weight), (block, stride, 0):
+            offsets = np.add.outer(offsets, np.arange(n) * step).ravel()
+            blocks = np.add.outer(blocks, np.arange(n) * w).ravel()
+    order = np.argsort(offsets)
+    scope_rows, scope_columns = np.unique(offsets // K), np.unique(offsets % K)
+    parts = _by_axis(origins, K)
+    if parts and scope_rows.size * scope_columns.size == offsets.size:
+        rows = parts[0][:, None] + scope_rows
+        columns = parts[1][:, None] + scope_columns
+        whole = (np.array_equal(np.sort(a, axis=None), np.arange(n))
+                 for a, n in ((rows, M), (columns, K)))
+        if all(whole):
+            blocks = blocks[order].reshape(scope_rows.size, scope_columns.size)
+            return Layout(rows, columns, blocks, pattern.keep)
+    raise ValueError(
+        f"{where} with block {pattern.block} and scope {pattern.scope} has scopes that are not "
+        f"rows times columns, the same for all, on a weight of shape ({M}, {K})"
     )
 
 
@@ -422,32 +426,28 @@ def _check_cover(shape, strides, M, K, where):
         raise ValueError(f"{where} leaves elements out on a weight of shape ({M}, {K})")
 
 
-def _split(size, stride, coefficient, K, where):
-    """Split one dimension where it passes the end of a row: (axis, size, stride, coefficient)."""
-    if size == 1:
-        return
-    if stride % K == 0:
-        yield 0, size, stride // K, coefficient
-    elif stride * size <= K:
-        yield 1, size, stride, coefficient
-    else:
-        columns, rest = divmod(K, stride)
-        if rest or size % columns:
-            raise ValueError(
-                f"{where} is not rows times columns: a dimension of {size} elements {stride} "
-                f"apart passes the end of a row of {K}"
-            )
-        yield 1, columns, stride, coefficient
-        yield 0, size // columns, 1, coefficient * columns
+def _by_axis(progressions, K):
+    """Sums of progressions (size, stride) as row offsets and column offsets, both ascending.
 
-
-def _offsets(parts):
-    """All sums of the progressions, ascending, with the block each belongs to."""
-    offsets = np.zeros(1, dtype=np.int64)
-    blocks = np.zeros(1, dtype=np.int64)
-    for size, stride, coefficient in parts:
-        steps = np.arange(size)
-        offsets = np.add.outer(offsets, steps * stride).ravel()
-        blocks = np.add.outer(blocks, steps * coefficient).ravel()
-    order = np.argsort(offsets)
-    return offsets[order], blocks[order]
+    None where the sums are not all row offsets with all column offsets.
+    """
+    joined = []
+    for stride, size in sorted((t, n) for n, t in progressions if n > 1):
+        # One that goes on where the last one ends may pass the end of a row only with it.
+        if joined and stride == joined[-1][0] * joined[-1][1]:
+            joined[-1] = joined[-1][0] * size, joined[-1][1]
+        else:
+            joined.append((size, stride))
+    rows = columns = np.zeros(1, dtype=np.int64)
+    for size, stride in joined:
+        across = size
+        if stride % K == 0:
+            across = 1
+        elif stride * size > K:
+            across, rest = divmod(K, stride)
+            if rest or size % across:
+                return None
+        columns = np.add.outer(columns, np.arange(across) * stride).ravel()
+        down = np.arange(size // across) * max(1, stride // K)
+        rows = np.add.outer(rows, down).ravel()
+    return np.sort(rows), np.sort(columns)

@@ -1,6 +1,6 @@
 """Small random layers, and one way to run the package on them under any namespace."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import oracles
@@ -9,9 +9,10 @@ import cuobs
 
 TILE = "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,2,4) keep=5"
 FAR = "view=(M,4,K/4):(K,K/4,1) block=(1,1,1) scope=(1,4,1) keep=2"
+TALL = "view=(M/4,4,K):(4K,K,1) block=(1,1,1) scope=(1,4,1) keep=2"
 ROWS = "view=(M/4,4,K/2,2):(4K,K,2,1) block=(1,1,1,2) scope=(1,4,1,1) keep=2"
 PATTERNS = (
-    *oracles.NAMED, "1:4", "3:4", "2:3", "4:8x1", "2:4x3", "8:16", TILE, FAR, ROWS,
+    *oracles.NAMED, "1:4", "3:4", "2:3", "4:8x1", "2:4x3", "8:16", TILE, FAR, ROWS, TALL,
 )
 
 
@@ -19,21 +20,22 @@ def random_layer(M, K, seed=0, dead=(), tokens=None):
     """W (M, K) and H (K, K) of correlated inputs whose columns differ in scale."""
     rng = np.random.default_rng([seed, M, K])
     tokens = tokens or 4 * K
-    shared = rng.standard_normal((tokens, max(1, K // 6))) @ rng.standard_normal((max(1, K // 6), K))
+    rank = max(1, K // 6)
+    shared = rng.standard_normal((tokens, rank)) @ rng.standard_normal((rank, K))
     X = (rng.standard_normal((tokens, K)) + 0.7 * shared) * np.exp(0.5 * rng.standard_normal(K))
     X[:, list(dead)] = 0
     return rng.standard_normal((M, K)), X.T @ X
 
 
-@lru_cache(maxsize=None)
-def layer(pattern, seed=0):
+@cache
+def layer(pattern, M=None):
     """A layer that the pattern divides, with a dead scope and dead columns among live ones.
 
     Returns W, W* and H + lambda I as the references see them, the undamped H, and the scopes.
     """
-    M = 32 if pattern == "block16-row8" else 8
+    M = M or (32 if pattern == "block16-row8" else 8)
     K = {"block16-row8": 112, "2:3": 99}.get(pattern, 96)
-    W, H = random_layer(M, K, seed, dead=(1, 10, 11, *range(32, 48)))
+    W, H = random_layer(M, K, dead=(1, 10, 11, *range(32, 48)))
     target, Hl = oracles.damped(W, H)
     for a in (W, H, target, Hl):
         a.flags.writeable = False

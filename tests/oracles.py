@@ -1,8 +1,8 @@
 """Independent float64 references: every method of cuobs in its textbook form.
 
-Nothing here is shared with the package. A pattern is the brute enumeration of its strided view, an
-inverse is an explicit inverse, and whatever is eliminated is eliminated from it by a Schur complement.
-Weights come as W (M, K), Hessians undamped; masks are True where kept. Ties prune the lowest index.
+Nothing here is shared with the package. A pattern is the brute enumeration of its strided view,
+an inverse is an explicit inverse, and columns are eliminated from it by Schur complements. W is
+(M, K), Hl the damped Hessian; masks are True where kept. Ties prune the lowest index.
 """
 
 import itertools
@@ -76,16 +76,17 @@ def enumerate_view(name, M, K):
     ).groups()
     shape, stride = (numbers(t, M, K) for t in view.split(":"))
     block, scope = numbers(block, M, K), numbers(scope, M, K)
-    blocks_along = [n // b for n, b in zip(shape, block)]
-    scopes_along = [n // s for n, s in zip(blocks_along, scope)]
-    assert all(n == s * t * b for n, s, t, b in zip(shape, scope, scopes_along, block))
+    blocks_along = [n // b for n, b in zip(shape, block, strict=True)]
+    scopes_along = [n // s for n, s in zip(blocks_along, scope, strict=True)]
+    assert all(n == s * t * b for n, s, t, b in zip(shape, scope, scopes_along, block, strict=True))
     scope_of, block_of = np.full(M * K, -1), np.full(M * K, -1)
     for index in np.ndindex(*shape):
-        offset = sum(i * s for i, s in zip(index, stride))
+        offset = sum(i * s for i, s in zip(index, stride, strict=True))
         assert scope_of[offset] == -1, "the view overlaps"
-        at = [i // b for i, b in zip(index, block)]
-        scope_of[offset] = np.ravel_multi_index([a // s for a, s in zip(at, scope)], scopes_along)
-        block_of[offset] = np.ravel_multi_index([a % s for a, s in zip(at, scope)], scope)
+        at = [i // b for i, b in zip(index, block, strict=True)]
+        at = [divmod(a, s) for a, s in zip(at, scope, strict=True)]
+        scope_of[offset] = np.ravel_multi_index([a for a, _ in at], scopes_along)
+        block_of[offset] = np.ravel_multi_index([a for _, a in at], scope)
     assert (scope_of >= 0).all(), "the view leaves elements out"
     return scope_of.reshape(M, K), block_of.reshape(M, K), int(keep)
 
@@ -167,7 +168,7 @@ def separable(score, s, groups=None):
         inside = score[s.rows][:, :, columns]
         total = np.stack([inside[:, s.blocks == b].sum(-1) for b in range(s.count)], -1)
         lost = np.argsort(total, axis=-1, kind="stable")[:, : s.count - s.keep]
-        for rows, gone in zip(s.rows, lost):
+        for rows, gone in zip(s.rows, lost, strict=True):
             mask[np.ix_(rows, columns)] = ~np.isin(s.blocks, gone)
     return mask
 
@@ -350,13 +351,11 @@ def true_obs(target, Hl, s, group, order="gap"):
                 np.stack([c[at[:, :, None], at[:, None, :]] for c in C], 1), s
             )
             ranked = np.sort(costs, -1)
-            key = {
-                "left": lambda: np.zeros(len(left)),
-                "shared": lambda: np.zeros(len(left)),
-                "largest": lambda: -ranked[:, 0],
-                "smallest": lambda: ranked[:, 0],
-                "gap": lambda: -(ranked[:, 1] - ranked[:, 0]),
-            }[order]()
+            key = np.zeros(len(left))
+            if order == "gap":
+                key = ranked[:, 0] - ranked[:, 1]
+            elif order in ("largest", "smallest"):
+                key = ranked[:, 0] * (-1 if order == "largest" else 1)
             now = np.argsort(key, kind="stable")[:group]
             for k in now:
                 gone[np.ix_(rows, s.columns[left[k]])] = lost_columns(s, costs[k].argmin())
@@ -410,11 +409,14 @@ def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300,
 
 def mask_costs(target, Hl, masks):
     """Least damped cost of one row of weights, (K,), for each of the masks, (n, K)."""
-    kept = masks.astype(float)
-    eye = np.eye(len(Hl))
-    A = Hl * kept[:, :, None] * kept[:, None, :] + eye * (1 - kept)[:, None, :]
-    D = np.linalg.solve(A, ((target @ Hl) * kept)[..., None])[..., 0] - target
-    return np.einsum("nk,nk->n", D @ Hl, D)
+    G = target @ Hl
+    out, kept = np.empty(len(masks)), masks.sum(1)
+    for n in np.unique(kept):
+        which = np.flatnonzero(kept == n)
+        S = np.nonzero(masks[which])[1].reshape(-1, n)
+        w = np.linalg.solve(Hl[S[:, :, None], S[:, None, :]], G[S][..., None])[..., 0]
+        out[which] = target @ G - (G[S] * w).sum(1)
+    return out
 
 
 def optimum(target, Hl, s):
@@ -422,7 +424,7 @@ def optimum(target, Hl, s):
     every = list(itertools.product(range(len(s.choices)), repeat=len(s.columns)))
     masks = np.ones((len(every), s.rows.shape[1], len(Hl)), bool)
     for n, choice in enumerate(every):
-        for columns, lost in zip(s.columns, choice):
+        for columns, lost in zip(s.columns, choice, strict=True):
             masks[n][:, columns] = ~lost_columns(s, lost)
     return np.array([
         sum(mask_costs(target[i], Hl, masks[:, k]) for k, i in enumerate(rows)).min()

@@ -83,13 +83,13 @@ def _prune_rows(W, C, layout, group, order, rank):
     R, r, K = W.shape
     c = layout.columns.shape[1]
     G = K // c
-    w = xp.ascontiguousarray(W.reshape(R, r, G, c).transpose(3, 0, 1, 2))
+    w = xp.array(W.reshape(R, r, G, c).transpose(3, 0, 1, 2), order="C")
     own = scope_blocks(C, c)
     rows = _Rows(
         scopes=xp.tile(xp.arange(G), (R, 1)),
         live=xp.ones((R, G), bool),
         w=w,
-        D=xp.ascontiguousarray(xp.broadcast_to(own[:, :, None, None], (c, *w.shape))),
+        D=xp.array(xp.broadcast_to(own[:, :, None, None], (c, *w.shape)), order="C"),
         Z=xp.empty((R * r, K, _room(G, group, layout)), W.dtype),
     )
     mask = xp.empty((R, r, G, c), bool)

@@ -50,7 +50,8 @@ def scope_solutions(W, C, mask, layout):
 def _scope_solutions(W, C, mask, c):
     """`scope_solutions` of one block, with rows last so that each column is contiguous."""
     xp = namespace(W)
-    w = xp.ascontiguousarray(W.T)
+    # A copy even of a single row, whose transpose is contiguous as it is.
+    w = xp.array(W.T, order="C")
     pruned = xp.ascontiguousarray(~mask.T)
     for a in range(0, len(w), c):
         b = a + c
