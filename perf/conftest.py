@@ -6,6 +6,7 @@ On a GPU with the pack (see `layer.py`) everything runs at the published size, o
 size of the example layer. What is timed has been checked first.
 """
 
+import statistics
 import time
 from typing import NamedTuple
 
@@ -71,13 +72,17 @@ def clock(benchmark, request, problem):
 
     `check(result)` asserts that the first result is right and returns what else the table is to
     say of it. `flop` and `traffic` (bytes) are what the call must compute and move at the least;
-    the table sets the rate beside the ceiling named by `limit`.
+    the table sets the rate beside the ceiling named by `limit`. A call of `cuobs.prune` also
+    measures the loss: its pruning alone is a column beside the whole call.
     """
 
     def clock(function, check, *, flop=0, traffic=0, limit="fp32"):
+        pruning = []
+
         def call():
             result = function()
             arrays.synchronize(problem.xp)
+            pruning.append(getattr(result, "seconds", None))
             return result
 
         begin = time.perf_counter()
@@ -87,13 +92,16 @@ def clock(benchmark, request, problem):
         del result
         benchmark.pedantic(call, rounds=max(2, min(20, int(1 / once))))
         seconds = benchmark.stats.stats.median
+        if pruning[0] is not None:
+            facts = {"of it pruning": f"{1e3 * statistics.median(pruning[1:]):.3f}", **facts}
         limits = request.config.stash[LIMITS]
         benchmark.extra_info.update(facts, limits=limits)
         rate = ceiling = "-"
         if flop:
             unit, size = ("TFLOP/s", 1e12) if problem.large else ("GFLOP/s", 1e9)
             rate = f"{flop / seconds / size:.3g} {unit}"
-            ceiling = f"{limits.get(limit, limits['fp32']) * 1e12 / size:.3g} {limit}"
+            limit = limit if limit in limits else "fp32"
+            ceiling = f"{limits[limit] * 1e12 / size:.3g} {limit}"
         elif traffic:
             rate = f"{traffic / seconds / 1e9:.3g} GB/s"
             ceiling = f"{limits['copy']:.3g} copy"

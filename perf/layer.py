@@ -96,10 +96,12 @@ def make(path, rows=PUBLISHED[0], columns=PUBLISHED[1], tokens=PUBLISHED[2], xp=
 
 def make_to_files(folder, rows=PUBLISHED[0], columns=PUBLISHED[1], tokens=PUBLISHED[2], xp=np):
     """Make W.npy and X.npy in a folder, X piece by piece, and return their paths."""
-    folder = Path(folder)
+    pack, folder = find_pack(), Path(folder)
+    if pack is None:
+        raise FileNotFoundError(PACK_HELP)
     folder.mkdir(parents=True, exist_ok=True)
     X = np.lib.format.open_memmap(folder / "X.npy", "w+", np.float16, (tokens, columns))
-    W, _ = make(find_pack(), rows, columns, tokens, xp, out=X)
+    W, _ = make(pack, rows, columns, tokens, xp, out=X)
     X.flush()
     np.save(folder / "W.npy", xp.asnumpy(W) if _leaves_device(xp, X) else W)
     return folder / "W.npy", folder / "X.npy"
