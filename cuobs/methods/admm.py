@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from cuobs.ops.cholesky import inverse
-from cuobs.ops.projection import project_mask, project_update
+from cuobs.ops.product import add_product
+from cuobs.ops.projection import project_mask, project_update, ridge_right_side
 from cuobs.problem import Pruned
 
 
@@ -57,23 +58,21 @@ def admm(problem, schedule="default"):
     G = W @ H
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
-    B, D, V = W, W * mask, xp.zeros_like(W)
+    D, V, right = W * mask, xp.zeros_like(W), xp.empty_like(W)
     n_pruned = mask.size - int(xp.count_nonzero(mask))
     rho, growth = SCHEDULES[schedule]
     inverted = 0.0
     for step in range(MAX_STEPS):
-        right = rho * D
-        right -= V
-        right += G
         # The correction converges only while ρ is below twice that of the inverse.
         if inverted == 0 or rho >= 2 * inverted:
             inverted = rho
             A = inverse(_shifted(H, rho))
+            ridge_right_side(D, V, G, rho, right)
             B = right @ A
         else:
-            right -= B @ H
-            right -= rho * B
-            B = B + right @ A
+            ridge_right_side(D, V, G, rho, right, B)
+            add_product(B, H, right, alpha=-1)
+            add_product(right, A, B)
         share = project_update(B, V, D, mask, rho, layout) / n_pruned
         problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:

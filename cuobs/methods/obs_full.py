@@ -1,6 +1,7 @@
 """OBS with compensation everywhere, the inverse Hessian frozen."""
 
-from cuobs.methods.obs_local import select
+from cuobs.ops.product import add_product
+from cuobs.ops.selection import select_mask
 from cuobs.ops.sweep import scope_solutions
 from cuobs.problem import Pruned
 
@@ -11,6 +12,11 @@ def obs_full(problem):
     Each removal, λ = w_P (C_PP)⁻¹ with w as it then is, changes every column not pruned yet by
     −λ C_P,:. One sweep finds all λ, one product applies them.
     """
-    mask = select(problem.by_scope(problem.W), problem.scope_blocks, problem.layout)
-    multipliers = scope_solutions(problem.W, problem.C, mask, problem.layout)
-    return Pruned(mask, (problem.W - multipliers @ problem.C) * mask)
+    W, C, layout = problem.W, problem.C, problem.layout
+    mask = problem.xp.empty(W.shape, bool)
+    select_mask(problem.by_scope(W), problem.scope_blocks, layout, mask)
+    multipliers = scope_solutions(W, C, mask, layout)
+    weight = W.copy()
+    add_product(multipliers, C, weight, alpha=-1)
+    weight *= mask
+    return Pruned(mask, weight)

@@ -1,9 +1,8 @@
 """OBS span by span: compensation to the right, each finished span eliminated from C."""
 
-from cuobs.methods.obs_local import select
-from cuobs.ops.cholesky import upper_inverse
-from cuobs.ops.selection import scope_blocks
-from cuobs.ops.sweep import scope_solutions
+from cuobs.ops.product import add_product
+from cuobs.ops.selection import scope_blocks, select_mask
+from cuobs.ops.sweep import scope_solutions, span_inverses
 from cuobs.problem import Pruned
 
 
@@ -16,8 +15,9 @@ def obs_split(problem, splits=64):
     splits : int
         Spans, of as many scopes each as divide the columns evenly; the last may be shorter.
     """
-    mask = select(problem.by_scope(problem.W), problem.scope_blocks, problem.layout)
-    return sweep_spans(problem, splits, lambda a, b, values, C: mask[:, a:b])
+    mask = problem.xp.empty(problem.W.shape, bool)
+    select_mask(problem.by_scope(problem.W), problem.scope_blocks, problem.layout, mask)
+    return sweep_spans(problem, splits, mask)
 
 
 def obs_interleaved(problem, splits=64):
@@ -32,15 +32,14 @@ def obs_interleaved(problem, splits=64):
     layout = problem.layout
     (R, r), (_, c) = layout.rows.shape, layout.columns.shape
 
-    def choose_mask(a, b, values, C):
-        n = (b - a) // c
-        w = values.reshape(R, r, n, c).transpose(3, 0, 1, 2)
-        return select(w, scope_blocks(C, c), layout)
+    def choose_mask(values, C, out):
+        w = values.reshape(R, r, -1, c).transpose(3, 0, 1, 2)
+        select_mask(w, scope_blocks(C, c), layout, out)
 
-    return sweep_spans(problem, splits, choose_mask)
+    return sweep_spans(problem, splits, problem.xp.empty(problem.W.shape, bool), choose_mask)
 
 
-def sweep_spans(problem, splits, mask_of):
+def sweep_spans(problem, splits, mask, choose_mask=None):
     """Prune span by span, from the reversed factor R of H.
 
     The columns from a on have the inverse Hessian of R[a:, a:] once those before are eliminated,
@@ -51,26 +50,30 @@ def sweep_spans(problem, splits, mask_of):
     ----------
     problem : Problem
     splits : int
-    mask_of : callable
-        ``mask_of(a, b, values, C)`` gives the mask of columns a to b from their compensated
-        weights and their inverse Hessian.
+    mask : array of bool, shape (M, K)
+        True = kept.
+    choose_mask : callable, optional
+        ``choose_mask(values, C, out)`` writes a span's mask from its compensated weights and their
+        inverse Hessian before the span is pruned.
     """
-    xp, W, R = problem.xp, problem.W, problem.R
+    xp, W = problem.xp, problem.W
+    R = xp.ascontiguousarray(problem.R)
     G, c = problem.layout.columns.shape
     width = -(-G // splits) * c
     T = xp.zeros_like(W)
     weight = xp.empty_like(W)
-    mask = xp.empty(W.shape, bool)
-    for a in range(0, W.shape[1], width):
-        b = min(a + width, W.shape[1])
-        U = upper_inverse(R[a:b, a:b])
+    for a, U in zip(range(0, W.shape[1], width), span_inverses(R, width), strict=True):
+        span, right = slice(a, a + width), slice(a + width, None)
         C = U.T @ U
-        values = W[:, a:b] + T[:, a:b] @ U
-        mask[:, a:b] = mask_of(a, b, values, C)
-        multipliers = scope_solutions(values, C, mask[:, a:b], problem.layout)
+        values = W[:, span].copy()
+        add_product(T[:, span], U, values)
+        if choose_mask:
+            choose_mask(values, C, mask[:, span])
+        multipliers = scope_solutions(values, C, mask[:, span], problem.layout)
+        add_product(multipliers, C, values, alpha=-1)
         # What is passed on is the deviation before the pruned entries are set to 0.
-        updated = values - multipliers @ C
-        T[:, b:] += (W[:, a:b] - updated) @ R[a:b, b:]
-        weight[:, a:b] = updated * mask[:, a:b]
-        problem.settings.report(b, W.shape[1])
+        add_product(W[:, span] - values, R[span, right], T[:, right])
+        weight[:, span] = values
+        problem.settings.report(min(a + width, W.shape[1]), W.shape[1])
+    weight *= mask
     return Pruned(mask, weight)

@@ -1,7 +1,7 @@
 """OBS with compensation inside each scope only."""
 
-from cuobs.ops.masked_solve import masked_solve
-from cuobs.ops.selection import candidate_costs, choose, expand
+from cuobs.ops.masked_solve import scope_compensation
+from cuobs.ops.selection import select_mask
 from cuobs.problem import Pruned
 
 
@@ -16,29 +16,7 @@ def obs_local(problem):
     .. [1] Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon",
        NeurIPS 1992.
     """
-    layout = problem.layout
-    w, C = problem.by_scope(problem.W), problem.scope_blocks
-    mask = select(w, C, layout)
-    pruned = ~problem.by_scope(mask)
-    shared = C[:, :, None, None]
-    multipliers = masked_solve(shared, w, pruned)
-    weight = problem.W.copy()
-    scoped = problem.by_scope(weight)
-    for i in range(len(w)):
-        for j in range(len(w)):
-            scoped[i] -= multipliers[j] * shared[j, i]
-    return Pruned(mask, weight * mask)
-
-
-def select(w, C, layout):
-    """The mask (True = kept), shape (M, n), of the cheapest candidates under C.
-
-    Parameters
-    ----------
-    w : array, shape (c, R, r, G)
-    C : array, shape (c, c, G)
-    layout : Layout
-    """
-    c, R, r, G = w.shape
-    pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
-    return ~expand(pruned, layout).reshape(R * r, G * c)
+    W, C, layout = problem.W, problem.scope_blocks, problem.layout
+    mask = problem.xp.empty(W.shape, bool)
+    select_mask(problem.by_scope(W), C, layout, mask)
+    return Pruned(mask, scope_compensation(W, C, mask))

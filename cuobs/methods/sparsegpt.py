@@ -1,5 +1,6 @@
 """SparseGPT in the form of one Cholesky factor."""
 
+from cuobs.ops.product import add_product
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
 
@@ -20,16 +21,14 @@ def sparsegpt(problem):
     K = W.shape[1]
     width = block_width(layout.blocks.shape[1])
     diagonal = R.diagonal()
-    F = R / diagonal
+    F = xp.ascontiguousarray(R / diagonal)
+    scale = diagonal**2
+    # Block by block, from the compensation of the columns to the deviations from the target.
     S = xp.zeros_like(W)
-    weight = xp.empty_like(W)
     mask = xp.empty(W.shape, bool)
     for a in range(0, K, width):
         b = min(a + width, K)
-        mask[:, a:b], E = sparsegpt_block(
-            W[:, a:b], S[:, a:b], F[a:b, a:b], diagonal[a:b] ** 2, layout
-        )
-        weight[:, a:b] = (W[:, a:b] - E) * mask[:, a:b]
-        S[:, b:] += E @ F[a:b, b:]
+        sparsegpt_block(W[:, a:b], S[:, a:b], F[a:b, a:b], scale[a:b], layout, mask[:, a:b])
+        add_product(S[:, a:b], F[a:b, b:], S[:, b:])
         problem.settings.report(b, K)
-    return Pruned(mask, weight)
+    return Pruned(mask, (W - S) * mask)

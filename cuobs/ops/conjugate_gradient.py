@@ -3,9 +3,14 @@
 import numpy as np
 
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
+
+# A GPU is asked only so often whether rows are left: each question waits for it.
+CHECK_EVERY = 2
+THREADS = 512
 
 
-def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, matmul=None, callback=None):
+def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, callback=None):
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
     Preconditioned by diag(A). One product (M, K) x (K, K) an iteration serves all rows; rows that
@@ -24,8 +29,6 @@ def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, matmul=None, cal
     tolerance : float
         Stop when each row's preconditioned residual norm is below this share of that of B.
     max_iterations : int
-    matmul : callable, optional
-        The product to use, ``matmul(P, A)``.
     callback : callable, optional
         Called with (iteration, share of rows that have converged).
 
@@ -38,37 +41,74 @@ def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, matmul=None, cal
     .. [1] Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
     """
     xp = namespace(A)
-    multiply = matmul or xp.matmul
+    B, mask = xp.ascontiguousarray(B), xp.ascontiguousarray(mask)
     inverse_diagonal = 1 / A.diagonal()
     X = xp.zeros_like(B) if X is None else xp.where(mask, X, 0)
     scale = _dot(B * mask * inverse_diagonal, B)
-    residual = (B - multiply(X, A)) * mask
-    Z = residual * inverse_diagonal
-    P = Z.copy()
-    rz = _dot(residual, Z)
+    residual = (B - X @ A) * mask
+    P = residual * inverse_diagonal
+    rz = _dot(residual, P)
     limit = tolerance**2 * scale
+    Q = xp.empty_like(B)
     for iteration in range(max_iterations):
-        active = rz > limit
-        remaining = int(active.sum())
-        if callback:
-            callback(iteration, 1 - remaining / len(B))
-        if not remaining:
-            break
-        Q = multiply(P, A)
-        Q *= mask
-        curvature = _dot(P, Q)
-        step = xp.where(active, rz / xp.where(curvature > 0, curvature, 1), 0)[:, None]
-        X += step * P
-        residual -= step * Q
-        xp.multiply(residual, inverse_diagonal, out=Z)
-        rz_new = _dot(residual, Z)
-        beta = xp.where(active, rz_new / xp.where(rz > 0, rz, 1), 0)[:, None]
-        P *= beta
-        P += Z
-        rz = rz_new
+        if xp is np or iteration % CHECK_EVERY == 0:
+            remaining = int((rz > limit).sum())
+            if callback:
+                callback(iteration, 1 - remaining / len(B))
+            if not remaining:
+                break
+        xp.matmul(P, A, out=Q)
+        cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit)
     return X
+
+
+def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit):
+    """The rest of an iteration, after the product Q = P A.
+
+    Parameters
+    ----------
+    Q : array, shape (M, K)
+        May be overwritten.
+    inverse_diagonal : array, shape (K,)
+    mask : array of bool, shape (M, K)
+    X, residual, P : array, shape (M, K)
+        Overwritten. P and the residual are 0 outside the mask.
+    rz : array, shape (M,)
+        The squared preconditioned norm of each row's residual. Overwritten.
+    limit : array, shape (M,)
+        Rows at or below it stay as they are.
+    """
+    xp = namespace(Q)
+    M, K = Q.shape
+    if xp is not np:
+        kernel = kernels.kernel("conjugate_gradient.cu", "cg_step", **_defines(K, Q.dtype))
+        kernel((M,), (THREADS,), (Q, inverse_diagonal, mask, X, residual, P, rz, limit,
+                                  np.int32(K)))
+        return
+    Q *= mask
+    active = rz > limit
+    curvature = _dot(P, Q)
+    step = np.where(active, rz / np.where(curvature > 0, curvature, 1), 0)[:, None]
+    X += step * P
+    residual -= step * Q
+    Z = np.multiply(residual, inverse_diagonal, out=Q)
+    rz_new = _dot(residual, Z)
+    P *= np.where(active, rz_new / np.where(rz > 0, rz, 1), 0)[:, None]
+    P += Z
+    rz[:] = rz_new
 
 
 def _dot(A, B):
     """Row-wise inner products."""
     return namespace(A).einsum("mk,mk->m", A, B)
+
+
+def _defines(K, dtype):
+    return {"REAL": kernels.real(dtype), "ITEMS": -(-K // THREADS)}
+
+
+def variants():
+    """What the kernels here compile for some widths."""
+    for K in (100, 1024, 1536, 9728, 20000):
+        for dtype in ("float32", "float64"):
+            yield "conjugate_gradient.cu", _defines(K, dtype)

@@ -1,6 +1,9 @@
 """ADMM's projection onto a pattern and its multiplier update, in one pass."""
 
+import numpy as np
+
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 
 
@@ -25,6 +28,9 @@ def project_update(B, V, D, mask, rho, layout):
         Elements whose mask changed.
     """
     xp = namespace(B)
+    if xp is not np and kernels.unrolls(layout):
+        real = B.dtype.type
+        return _launch("project_update", (B, V, D, mask, real(rho), real(1 / rho)), B, layout)
     xp.multiply(V, 1 / rho, out=D)
     D += B
     changed = project_mask(D, mask, layout)
@@ -38,6 +44,8 @@ def project_update(B, V, D, mask, rho, layout):
 def project_mask(B, mask, layout):
     """The mask of project(B), into `mask`; returns the number of elements that changed."""
     xp = namespace(B)
+    if xp is not np and kernels.unrolls(layout):
+        return _launch("project_mask", (B, mask), B, layout)
     (R, r), (G, c) = layout.rows.shape, layout.columns.shape
     squares = (B * B).reshape(R, r, G, c).transpose(3, 0, 1, 2)
     pruned = prune_lowest(block_sums(squares, layout), layout.n_blocks - layout.keep)
@@ -45,3 +53,51 @@ def project_mask(B, mask, layout):
     changed = int(xp.count_nonzero(new != mask))
     mask[...] = new
     return changed
+
+
+def ridge_right_side(D, V, G, rho, out, B=None):
+    """The right-hand side ρD − V + G of ADMM's ridge solve, less ρB where B is given.
+
+    Parameters
+    ----------
+    D, V, G : array, shape (M, K)
+    rho : float
+    out : array, shape (M, K)
+        Overwritten.
+    B : array, shape (M, K), optional
+    """
+    xp = namespace(D)
+    if xp is not np:
+        kernel = kernels.kernel("project.cu", "right_side", REAL=kernels.real(D.dtype))
+        blocks = min(-(-D.size // 256), 2**16)
+        kernel((blocks,), (256,), (D, V, G, kernels.NULL if B is None else B, D.dtype.type(rho),
+                                   out, np.int64(D.size)))
+        return
+    if B is None:
+        xp.multiply(D, rho, out=out)
+    else:
+        xp.subtract(D, B, out=out)
+        out *= rho
+    out -= V
+    out += G
+
+
+def _launch(name, args, B, layout):
+    """Launch a thread for each scope; returns the count of changed elements."""
+    xp = namespace(B)
+    c = layout.blocks.shape[1]
+    R, G = len(B) // layout.blocks.shape[0], B.shape[1] // c
+    changed = xp.zeros((), np.uint64)
+    kernel = kernels.kernel("project.cu", name, **kernels.scope_defines(layout, B.dtype))
+    grid = -(-G // 32), min(-(-R // 16), 65535)
+    kernel(grid, (32, 4), (*args, np.int32(R), np.int32(G), changed))
+    return int(changed)
+
+
+def variants():
+    """What the kernels here compile for some patterns."""
+    for dtype in ("float32", "float64"):
+        yield "project.cu", {"REAL": kernels.real(dtype)}
+    for layout, dtype in kernels.samples():
+        if kernels.unrolls(layout):
+            yield "project.cu", kernels.scope_defines(layout, dtype)

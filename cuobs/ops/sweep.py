@@ -3,11 +3,18 @@
 import numpy as np
 
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
+from cuobs.ops.cholesky import upper_inverse
 from cuobs.ops.masked_solve import masked_solve
+from cuobs.ops.product import add_product
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 
 # Columns that a sweep finishes before it updates those to the right by one product.
 BLOCK = 128
+# A GPU takes a whole span of columns as one block where it fits the shared memory of any device.
+SHARED = 96 * 1024
+# Diagonal blocks up to this width are inverted as a batch.
+BATCHED = 512
 
 
 def block_width(c):
@@ -36,32 +43,51 @@ def scope_solutions(W, C, mask, layout):
     array, shape (M, n)
         λ, 0 where kept. The compensated weight is W − λ C.
     """
-    xp = namespace(W)
-    M, n = W.shape
     c = layout.blocks.shape[1]
-    solutions = xp.zeros_like(W)
-    for a in range(0, n, block_width(c)):
-        b = min(a + block_width(c), n)
-        block = W[:, a:b] - solutions[:, :a] @ C[:a, a:b] if a else W[:, a:b]
-        solutions[:, a:b] = _scope_solutions(block, C[a:b, a:b], mask[:, a:b], c)
+    n = W.shape[1]
+    solutions = W.copy()
+    width = block_width(c)
+    if namespace(W) is not np and _shared(n, c, W.itemsize, _warps(1)) <= SHARED:
+        width = n
+    for a in range(0, n, width):
+        b = min(a + width, n)
+        solve_scopes(solutions[:, a:b], C[a:b, a:b], mask[:, a:b], c)
+        add_product(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1)
     return solutions
 
 
-def _scope_solutions(W, C, mask, c):
-    """`scope_solutions` of one block, with rows last so that each column is contiguous."""
+def solve_scopes(W, C, mask, c):
+    """`scope_solutions` of one block of columns, in place.
+
+    Parameters
+    ----------
+    W : array, shape (M, n)
+        Overwritten by λ.
+    C : array, shape (n, n)
+    mask : array of bool, shape (M, n)
+        True = kept.
+    c : int
+        Columns of a scope.
+    """
     xp = namespace(W)
-    # A copy even of a single row, whose transpose is contiguous as it is.
-    w = xp.array(W.T, order="C")
+    M, n = W.shape
+    if xp is not np and c <= 16:
+        kernel = kernels.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, W.dtype))
+        _launch(kernel, M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
+                (W, C, mask), (np.int32(M), np.int32(n)))
+        return
+    # Rows last: every column is contiguous.
+    w = xp.ascontiguousarray(W.T)
     pruned = xp.ascontiguousarray(~mask.T)
-    for a in range(0, len(w), c):
+    for a in range(0, n, c):
         b = a + c
         w[a:b] = masked_solve(C[a:b, a:b, None], w[a:b], pruned[a:b])
-        if b < len(w):
+        if b < n:
             w[b:] -= C[b:, a:b] @ w[a:b]
-    return w.T
+    W[...] = w.T
 
 
-def sparsegpt_block(W, S, F, scale, layout):
+def sparsegpt_block(W, S, F, scale, layout, mask):
     """SparseGPT on one block of columns, in the form of one factor.
 
     With F = R / diag(R) and the deviations e of the columns to the left, s_j = Σ e_i F_ij is the
@@ -74,23 +100,25 @@ def sparsegpt_block(W, S, F, scale, layout):
     W : array, shape (M, n)
         The target.
     S : array, shape (M, n)
-        Compensation from the columns left of the block.
+        Compensation from the columns left of the block. Overwritten by the deviations
+        W − weight; the weight is W − S where kept and 0 where pruned.
     F : array, shape (n, n)
         The block of R / diag(R): unit upper triangular.
     scale : array, shape (n,)
         diag(R)²: the score of a value v is v² · scale.
     layout : Layout
-
-    Returns
-    -------
     mask : array of bool, shape (M, n)
-        True = kept.
-    E : array, shape (M, n)
-        Deviations W − weight; the weight is W − E where kept and 0 where pruned.
+        True = kept. Overwritten.
     """
     xp = namespace(W)
     M, n = W.shape
     r, c = layout.blocks.shape
+    if xp is not np and kernels.unrolls(layout):
+        kernel = kernels.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, W.dtype))
+        _launch(kernel, M // r, _warps(r), _shared(n, c, W.itemsize, 2 * r * _warps(r)),
+                (W, S, F), (xp.ascontiguousarray(scale), mask, kernels.strides(mask)[0],
+                            np.int32(M // r), np.int32(n)))
+        return
     n_pruned = layout.n_blocks - layout.keep
     # Rows last: every column is contiguous.
     w = xp.ascontiguousarray(W.T)
@@ -110,7 +138,8 @@ def sparsegpt_block(W, S, F, scale, layout):
                 s[i] += F[j, i] * e[j]
         if b < n:
             s[b:] += F[a:b, b:].T @ e[a:b]
-    return ~pruned.T, e.T
+    S[...] = e.T
+    mask[...] = ~pruned.T
 
 
 def _keep_all(s, F):
@@ -120,3 +149,62 @@ def _keep_all(s, F):
         for i in range(j + 1, len(s)):
             s[i] -= F[j, i] * s[j]
     return s
+
+
+def span_inverses(R, width):
+    """Inverses of the diagonal blocks of an upper triangular matrix.
+
+    Parameters
+    ----------
+    R : array, shape (K, K)
+    width : int
+        Columns of a block; the last may be narrower.
+
+    Returns
+    -------
+    list of array, shape (width, width)
+    """
+    xp = namespace(R)
+    K = len(R)
+    whole = K // width * width
+    spans = []
+    if xp is not np and width <= BATCHED and whole:
+        from cupyx.scipy.linalg import solve_triangular
+
+        tiles = R[:whole, :whole].reshape(whole // width, width, whole // width, width)
+        blocks = xp.ascontiguousarray(tiles.diagonal(0, 0, 2).transpose(2, 0, 1))
+        eye = xp.broadcast_to(xp.eye(width, dtype=R.dtype), blocks.shape)
+        spans = list(solve_triangular(blocks, eye))
+    done = len(spans) * width
+    return spans + [upper_inverse(R[a : a + width, a : a + width]) for a in range(done, K, width)]
+
+
+def _warps(r):
+    """Warps of a block of threads, each with a row group of r rows."""
+    return max(1, 8 // r)
+
+
+def _shared(n, c, itemsize, rows):
+    """Shared memory of a sweep's kernel: half a matrix (n, n), `rows` rows and a word a scope."""
+    return (n * (n + c) // 2 + rows * n) * itemsize + 8 * (n // c) * 4
+
+
+def _launch(kernel, groups, warps, shared, matrices, rest):
+    args = [part for matrix in matrices for part in (matrix, kernels.strides(matrix)[0])]
+    kernels.launch(kernel, (-(-groups // warps),), (32, warps), (*args, *rest), shared)
+
+
+def _block_defines(layout, dtype):
+    return kernels.scope_defines(layout, dtype) | {"WARPS": _warps(layout.blocks.shape[0])}
+
+
+def _solve_defines(c, dtype):
+    return {"REAL": kernels.real(dtype), "PLACES": c, "WARPS": _warps(1)}
+
+
+def variants():
+    """What the kernels here compile for some patterns."""
+    for layout, dtype in kernels.samples():
+        if kernels.unrolls(layout):
+            yield "sweep.cu", _block_defines(layout, dtype)
+            yield "sweep.cu", _solve_defines(layout.blocks.shape[1], dtype)

@@ -8,16 +8,16 @@
 //     scale  REAL, (n,): diag(R)^2
 //     mask   bool, (groups r, n): on exit, true = kept
 //
-//   scope_solutions(W, W_row, C, C_row, mask, mask_row, M, n)
+//   solve_scopes(W, W_row, C, C_row, mask, mask_row, M, n)
 //     W      REAL, (M, n): weights; on exit the multipliers λ, 0 where kept
 //     C      REAL, (n, n): the inverse Hessian, frozen
 //     mask   bool, (M, n), true = kept
 //
 // X_row is the distance between rows of X in elements. n is a multiple of c.
 // Shared memory: n (n + c) / 2 elements of F or C, see `at`; then for each warp its rows of REAL
-// (sparsegpt_block: w and s of r rows; scope_solutions: w) and n / c words.
+// (sparsegpt_block: w and s of r rows; solve_scopes: w) and n / c words.
 //
-// Macros, beside those of scope.cuh: WARPS (in a block).
+// Macros, beside those of scope.cuh: WARPS (in a block). solve_scopes needs REAL, PLACES, WARPS only.
 #include "scope.cuh"
 #include "masked_solve.cuh"
 
@@ -129,7 +129,7 @@ sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, cons
 
 #else
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-scope_solutions(REAL* W, const long long W_row, const REAL* __restrict__ C, const long long C_row,
+solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const long long C_row,
                 const bool* __restrict__ mask, const long long mask_row, const int M,
                 const int n) {
     REAL* const inverse = reinterpret_cast<REAL*>(shared);
