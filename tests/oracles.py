@@ -413,7 +413,7 @@ def mask_costs(target, Hl, masks):
     out, kept = np.empty(len(masks)), masks.sum(1)
     for n in np.unique(kept):
         which = np.flatnonzero(kept == n)
-        S = np.nonzero(masks[which])[1].reshape(-1, n)
+        S = np.nonzero(masks[which])[1].reshape(len(which), n)
         w = np.linalg.solve(Hl[S[:, :, None], S[:, None, :]], G[S][..., None])[..., 0]
         out[which] = target @ G - (G[S] * w).sum(1)
     return out

@@ -9,6 +9,7 @@ import pytest
 from layers import PATTERNS, TALL, TILE, layer, prune
 
 import cuobs
+from cuobs.methods.admm import SCHEDULES
 
 SPLIT = ("obs-split", "obs-interleaved")
 
@@ -37,8 +38,7 @@ def reference(pattern, method, options=(), damp=0.01, moved=False, M=None):
         return oracles.obs_ordered(target, Hl, s, **options)
     if method == "true-obs":
         return oracles.true_obs(target, Hl, s, **options)
-    schedule = {"default": (0.2, (1.05, 1.03, 1.03)), "slow": (0.1, (1.04, 1.02, 1.02))}
-    rho, growth = schedule[options.get("schedule", "default")]
+    rho, growth = SCHEDULES[options.get("schedule", "default")]
     mask, _ = oracles.admm_mask(target, Hl, s, rho, growth, every=1, corrected=True)
     return oracles.exact(target, Hl, mask), mask, None
 
