@@ -103,7 +103,9 @@ def round_to(array, like):
     """
     xp = namespace(array)
     if dtype_of(like) != "bfloat16":
-        return array.astype(dtype_of(like), copy=False)
+        # What does not fit becomes infinite, and the caller looks for that.
+        with np.errstate(over="ignore"):
+            return array.astype(dtype_of(like), copy=False)
     # Round half to even on the upper 16 bits.
     bits = array.astype(np.float32).view(np.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)

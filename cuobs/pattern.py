@@ -326,7 +326,7 @@ def parse(text):
         return Pattern(block=(1, width), scope=(1, blocks), keep=keep, name=text)
     if "=" in text:
         return _parse_fields(text)
-    nearest = difflib.get_close_matches(text, _NAMED, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(text.lower(), _NAMED, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"pattern: found {text!r}, expected one of {', '.join(_NAMED)}, n:m, n:mxb or "
         f"'view=... block=... scope=... keep=...' (nearest: {nearest})"

@@ -84,7 +84,7 @@ def name_of(kind, name, known):
         return
     if not isinstance(name, str):
         raise TypeError(f"{kind}: found {type(name).__name__}, expected a name")
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     raise ValueError(
         f"{kind}: found {name!r}, expected one of {', '.join(known)} (nearest: {nearest[0]})"
     )
