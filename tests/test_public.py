@@ -1,0 +1,98 @@
+"""The public names, and the examples in the docstrings."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import cuobs
+
+PUBLIC = [
+    "Hessian", "Pattern", "Result", "Verification", "View", "compare", "methods", "patterns",
+    "prune", "reconstruct", "relative_loss", "verify",
+]
+MODULES = [m.name for m in pkgutil.walk_packages(cuobs.__path__, "cuobs.")]
+
+
+def test_public_names():
+    assert sorted(cuobs.__all__) == sorted(PUBLIC)
+    submodules = {name.split(".")[1] for name in MODULES}
+    public = {name for name in vars(cuobs) if not name.startswith("_")} - submodules
+    assert public | {"compare", "methods"} == set(PUBLIC)
+    assert all(callable(getattr(cuobs, name)) for name in PUBLIC)
+
+
+def test_methods_and_patterns():
+    assert list(cuobs.methods()) == [
+        "magnitude", "wanda", "obs-local", "obs-full", "obs-split", "obs-interleaved",
+        "sparsegpt", "obs-ordered", "true-obs", "admm",
+    ]
+    assert [n for n, m in cuobs.methods().items() if m.resolves] == ["true-obs", "admm"]
+    for name, method in cuobs.methods().items():
+        assert method.name == name and callable(method.function) and method.summary
+    assert list(cuobs.patterns()) == ["2:4", "4:8", "coupled-2:4", "block16-row8"]
+
+
+def test_signatures_that_others_rely_on():
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    parameters = inspect.signature(cuobs.prune).parameters
+    assert list(parameters) == [
+        "W", "X", "hessian", "pattern", "method", "refine", "damp", "target", "dtype", "device",
+        "splits", "group", "order", "schedule", "precision", "memory_limit", "workers",
+        "batch_rows", "progress",
+    ]
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not None}
+    assert defaults == {
+        "W": inspect.Parameter.empty, "pattern": "2:4", "method": "admm", "damp": 0.01,
+        "dtype": "float32", "device": "auto", "precision": "tensor",
+    }
+    assert names(cuobs.reconstruct) == ["W", "mask", "H", "damp", "target", "dtype", "device"]
+    assert names(cuobs.relative_loss) == ["W", "W_pruned", "H"]
+    assert names(cuobs.verify) == ["W", "pattern"]
+    fields = {f.name for f in dataclasses.fields(cuobs.Result)}
+    assert fields >= {"weight", "mask", "loss", "sparsity", "seconds", "method", "pattern",
+                      "refine", "damp", "options", "cost", "device"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    thing = getattr(cuobs, name)
+    assert thing.__doc__ and len(thing.__doc__.strip()) > 20
+    if inspect.isfunction(thing) and inspect.signature(thing).parameters:
+        assert "Parameters\n" in thing.__doc__
+
+
+@pytest.mark.parametrize("module", ["cuobs", *MODULES])
+def test_docstrings(module):
+    """Examples give what they say."""
+    if module.startswith("cuobs.models"):
+        pytest.importorskip("transformers")
+    with np.printoptions(legacy=False):
+        assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_examples_are_found():
+    """Each of these shows how it is used; a finder that finds nothing would pass the test above."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in ("prune", "reconstruct", "relative_loss", "verify", "Hessian", "Pattern"):
+        thing = getattr(cuobs, name)
+        tests = finder.find(thing, name, module=importlib.import_module(thing.__module__))
+        assert any(test.examples for test in tests), name
+
+
+def test_importing_needs_no_extra():
+    """CuPy, PyTorch, safetensors and matplotlib are loaded only when asked for."""
+    import subprocess
+    import sys
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import cuobs, sys; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()
+    assert not {"cupy", "torch", "safetensors", "matplotlib", "ml_dtypes"} & set(loaded)
