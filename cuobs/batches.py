@@ -1,6 +1,8 @@
 """Batches of rows: as many as fit the free memory, shared by workers, halved when memory runs out."""
 
+import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -9,21 +11,46 @@ from threadpoolctl import threadpool_limits
 
 # On the CPU a batch is kept small enough for a core's cache.
 CPU_ROWS = 8
+# On a GPU, row groups that keep it busy, and bytes that they may take unless told otherwise.
+GPU_ROWS = 256
+GPU_BYTES = 24 * 2**30
 
 
-def run_batches(function, count, problem, bytes_per_row):
+class Workspace(threading.local):
+    """Memory that a thread's batches use again and again, by name."""
+
+    def __init__(self):
+        self.buffers = {}
+
+    def array(self, name, shape, dtype, xp=np):
+        """An uninitialised array in the buffer of a name, which grows where it is too small."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self.buffers or self.buffers[name].size < size:
+            self.buffers.pop(name, None)
+            self.buffers[name] = xp.empty(size, np.uint8)
+        return self.buffers[name][:size].view(dtype).reshape(shape)
+
+    def clear(self):
+        """Let go of all memory."""
+        self.buffers.clear()
+
+
+def run_batches(function, count, problem, bytes_per_row, unit=1):
     """Call ``function(start, stop)`` on ranges that cover 0 to count.
 
     Parameters
     ----------
     function : callable
-        Writes its own rows; the ranges do not overlap.
+        Writes its own rows.
     count : int
         Row groups in all.
     problem : Problem
         Whose settings and free memory size the batches.
     bytes_per_row : int
         Memory that one row group needs.
+    unit : int
+        On a GPU ranges hold a multiple of so many row groups where memory allows, so that none is
+        computed in smaller company than another; they may overlap then.
 
     Raises
     ------
@@ -31,29 +58,50 @@ def run_batches(function, count, problem, bytes_per_row):
         Even a single row group does not fit.
     """
     settings, xp = problem.settings, problem.xp
-    fit = max(1, problem.free_bytes() // max(1, bytes_per_row))
-    if xp is np:
-        workers = settings.workers or os.cpu_count() or 1
-        rows = settings.batch_rows or max(1, min(CPU_ROWS, fit // workers, -(-count // workers)))
-        _share(function, count, rows, workers, settings)
+    if xp is not np:
+        _run_on_device(function, count, problem, bytes_per_row, unit)
         return
-    rows = min(settings.batch_rows or 256, fit, count)
+    workers = settings.workers or os.cpu_count() or 1
+    fit = max(1, problem.free_bytes() // max(1, bytes_per_row))
+    rows = settings.batch_rows or max(1, min(CPU_ROWS, fit // workers, -(-count // workers)))
+    _share(function, count, rows, workers, settings)
+
+
+def _run_on_device(function, count, problem, bytes_per_row, unit):
+    settings, xp = problem.settings, problem.xp
+    pool = xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    free = problem.free_bytes()
+    if settings.memory_limit is None:
+        free = min(free, GPU_BYTES)
+    else:
+        free = min(free, settings.memory_limit - pool.used_bytes())
+    rows = -(-(settings.batch_rows or GPU_ROWS) // unit) * unit
+    rows = min(_whole(min(rows, max(1, free // bytes_per_row)), unit), count)
     start = 0
     while start < count:
         stop = min(start + rows, count)
+        missing = -(stop - start) % unit if rows % unit == 0 else 0
         try:
-            function(start, stop)
+            function(max(0, start - missing), stop)
         except xp.cuda.memory.OutOfMemoryError:
             if rows == 1:
                 raise MemoryError(
                     f"memory: one row needs about {bytes_per_row / 2**20:.0f} MiB of GPU memory, "
                     "expected as much to be free; a smaller group needs less"
                 ) from None
-            rows = max(1, rows // 2)
-            xp.get_default_memory_pool().free_all_blocks()
+        else:
+            start = stop
+            settings.report(start, count)
             continue
-        start = stop
-        settings.report(start, count)
+        # Only now has the failed call let go of its arrays.
+        rows = _whole(max(1, rows // 2), unit)
+        pool.free_all_blocks()
+
+
+def _whole(rows, unit):
+    """The largest multiple of `unit` up to `rows`, or `rows` itself where there is none."""
+    return rows // unit * unit or rows
 
 
 def _share(function, count, rows, workers, settings):

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from cuobs.arrays import to_numpy
+from cuobs.arrays import tensor_cores, to_numpy
 from cuobs.ops.conjugate_gradient import masked_cg
+from cuobs.ops.gemm import gemm
 from cuobs.ops.schur import eliminate
-from cuobs.ops.selection import candidate_costs, choose, expand, scope_blocks
+from cuobs.ops.selection import expand, scope_blocks, select
 from cuobs.problem import Pruned
 
 # The joint solves are systems of a group's size; the tolerance is that of the dtype.
@@ -38,22 +39,28 @@ def obs_ordered(problem, group=None, order="largest"):
     while len(left):
         n = len(left)
         w = W.reshape(R, r, n, c).transpose(3, 0, 1, 2)
-        pruned, best, _ = choose(candidate_costs(w, scope_blocks(C, c), layout), layout)
+        pruned, best, _ = select(w, scope_blocks(C, c), layout)
         chosen = _first(best.sum(0, dtype="float64"), group, order)
         rest = np.setdiff1d(np.arange(n), chosen)
         columns, others = (xp.asarray(_columns(part, c)) for part in (chosen, rest))
         kept = ~expand(pruned[:, :, xp.asarray(chosen)], layout).reshape(M, -1)
 
         w = W[:, columns]
-        C_group = C[columns][:, columns]
-        multipliers = masked_cg(C_group, w, ~kept, tolerance=TOLERANCE[problem.dtype.name],
-                                max_iterations=20 * len(columns))
+        rows = C[columns]
+        C_group, cross = rows[:, columns], rows[:, others]
+        # tf32 is too short for this tolerance.
+        with tensor_cores(xp, False):
+            multipliers = masked_cg(C_group, w, ~kept, tolerance=TOLERANCE[problem.dtype.name],
+                                    max_iterations=20 * len(columns))
+            deviation = multipliers @ C_group
         cost += xp.einsum("mk,mk->m", multipliers, w)
         final = xp.asarray(_columns(left[chosen], c))
-        weight[:, final] = (w - multipliers @ C_group) * kept
+        weight[:, final] = (w - deviation) * kept
         mask[:, final] = kept
-        W = W[:, others] - multipliers @ C[columns][:, others]
-        C = eliminate(C, columns, others)
+        W = W[:, others]
+        gemm(multipliers, cross, W, alpha=-1, beta=1)
+        C = C[others][:, others]
+        eliminate(C, C_group, cross)
         left = left[rest]
         problem.settings.report(G - len(left), G)
     return Pruned(mask, weight, cost)

@@ -1,18 +1,22 @@
 """True OBS: every row has its own inverse Hessian and its own order of scopes."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cuobs.arrays import namespace
-from cuobs.batches import run_batches
+from cuobs import arrays
+from cuobs.batches import Workspace, run_batches
 from cuobs.methods.obs_ordered import default_group
 from cuobs.ops import schur
-from cuobs.ops.selection import candidate_costs, choose, expand, scope_blocks
+from cuobs.ops.cholesky import cholesky_inverse
+from cuobs.ops.gemm import CHUNK
+from cuobs.ops.selection import scope_blocks, select
 from cuobs.problem import Pruned
 
-# Columns of finished scopes are carried along until the live ones are fewer than this share.
-COMPACT_BELOW = 0.75
+# Z is made wide enough for this share of all columns times all that are pruned. It outgrows that
+# two or three times, as columns get fewer and Z wider.
+SHARE = 0.4
 
 
 def true_obs(problem, group=None, order="gap"):
@@ -20,10 +24,10 @@ def true_obs(problem, group=None, order="gap"):
 
     The weights are the exact solution for the mask, so a scope that has been decided is
     forgotten, its kept columns too, and the weights are found once at the end by the exact
-    re-solve. With Z the factor rows of all pruned columns so far, a group with pruned columns P
-    needs A = C[P,P] − Z_PᵀZ_P = L Lᵀ and Y = C[P,:] − Z_PᵀZ on the columns still open; then
-    Zn = L⁻¹Y, y = L⁻¹w_P, w −= yᵀZn, the scopes' diagonal blocks of C lose those of ZnᵀZn, Zn is
-    appended to Z, and the row's cost grows by ‖y‖².
+    re-solve. With Z the factor of all columns pruned so far, a group with pruned columns P needs
+    A = C_PP − Z_P Z_Pᵀ = L Lᵀ and, on the columns still open, Zn = L⁻¹ (C_P: − Z_P Zᵀ). With
+    y = L⁻¹ w_P, the row's cost grows by ‖y‖², w −= y Zn, the scopes' diagonal blocks of the
+    inverse Hessian lose those of Znᵀ Zn, and Zn is appended to Z.
 
     Parameters
     ----------
@@ -41,159 +45,145 @@ def true_obs(problem, group=None, order="gap"):
     """
     xp, layout = problem.xp, problem.layout
     (R, r), (G, c) = layout.rows.shape, layout.columns.shape
-    group = min(group or default_group(G), G)
     # Scaled to a unit diagonal, every entry of C and Z lies in [-1, 1].
     scale = 1 / xp.sqrt(problem.C.diagonal())
-    C = problem.C * scale * scale[:, None]
-    W = (problem.W * scale).reshape(R, r, G * c)
+    C = problem.C * scale
+    C *= scale[:, None]
+    W = (problem.W * scale).reshape(R, r, G, c)
     rank = _shared_rank(W, C, layout) if order == "shared" else xp.arange(G)
+    run = _Run(
+        C, C.astype(schur.factor_dtype(xp, C.dtype), copy=False), layout,
+        min(group or default_group(G), G), order, rank.astype(C.dtype), Workspace(),
+    )
     mask = xp.empty((R, r, G, c), bool)
-    cost = xp.empty((R, r), W.dtype)
+    cost = xp.zeros((R, r), C.dtype)
 
     def prune(start, stop):
         rows = slice(start, stop)
-        mask[rows], cost[rows] = _prune_rows(W[rows], C, layout, group, order, rank)
+        try:
+            failed = _prune_rows(run, W[rows], mask[rows], cost[rows])
+            # Where float16 is too short for a row, float32 is asked.
+            for group in (start + failed).tolist():
+                rows = slice(group, group + 1)
+                if run.C_factor is run.C or _prune_exactly(run, W[rows], mask[rows], cost[rows]):
+                    raise np.linalg.LinAlgError(f"row {group}")
+        except MemoryError:
+            run.space.clear()
+            raise
+        except np.linalg.LinAlgError:
+            raise np.linalg.LinAlgError(
+                "hessian: found that what the pruned columns leave of it is not positive definite "
+                f"in {C.dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
+            ) from None
 
-    K = G * c
-    run_batches(prune, R, problem, bytes_per_row=r * K * K // 4 * 2 * W.dtype.itemsize)
-    return Pruned(mask.reshape(R * r, K), cost=cost.ravel())
+    run_batches(prune, R, problem, r * _bytes_per_row(run), unit=CHUNK // math.gcd(CHUNK, r))
+    return Pruned(mask.reshape(R * r, G * c), cost=cost.ravel())
 
 
-@dataclass
-class _Rows:
-    """A batch of R row groups of r rows, B = R r, with n scopes still carried for each.
+@dataclass(frozen=True)
+class _Run:
+    """What all batches share: C with a unit diagonal, and the same in the dtype of the factor."""
 
-    scopes (R, n) and live (R, n) say which scopes they are and which are undecided. w (c, R, r, n)
-    and D (c, c, R, r, n) are weights and diagonal blocks of the inverse Hessian, place-major.
-    Z (B, c n, room) holds the factor rows as columns, so that dropping a scope copies whole rows;
-    the first `used` of each are filled.
+    C: object
+    C_factor: object
+    layout: object
+    group: int
+    order: str
+    rank: object
+    space: Workspace
+
+
+def _prune_rows(run, W, mask, cost):
+    """Masks (True = kept), shape (R, r, G, c), and costs, shape (R, r), of a batch of row groups.
+
+    Returns the row groups in which a factorisation failed.
     """
-
-    scopes: object
-    live: object
-    w: object
-    D: object
-    Z: object
-    used: int = 0
-
-
-def _prune_rows(W, C, layout, group, order, rank):
-    """Masks (True = kept), shape (R, r, G, c), and costs, shape (R, r), of a batch of rows."""
-    xp = namespace(W)
-    R, r, K = W.shape
-    c = layout.columns.shape[1]
-    G = K // c
-    w = xp.array(W.reshape(R, r, G, c).transpose(3, 0, 1, 2), order="C")
-    own = scope_blocks(C, c)
-    rows = _Rows(
-        scopes=xp.tile(xp.arange(G), (R, 1)),
-        live=xp.ones((R, G), bool),
-        w=w,
-        D=xp.array(xp.broadcast_to(own[:, :, None, None], (c, *w.shape)), order="C"),
-        Z=xp.empty((R * r, K, _room(G, group, layout)), W.dtype),
+    xp, layout, space = arrays.namespace(W), run.layout, run.space
+    R, r, G, c = W.shape
+    sizes, area = _plan(layout, run.group)
+    dtype = run.C_factor.dtype
+    for name, size in sizes.items():
+        space.array(name, (R * r, size), dtype, xp)
+    # Of the open scopes: which they are, weights and diagonal blocks of the inverse Hessian,
+    # place-major, and the factor of all columns pruned so far.
+    scopes = xp.tile(xp.arange(G, dtype=np.int32), (R, 1))
+    w = xp.array(W.transpose(3, 0, 1, 2), order="C")
+    own = scope_blocks(run.C, c)[:, :, None, None]
+    D = xp.array(xp.broadcast_to(own, (c, *w.shape)), order="C")
+    alike = schur.pruned_columns(layout)[1]
+    factor = schur.Factor(
+        xp.empty((R * r, G * c, 0), dtype), starts=None if alike else xp.zeros(R * r, np.int32)
     )
-    mask = xp.empty((R, r, G, c), bool)
-    cost = xp.zeros((R, r), W.dtype)
-    every = xp.arange(R)[:, None]
-    for done in range(0, G, group):
-        size = min(group, G - done)
-        # Of finished scopes nothing is left in D, and their costs are not used.
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            blocks, best, gap = choose(candidate_costs(rows.w, rows.D, layout), layout)
-        key = {"largest": -best, "smallest": best, "gap": -gap}.get(order, rank[rows.scopes])
-        key = xp.where(rows.live, key, xp.inf)
-        chosen = xp.argsort(key, axis=1, kind="stable")[:, :size]
-        pruned = expand(xp.take_along_axis(blocks, chosen[None], axis=2), layout)
-        mask[every, :, rows.scopes[every, chosen]] = ~pruned.transpose(0, 2, 1, 3)
-        rows.live[every, chosen] = False
-        P, valid = _positions(pruned, chosen, rows.scopes.shape[1])
-        cost += _eliminate(rows, C, P, valid, last=done + size == G).reshape(R, r)
-        left = G - done - size
-        if left and (
-            left < COMPACT_BELOW * rows.live.shape[1]
-            or rows.used + P.shape[1] > rows.Z.shape[2]
-        ):
-            _compact(rows, left, _room(left, group, layout))
-    return mask, cost
-
-
-def _positions(pruned, chosen, n):
-    """Places of the pruned columns among the c n that are carried, and which of them are real.
-
-    Rows of one group may lose different numbers of columns; the shorter lists are filled up.
-    """
-    xp = namespace(pruned)
-    R, r, size, c = pruned.shape
-    flags = pruned.reshape(R * r, size * c)
-    places = xp.arange(c) * n + chosen[:, :, None]
-    places = xp.repeat(places.reshape(R, size * c), r, axis=0)
-    longest = int(flags.sum(1).max())
-    order = xp.argsort(~flags, axis=1, kind="stable")[:, :longest]
-    return xp.take_along_axis(places, order, 1), xp.take_along_axis(flags, order, 1)
-
-
-def _eliminate(rows, C, P, valid, last):
-    """Eliminate the pruned columns P, shape (B, p), of each row; returns the costs, shape (B,)."""
-    xp = namespace(C)
-    c, R, r, n = rows.w.shape
-    B, p = P.shape
-    columns = (xp.arange(c)[:, None] + rows.scopes[:, None] * c).reshape(R, c * n)
-    columns = xp.repeat(columns, r, axis=0)
-    targets = xp.take_along_axis(columns, P, 1)
-    Z = rows.Z[:, :, : rows.used]
-    Y = schur.gather_blocks(C, targets, targets if last else columns)
-    if rows.used:
-        Z_P = schur.gather_rows(Z, P)
-        Y -= xp.matmul(Z_P, (Z_P if last else Z).transpose(0, 2, 1))
-    Y *= valid[:, :, None]
-    A = Y if last else xp.take_along_axis(Y, P[:, None, :], 2)
-    A = A * valid[:, None, :]
-    A[:, xp.arange(p), xp.arange(p)] += ~valid
-    inverse = schur.cholesky_inverse(A)
-    flat = rows.w.reshape(c, B, n).transpose(1, 0, 2).reshape(B, c * n)
-    w = xp.take_along_axis(flat, P, 1) * valid
-    y = xp.matmul(inverse, w[:, :, None])[:, :, 0]
-    if not last:
-        Zn = xp.matmul(inverse, Y)
-        schur.update_scopes(
-            rows.w.reshape(c, B, n), rows.D.reshape(c, c, B, n), Zn.reshape(B, p, c, n), y
+    cost[...] = 0
+    cost = cost.reshape(R * r)
+    # A GPU is not asked before the end, since each question waits for it.
+    info = None if xp is np else xp.zeros(R * r, np.int32)
+    for left in range(G - run.group, -run.group, -run.group):
+        size = run.group + min(left, 0)
+        blocks, best, gap = select(w, D, layout)
+        key = {"largest": -best, "smallest": best, "gap": -gap}.get(run.order)
+        chosen = schur.first_scopes(run.rank[scopes] if key is None else key, scopes, size)
+        places, columns, weights, counts = schur.take_pruned(
+            blocks, chosen, scopes, w, layout, mask
         )
-        rows.Z[:, :, rows.used : rows.used + p] = Zn.transpose(0, 2, 1)
-        rows.used += p
-    return (y * y).sum(1)
+        p = columns.shape[1]
+        Z_P = space.array("Z_P", (R * r, p, factor.used), dtype, xp)
+        schur.gather_factor(factor.Z, places, factor.used, out=Z_P)
+        inverse = cholesky_inverse(schur.group_blocks(run.C, columns, Z_P), info)
+        y, inverse = schur.solve_group(inverse, weights, cost, dtype)
+        if left <= 0:
+            break
+        scopes, w, D = schur.drop_scopes(chosen, scopes, w, D, factor)
+        schur.make_room(factor, p, area, space)
+        Zn = schur.append_factor(
+            run.C_factor, scopes, columns, Z_P, inverse, counts, factor, space
+        )
+        schur.update_scopes(w, D, Zn, y)
+    return np.flatnonzero([] if info is None else arrays.to_numpy(info).reshape(R, r).any(1))
 
 
-def _compact(rows, left, room):
-    """Drop finished scopes, keeping the `left` live ones, and make room in Z."""
-    xp = namespace(rows.w)
-    c, R, r, n = rows.w.shape
-    keep = xp.argsort(~rows.live, axis=1, kind="stable")[:, :left]
-    rows.scopes = xp.take_along_axis(rows.scopes, keep, 1)
-    rows.live = xp.ones((R, left), bool)
-    rows.w = xp.take_along_axis(rows.w, keep[None, :, None], 3)
-    rows.D = xp.take_along_axis(rows.D, keep[None, None, :, None], 4)
-    places = (xp.arange(c)[:, None] * n + keep[:, None]).reshape(R, c * left)
-    Z = xp.empty((R * r, c * left, rows.used + room), rows.Z.dtype)
-    Z[:, :, : rows.used] = schur.gather_rows(
-        rows.Z[:, :, : rows.used], xp.repeat(places, r, axis=0)
-    )
-    rows.Z = Z
+def _prune_exactly(run, W, mask, cost):
+    """`_prune_rows` without tensor cores and float16."""
+    with arrays.tensor_cores(arrays.namespace(W), False):
+        return _prune_rows(replace(run, C_factor=run.C), W, mask, cost).size
 
 
-def _room(scopes, group, layout):
-    """Factor rows that come before the scopes carried have shrunk enough to be compacted."""
-    groups = -(-int((1 - COMPACT_BELOW) * scopes) // group) + 1
-    return groups * group * int(layout.candidates.sum(2).max()) * (
-        1 if layout.enumerated else layout.n_blocks - layout.keep
-    )
+def _plan(layout, group):
+    """Elements that a row needs in each buffer, and the area that its Z spans."""
+    K, (G, c) = layout.columns.size, layout.columns.shape
+    most, alike = schur.pruned_columns(layout)
+    area = int(SHARE * K * K * (1 - layout.keep / layout.n_blocks))
+    Z = Y = Z_P = used = room = 0
+    for left in range(G - group, -group, -group):
+        p = schur.aligned((group + min(left, 0)) * most)
+        n = max(left, 0) * c
+        Z_P = max(Z_P, p * used)
+        Y = max(Y, p * n)
+        if left > 0 and used + p > room:
+            room = schur.room_for(used + p, n, area)
+            Z = max(Z, n * room)
+        used += p
+    return {"Z0": Z, "Z1": Z, "Y": Y, "Z_P": Z_P} | ({} if alike else {"Zn": Y}), area
+
+
+def _bytes_per_row(run):
+    """Memory that a row of a batch takes at most."""
+    layout, size = run.layout, run.C.dtype.itemsize
+    G, c = layout.columns.shape
+    short = run.C_factor.dtype.itemsize
+    p = schur.aligned(run.group * schur.pruned_columns(layout)[0])
+    buffers = sum(_plan(layout, run.group)[0].values()) * short
+    # A = LLᵀ, halves of it while it is factored, L⁻¹ again in the factor's dtype.
+    factors = p * p * (2 * size + short)
+    # Weights twice, blocks, and what a selection looks at and returns.
+    scopes = G * ((c * c + 2 * c + len(layout.candidates) + 8) * size + layout.n_blocks + 8)
+    return buffers + factors + scopes + p * (size + 16)
 
 
 def _shared_rank(W, C, layout):
     """Place of each scope in the published order: largest summed cost under the first C first."""
-    xp = namespace(W)
-    R, r, K = W.shape
-    c = layout.columns.shape[1]
-    w = W.reshape(R, r, K // c, c).transpose(3, 0, 1, 2)
-    _, best, _ = choose(candidate_costs(w, scope_blocks(C, c), layout), layout)
+    xp = arrays.namespace(W)
+    w = W.transpose(3, 0, 1, 2)
+    _, best, _ = select(w, scope_blocks(C, len(w)), layout)
     order = xp.argsort(-best.sum(0, dtype="float64"), kind="stable")
     return xp.argsort(order)

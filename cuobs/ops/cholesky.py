@@ -4,23 +4,78 @@ import numpy as np
 import scipy.linalg
 
 from cuobs.arrays import namespace
+from cuobs.ops import kernels
+from cuobs.ops.gemm import gemm, tensor_cores_allowed
+from cuobs.ops.gram import mirror_upper
+
+# Order of the matrices that a kernel holds in registers.
+TILE = {"float32": 128, "float64": 64}
+# Columns that the blocked factorisation finishes before it updates those to the right, and the
+# columns that one product updates.
+BLOCK = 512
+STRIP = 2048
+# Block rows of the Gram matrix of a triangle.
+BLOCK_ROWS = 8
+
 
 def cholesky(A):
-    """Lower Cholesky factor of one matrix or of a batch.
+    """Lower Cholesky factor of a matrix.
+
+    On a GPU where float32 may use tensor cores, they update the part not factored yet.
+
+    Parameters
+    ----------
+    A : array, shape (K, K)
+
+    Returns
+    -------
+    array, shape (K, K)
 
     Raises
     ------
     numpy.linalg.LinAlgError
-        A matrix is not positive definite.
+        A is not positive definite.
     """
     xp = namespace(A)
     if xp is np:
-        return np.linalg.cholesky(A)
+        A = np.array(A, order="C")
+        # LAPACK counts columns first, and so sees the transpose.
+        L, info = scipy.linalg.get_lapack_funcs("potrf", (A,))(A.T, lower=False, overwrite_a=True)
+        check_factored(np.array([info]))
+        return L.T
+    if A.dtype == np.float32 and tensor_cores_allowed() and len(A) > BLOCK:
+        return _blocked_cholesky(xp.array(A, order="C"))
     import cupyx
 
     # CuPy looks at cuSOLVER's devInfo only when it is told to.
     with cupyx.errstate(linalg="raise"):
         return xp.linalg.cholesky(A)
+
+
+def check_factored(info):
+    """Raise unless each matrix of a batch was factored.
+
+    Parameters
+    ----------
+    info : array of int, shape (B,)
+        0, or 1 + the first column whose pivot is not positive.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        Which names the matrices.
+    """
+    failed = namespace(info).flatnonzero(info)
+    if not len(failed):
+        return
+    named = ", ".join(str(b) for b in failed[:8].tolist()) + (", ..." if len(failed) > 8 else "")
+    raise np.linalg.LinAlgError(
+        f"A: found {len(failed)} of {len(info)} matrices that are not positive definite (numbers "
+        f"{named}), expected none"
+        if len(info) > 1
+        else f"A: found a matrix whose pivot {int(info[0]) - 1} is not positive, expected a "
+        "positive definite one"
+    )
 
 
 def reversed_cholesky(H):
@@ -43,7 +98,7 @@ def reversed_cholesky(H):
         H is not positive definite.
     """
     try:
-        return cholesky(H[::-1, ::-1])[::-1, ::-1]
+        return namespace(H).ascontiguousarray(cholesky(H[::-1, ::-1])[::-1, ::-1])
     except np.linalg.LinAlgError:
         raise np.linalg.LinAlgError(
             "hessian: found a matrix that is not positive definite with this damping, expected "
@@ -53,17 +108,167 @@ def reversed_cholesky(H):
 
 
 def upper_inverse(R):
-    """Inverse of an upper triangular matrix, shape (K, K)."""
-    if namespace(R) is np:
+    """Inverse of an upper triangular matrix, shape (K, K), with zeros below."""
+    xp = namespace(R)
+    if xp is np:
         inverse, _ = scipy.linalg.get_lapack_funcs("trtri", (R,))(R)
         return inverse
-    import cupyx.scipy.linalg
+    U = xp.array(R, order="C")
+    K, tile = len(U), TILE[U.dtype.name]
+    for a, size, count in _diagonal_blocks(K, tile):
+        _launch_triangular(U[a:, a:], size, count)
+    while tile < K:
+        # Of [[P, Q], [0, S]] the inverse is [[P⁻¹, −P⁻¹ Q S⁻¹], [0, S⁻¹]].
+        for a, size, count in _diagonal_blocks(K, 2 * tile):
+            if size > tile:
+                blocks = _stack(U, a, 2 * tile, size, count)
+                corner = blocks[:, :tile, tile:]
+                product = xp.empty(corner.shape, U.dtype)
+                gemm(blocks[:, :tile, :tile], corner, product, exact=True)
+                gemm(product, blocks[:, tile:, tile:], corner, alpha=-1, exact=True)
+        tile *= 2
+    return U
 
-    xp = namespace(R)
-    return cupyx.scipy.linalg.solve_triangular(R, xp.eye(len(R), dtype=R.dtype))
+
+def upper_gram(U):
+    """UᵀU of an upper triangular U, shape (K, K)."""
+    xp = namespace(U)
+    if xp is np:
+        return U.T @ U
+    K = len(U)
+    out = xp.empty_like(U)
+    width = -(-K // BLOCK_ROWS)
+    for a in range(0, K, width):
+        b = min(a + width, K)
+        gemm(U[:b, a:b].T, U[:b, a:], out[a:b, a:])
+    mirror_upper(out)
+    return out
 
 
 def inverse(A):
     """Inverse of one symmetric positive definite matrix, shape (K, K)."""
-    U = upper_inverse(reversed_cholesky(A))
-    return U.T @ U
+    return upper_gram(upper_inverse(reversed_cholesky(A)))
+
+
+def cholesky_inverse(A, info=None):
+    """L⁻¹ of A = L Lᵀ, for a batch.
+
+    Parameters
+    ----------
+    A : array, shape (B, p, p)
+        Its lower triangle is read. Overwritten.
+    info : array of int32, shape (B,), optional
+        Instead of raising, note here the pivots that are not positive, for `check_factored`.
+
+    Returns
+    -------
+    array, shape (B, p, p)
+        Lower triangular, in the memory of A.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        Which names the matrices that are not positive definite.
+    """
+    xp = namespace(A)
+    noted = xp.zeros(len(A), np.int32) if info is None else info
+    if xp is not np:
+        _factor(A, None, noted, 0)
+    else:
+        potrf, trtri = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (A,))
+        for b in range(len(A)):
+            # LAPACK counts columns first, and so sees the transpose.
+            upper, wrong = potrf(A[b].T, lower=False)
+            A[b] = trtri(upper, lower=False, overwrite_c=True)[0].T
+            noted[b] = noted[b] or wrong
+    if info is None:
+        check_factored(noted)
+    return A
+
+
+def _factor(A, L, info, first, exact=False):
+    """L⁻¹ into a batch A, shape (B, n, n), and L into the lower triangle of another, or None."""
+    xp = namespace(A)
+    B, n, _ = A.shape
+    tile = TILE[A.dtype.name]
+    if n <= tile:
+        _launch_factor(A, L, info, first)
+        return
+    # [[P, .], [Q, S]]: with P⁻¹ and L₂₁ = Q P⁻ᵀ, S − L₂₁ L₂₁ᵀ is left; then −S⁻¹ L₂₁ P⁻¹.
+    m = -(-n // (2 * tile)) * tile
+    left, below, right = A[:, :m, :m], A[:, m:, :m], A[:, m:, m:]
+    _factor(left, L if L is None else L[:, :m, :m], info, first, exact)
+    L21, product = xp.empty((2, B, n - m, m), A.dtype)
+    gemm(below, left.transpose(0, 2, 1), L21, exact=exact)
+    gemm(L21, L21.transpose(0, 2, 1), right, alpha=-1, beta=1, exact=exact)
+    _factor(right, L if L is None else L[:, m:, m:], info, first + m, exact)
+    gemm(L21, left, product, exact=exact)
+    gemm(right, product, below, alpha=-1, exact=exact)
+    A[:, :m, m:] = 0
+    if L is not None:
+        L[:, m:, :m] = L21
+
+
+def _blocked_cholesky(A):
+    """The factor in place of A, on tensor cores where digits may be lost: in the updates."""
+    xp = namespace(A)
+    K = len(A)
+    info = xp.zeros(1, np.int32)
+    for a in range(0, K, BLOCK):
+        b = min(a + BLOCK, K)
+        inverse = A[None, a:b, a:b].copy()
+        _factor(inverse, A[None, a:b, a:b], info, a, exact=True)
+        if b == K:
+            break
+        panel = xp.empty((K - b, b - a), A.dtype)
+        gemm(A[b:, a:b], inverse[0].T, panel, exact=True)
+        A[b:, a:b] = panel
+        for s in range(b, K, STRIP):
+            e = min(s + STRIP, K)
+            gemm(panel[s - b :], panel[s - b : e - b].T, A[s:, s:e], alpha=-1, beta=1)
+    check_factored(info)
+    return xp.tril(A)
+
+
+def _diagonal_blocks(K, size):
+    """(first column, size, number) of the blocks that cover a diagonal: all whole ones, the rest."""
+    count, rest = divmod(K, size)
+    return [(0, size, count)] * (count > 0) + [(count * size, rest, 1)] * (rest > 0)
+
+
+def _stack(U, first, step, size, count):
+    """A view (count, size, size) of the blocks of a matrix at every step-th diagonal element."""
+    row, column = U.strides
+    return namespace(U).lib.stride_tricks.as_strided(
+        U[first:, first:], (count, size, size), (step * (row + column), row, column)
+    )
+
+
+def _launch_factor(A, L, info, first):
+    strides = kernels.strides(A)
+    lower = (kernels.NULL, *strides) if L is None else (L, *kernels.strides(L))
+    _kernel("factor_inverse", A.dtype)(
+        (len(A),), (256,), (A, *strides, *lower, np.int32(A.shape[1]), np.int32(first), info)
+    )
+
+
+def _launch_triangular(U, size, count):
+    # The kernel takes a lower triangle, so rows and columns change places.
+    row, column = kernels.strides(U)
+    _kernel("triangular_inverse", U.dtype)(
+        (count,), (256,), (U, np.int64(size * (row + column)), column, row, np.int32(size))
+    )
+
+
+def _kernel(name, dtype):
+    return kernels.kernel("cholesky.cu", name, **_defines(dtype))
+
+
+def _defines(dtype):
+    return {"REAL": kernels.real(dtype), "TILE": TILE[str(dtype)]}
+
+
+def variants():
+    """What the kernels here compile."""
+    for dtype in ("float32", "float64"):
+        yield "cholesky.cu", _defines(dtype)

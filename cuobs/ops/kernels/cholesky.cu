@@ -1,0 +1,111 @@
+// One tile of a Cholesky factorisation or of a triangular inverse, in registers: a block of threads
+// a matrix, 16 x 16 threads with E x E elements each, every 16th row and column.
+//
+//   factor_inverse(A, its strides, L, its strides, n, first, info)
+//     A     REAL, (B, n, n), n <= TILE: the lower triangle is read; L^-1 of A = L L' replaces it,
+//           with zeros above
+//     L     REAL, (B, n, n), or null: the lower triangle is overwritten by L
+//     info  int, (B,): where 0, first + 1 + k if pivot k is not positive
+//   triangular_inverse(L, its strides, n)
+//     L     REAL, (B, n, n), n <= TILE: lower triangular, replaced by its inverse
+//
+// Macros: REAL, TILE (a multiple of 16).
+
+constexpr int E = TILE / 16;
+
+// Gauss-Jordan without pivoting on [A | I], kept in one place: column k of A makes room for column
+// k of the inverse. Step k scales row k and takes multiples of it from the rows below. FACTOR
+// does so on a symmetric A, whose row k is also its column k, and else on a triangle.
+template <bool FACTOR>
+__device__ __forceinline__ void invert(REAL* A, const long long row, const long long column,
+                                       REAL* L, const long long L_row, const long long L_column,
+                                       const int n, const int first, int* info) {
+    __shared__ REAL across[2][TILE], down[2][TILE];
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    REAL a[E][E];
+#pragma unroll
+    for (int i = 0; i < E; i++) {
+#pragma unroll
+        for (int j = 0; j < E; j++) {
+            const int y = ty + 16 * i, x = tx + 16 * j;
+            a[i][j] = x == y;
+            if (y < n && x < n) {
+                if (x <= y) a[i][j] = A[y * row + x * column];
+                else a[i][j] = FACTOR ? A[x * row + y * column] : REAL(0);
+            }
+        }
+    }
+#pragma unroll
+    for (int block = 0; block < E; block++) {
+        for (int part = 0; part < 16; part++) {
+            const int k = 16 * block + part;
+            if (k >= n) break;
+            // Two copies: the next step writes one while this one may still be read.
+            REAL* const row_k = across[k % 2];
+            REAL* const column_k = down[k % 2];
+            if (ty == part) {
+#pragma unroll
+                for (int j = 0; j < E; j++) row_k[tx + 16 * j] = a[block][j];
+            }
+            if (tx == part) {
+#pragma unroll
+                for (int i = block; i < E; i++) column_k[ty + 16 * i] = a[i][block];
+            }
+            __syncthreads();
+            const REAL pivot = row_k[k];
+            const REAL scale = FACTOR ? rsqrt(pivot) : 1 / pivot;
+            if (FACTOR) {
+                if (threadIdx.x == 0 && !(pivot > 0) && !*info) *info = first + k + 1;
+                if (L && tx == part) {
+#pragma unroll
+                    for (int i = block; i < E; i++) {
+                        const int y = ty + 16 * i;
+                        if (k <= y && y < n) L[y * L_row + k * L_column] = column_k[y] * scale;
+                    }
+                }
+            }
+            REAL v[E];
+#pragma unroll
+            for (int j = 0; j < E; j++) {
+                const int x = tx + 16 * j;
+                v[j] = x == k ? scale : FACTOR || x < k ? row_k[x] * scale : REAL(0);
+            }
+#pragma unroll
+            for (int i = block; i < E; i++) {
+                const int y = ty + 16 * i;
+                if (y > k) {
+                    const REAL l = FACTOR ? column_k[y] * scale : column_k[y];
+                    if (tx == part) a[i][block] = 0;
+#pragma unroll
+                    for (int j = 0; j < E; j++) a[i][j] -= l * v[j];
+                } else if (y == k) {
+#pragma unroll
+                    for (int j = 0; j < E; j++) a[i][j] = v[j];
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < E; i++) {
+#pragma unroll
+        for (int j = 0; j < E; j++) {
+            const int y = ty + 16 * i, x = tx + 16 * j;
+            if (y < n && x < n && (FACTOR || x <= y))
+                A[y * row + x * column] = x <= y ? a[i][j] : REAL(0);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+factor_inverse(REAL* A, const long long matrix, const long long row, const long long column,
+               REAL* L, const long long L_matrix, const long long L_row,
+               const long long L_column, const int n, const int first, int* info) {
+    invert<true>(A + blockIdx.x * matrix, row, column, L ? L + blockIdx.x * L_matrix : L, L_row,
+                 L_column, n, first, info + blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+triangular_inverse(REAL* L, const long long matrix, const long long row, const long long column,
+                   const int n) {
+    invert<false>(L + blockIdx.x * matrix, row, column, nullptr, 0, 0, n, 0, nullptr);
+}
