@@ -143,6 +143,39 @@ def asarray(array, xp, dtype=None):
     return xp.asarray(array, dtype=dtype)
 
 
+def pieces(array, xp, rows):
+    """An array (NumPy or CuPy) on a namespace, so many rows at a time.
+
+    On the way from host to GPU the next piece is read and copied while one is worked on, through
+    two buffers of pinned memory.
+    """
+    starts = range(0, len(array), rows)
+    if xp is np or not isinstance(array, np.ndarray) or dtype_of(array) == "bfloat16":
+        for start in starts:
+            yield asarray(array[start : start + rows], xp)
+        return
+    import cupyx
+
+    shape = (min(rows, len(array)), *array.shape[1:])
+    pinned = [cupyx.empty_pinned(shape, array.dtype) for _ in range(2)]
+    buffers = [xp.empty(shape, array.dtype) for _ in range(2)]
+    copied, used = ([xp.cuda.Event() for _ in range(2)] for _ in range(2))
+    work, copies = xp.cuda.get_current_stream(), xp.cuda.Stream(non_blocking=True)
+    copies.wait_event(work.record())
+    for n, start in enumerate(starts):
+        slot = n % 2
+        size = min(rows, len(array) - start)
+        copied[slot].synchronize()
+        pinned[slot][:size] = array[start : start + size]
+        copies.wait_event(used[slot])
+        buffers[slot][:size].set(pinned[slot][:size], stream=copies)
+        copied[slot].record(copies)
+        work.wait_event(copied[slot])
+        yield buffers[slot][:size]
+        used[slot].record(work)
+    copies.synchronize()
+
+
 def dtype_of(array):
     """The name of an array's dtype, whatever kind it is."""
     return str(array.dtype).removeprefix("torch.")

@@ -5,8 +5,11 @@ import numpy as np
 from cuobs import arrays, validation
 from cuobs.ops.gram import add_gram
 
-# Bytes of one piece of X in the compute dtype: small beside any memory, large beside a cache.
+# Bytes of one piece of X: in the compute dtype on the CPU, small beside any memory and large beside
+# a cache; on its way to a GPU; and where it lies on the GPU as it is, as large as fills the device.
 PIECE = 128 * 2**20
+COPIED_PIECE = 256 * 2**20
+RESIDENT_PIECE = 2**30
 
 
 class Hessian:
@@ -20,6 +23,8 @@ class Hessian:
         What the sum is held and accumulated in; half precision is widened first.
     device : {"auto", "cpu", "cuda"}
         Where the sum is held and computed.
+    precision : {"tensor", "fp32"}
+        Whether a GPU may multiply in float16 (where X is) or tf32 for a sum in float32.
 
     Attributes
     ----------
@@ -40,10 +45,12 @@ class Hessian:
     True
     """
 
-    def __init__(self, K, dtype="float32", device="cpu"):
+    def __init__(self, K, dtype="float32", device="cpu", precision="tensor"):
         validation.integer("K", K)
         validation.name_of("dtype", dtype, ("float32", "float64"))
+        validation.name_of("precision", precision, ("tensor", "fp32"))
         self._xp = arrays.choose(device)
+        self._tensor = precision == "tensor"
         self.matrix = self._xp.zeros((K, K), dtype)
         self.tokens = 0
 
@@ -64,13 +71,15 @@ class Hessian:
         """
         X = check_activations(X, self.K)
         dtype = self.matrix.dtype
-        rows = max(1, PIECE // (self.K * dtype.itemsize))
+        rows = self._rows_of_piece(X)
         total = self._xp.zeros_like(self.matrix) if self.tokens else self.matrix
-        for start in range(0, len(X), rows):
-            piece = arrays.asarray(X[start : start + rows], self._xp)
-            add_gram(piece, total)
-            if progress:
-                progress(min(start + rows, len(X)), len(X))
+        done = 0
+        with arrays.tensor_cores(self._xp, self._tensor):
+            for piece in arrays.pieces(X, self._xp, rows):
+                add_gram(piece, total, half=self._tensor)
+                done += len(piece)
+                if progress:
+                    progress(done, len(X))
         if not self._xp.isfinite(total.diagonal()).all():
             if total is self.matrix:
                 total[...] = 0
@@ -82,6 +91,14 @@ class Hessian:
         if total is not self.matrix:
             self.matrix += total
         self.tokens += len(X)
+
+    def _rows_of_piece(self, X):
+        if self._xp is np:
+            size, item = PIECE, self.matrix.itemsize
+        else:
+            size = COPIED_PIECE if isinstance(X, np.ndarray) else RESIDENT_PIECE
+            item = X.dtype.itemsize
+        return max(1, size // (self.K * item))
 
     def merge(self, other):
         """Add another part, such as one from another machine; returns self."""
