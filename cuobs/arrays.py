@@ -112,21 +112,21 @@ def round_to(array, like):
     return (bits & xp.uint32(0xFFFF0000)).view(np.float32)
 
 
-def hand_back(array, like):
+def hand_back(array, like, cast=True):
     """`array` (NumPy or CuPy) as the kind and on the device of `like`.
 
-    Floats take the dtype of `like`; round to it first.
+    Floats take the dtype of `like` where `cast` says so; round to it first.
     """
-    kind = array.dtype.kind
+    cast = cast and array.dtype.kind == "f"
     if _is_torch(like):
         import torch
 
         tensor = torch.from_dlpack(_cupy_of(array)) if like.is_cuda else torch.from_numpy(
             to_numpy(array)
         )
-        return tensor.to(like.dtype) if kind == "f" else tensor
+        return tensor.to(like.dtype) if cast else tensor
     array = _cupy_of(array) if _is_cuda(like) else to_numpy(array)
-    return array.astype(like.dtype, copy=False) if kind == "f" else array
+    return array.astype(like.dtype, copy=False) if cast else array
 
 
 def to_numpy(array):

@@ -205,7 +205,8 @@ class Plan:
         self._check(new)
         cost = pruned.cost
         if cost is not None:
-            cost = arrays.hand_back(cost[xp.asarray(np.argsort(self.layout.rows.ravel()))], self.W)
+            order = xp.asarray(np.argsort(self.layout.rows.ravel()))
+            cost = arrays.hand_back(cost[order].astype("float64"), self.W, cast=False)
         return Result(
             weight=arrays.hand_back(new, self.W),
             mask=arrays.hand_back(mask, self.W),

@@ -79,7 +79,7 @@ def admm(problem, schedule="default"):
             break
         rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
     project_mask(B, mask, layout)
-    return Pruned(mask)
+    return Pruned(mask, B / scale)
 
 
 def _shifted(H, rho):

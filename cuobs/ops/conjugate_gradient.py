@@ -5,12 +5,14 @@ import numpy as np
 from cuobs.arrays import namespace
 from cuobs.ops import kernels
 
-# A GPU is asked only so often whether rows are left: each question waits for it.
+# Iterations between looks at how far it is; on a GPU each look waits for it.
 CHECK_EVERY = 2
 THREADS = 512
 
 
-def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, callback=None):
+def masked_cg(
+    A, B, mask, X=None, *, tolerance, max_iterations, settled=0.0, energy=0.0, progress=None
+):
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
     Preconditioned by diag(A). One product (M, K) x (K, K) an iteration serves all rows; rows that
@@ -29,8 +31,13 @@ def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, callback=None):
     tolerance : float
         Stop when each row's preconditioned residual norm is below this share of that of B.
     max_iterations : int
-    callback : callable, optional
-        Called with (iteration, share of rows that have converged).
+    settled : float
+        Stop, too, when an iteration lowers the energy by less than this share of what is left.
+    energy : float
+        The energy tr(T A Tᵀ) of the targets T whose products T A are B: what is left is
+        tr((X − T) A (X − T)ᵀ).
+    progress : callable, optional
+        Called with the number of iterations done.
 
     Returns
     -------
@@ -44,25 +51,31 @@ def masked_cg(A, B, mask, X=None, *, tolerance, max_iterations, callback=None):
     B, mask = xp.ascontiguousarray(B), xp.ascontiguousarray(mask)
     inverse_diagonal = 1 / A.diagonal()
     X = xp.zeros_like(B) if X is None else xp.where(mask, X, 0)
-    scale = _dot(B * mask * inverse_diagonal, B)
-    residual = (B - X @ A) * mask
+    limit = tolerance**2 * _dot(B * mask * inverse_diagonal, B)
+    residual = B - X @ A
+    left = energy - float(_dot(X, B + residual).sum(dtype="float64"))
+    residual *= mask
     P = residual * inverse_diagonal
     rz = _dot(residual, P)
-    limit = tolerance**2 * scale
+    gained = xp.zeros_like(rz)
     Q = xp.empty_like(B)
+    before = 0.0
     for iteration in range(max_iterations):
-        if xp is np or iteration % CHECK_EVERY == 0:
-            remaining = int((rz > limit).sum())
-            if callback:
-                callback(iteration, 1 - remaining / len(B))
-            if not remaining:
+        if iteration % CHECK_EVERY == 0:
+            gain = float(gained.sum(dtype="float64"))
+            if iteration and gain - before < CHECK_EVERY * settled * (left - gain):
                 break
+            before = gain
+            if not int((rz > limit).sum()):
+                break
+            if progress:
+                progress(iteration)
         xp.matmul(P, A, out=Q)
-        cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit)
+        cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained)
     return X
 
 
-def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit):
+def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained):
     """The rest of an iteration, after the product Q = P A.
 
     Parameters
@@ -77,20 +90,23 @@ def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit):
         The squared preconditioned norm of each row's residual. Overwritten.
     limit : array, shape (M,)
         Rows at or below it stay as they are.
+    gained : array, shape (M,)
+        Raised by what the step takes off each row's energy.
     """
     xp = namespace(Q)
     M, K = Q.shape
     if xp is not np:
         kernel = kernels.kernel("conjugate_gradient.cu", "cg_step", **_defines(K, Q.dtype))
         kernel((M,), (THREADS,), (Q, inverse_diagonal, mask, X, residual, P, rz, limit,
-                                  np.int32(K)))
+                                  gained, np.int32(K)))
         return
     Q *= mask
     active = rz > limit
     curvature = _dot(P, Q)
-    step = np.where(active, rz / np.where(curvature > 0, curvature, 1), 0)[:, None]
-    X += step * P
-    residual -= step * Q
+    step = np.where(active, rz / np.where(curvature > 0, curvature, 1), 0)
+    gained += step * rz
+    X += step[:, None] * P
+    residual -= step[:, None] * Q
     Z = np.multiply(residual, inverse_diagonal, out=Q)
     rz_new = _dot(residual, Z)
     P *= np.where(active, rz_new / np.where(rz > 0, rz, 1), 0)[:, None]

@@ -1,11 +1,12 @@
 // One step of conjugate gradients on the kept columns of every row, one block a row, after the
 // product Q = P A. Rows that have converged are left as they are.
 //
-//   cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, K)
+//   cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained, K)
 //     Q, X, residual, P   REAL, (M, K); P and residual are 0 outside the mask
 //     inverse_diagonal    REAL, (K,)
 //     mask                bool, (M, K), true = kept
 //     rz, limit           REAL, (M,): residual' Z by row with Z = residual / diag(A), and where to stop
+//     gained              REAL, (M,): raised by what the step takes off a row's energy
 //
 // Macros: REAL; ITEMS, columns a thread holds: THREADS * ITEMS >= K.
 
@@ -28,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 cg_step(const REAL* __restrict__ Q, const REAL* __restrict__ inverse_diagonal,
         const bool* __restrict__ mask, REAL* __restrict__ X, REAL* __restrict__ residual,
         REAL* __restrict__ P, REAL* __restrict__ rz, const REAL* __restrict__ limit,
-        const int K) {
+        REAL* __restrict__ gained, const int K) {
     const REAL before = rz[blockIdx.x];
     if (before <= limit[blockIdx.x]) return;
     const long long row = blockIdx.x * (long long)K;
@@ -60,5 +61,8 @@ cg_step(const REAL* __restrict__ Q, const REAL* __restrict__ inverse_diagonal,
         const int j = n * THREADS + threadIdx.x;
         if (j < K) P[row + j] = q[n] + after / before * p[n];
     }
-    if (threadIdx.x == 0) rz[blockIdx.x] = after;
+    if (threadIdx.x == 0) {
+        rz[blockIdx.x] = after;
+        gained[blockIdx.x] += step * before;
+    }
 }
