@@ -140,6 +140,6 @@ def test_figure(xp, layer, pattern, method, rows, options, loss):
     assert 100 * double.loss <= 1.005 * loss
     if method != "admm":
         assert 100 * double.loss >= 0.995 * loss
-    single = prune(xp, W[:rows], H, dtype="float32", **options)
+    single = prune(xp, W[:rows], H, dtype="float32", precision="fp32", **options)
     assert single.mask.mean() == 0.5
     assert single.loss == pytest.approx(double.loss, rel=0.01)
