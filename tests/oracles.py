@@ -421,11 +421,11 @@ def mask_costs(target, Hl, masks):
 
 def optimum(target, Hl, s):
     """Brute force over all masks: the least damped cost of each group of rows."""
-    every = list(itertools.product(range(len(s.choices)), repeat=len(s.columns)))
+    every = np.array(list(itertools.product(range(len(s.choices)), repeat=len(s.columns))))
+    lost = np.stack([lost_columns(s, choice) for choice in range(len(s.choices))])
     masks = np.ones((len(every), s.rows.shape[1], len(Hl)), bool)
-    for n, choice in enumerate(every):
-        for columns, lost in zip(s.columns, choice, strict=True):
-            masks[n][:, columns] = ~lost_columns(s, lost)
+    for columns, choice in zip(s.columns, every.T, strict=True):
+        masks[:, :, columns] = ~lost[choice]
     return np.array([
         sum(mask_costs(target[i], Hl, masks[:, k]) for k, i in enumerate(rows)).min()
         for rows in s.rows

@@ -32,7 +32,7 @@ def test_no_method_is_better_than_the_best_mask(pattern, capsys):
         best = oracles.optimum(target, Hl, s)
         for method, options in METHODS:
             result, exact = (
-                prune(np, W, H, pattern=pattern, method=method, refine=refine, **options)
+                prune(np, W, H, pattern=pattern, method=method, refine=refine, workers=1, **options)
                 for refine in (None, "exact")
             )
             np.testing.assert_array_equal(result.mask, exact.mask)
