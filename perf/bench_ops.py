@@ -14,9 +14,9 @@ from cuobs import arrays, pattern
 from cuobs.ops import (
     cholesky,
     conjugate_gradient,
+    gemm,
     gram,
     masked_solve,
-    product,
     projection,
     schur,
     selection,
@@ -160,11 +160,11 @@ def test_sparsegpt_block(clock, damped):
     clock(call, check, traffic=4 * W.nbytes + W.size)
 
 
-def test_add_product(clock, damped):
+def test_gemm_adds(clock, damped):
     """What a sweep passes on: 128 columns times the factor, added to all columns on the right."""
     E, F = damped.W[:, :128], damped.R[:128, 128:]
     out = damped.xp.zeros((len(E), F.shape[1]), np.float32)
-    call = _tensor(product.add_product, damped.xp)
+    call = _tensor(functools.partial(gemm.gemm, beta=1), damped.xp)
 
     def check(_):
         e, f = (arrays.to_numpy(a).astype(np.float64) for a in (E[:64], F))
@@ -243,7 +243,7 @@ def test_cg_step(clock, damped, half):
     residual = damped.W * half
     P, X = residual * inverse_diagonal, xp.zeros_like(residual)
     Q = P @ damped.H
-    rz, limit = (residual * P).sum(1), xp.zeros(M, np.float32)
+    rz, limit, gained = (residual * P).sum(1), *xp.zeros((2, M), np.float32)
     first = [arrays.to_numpy(a[:64]).astype(np.float64) for a in (P, Q, residual, rz, half)]
 
     def check(_):
@@ -253,7 +253,7 @@ def test_cg_step(clock, damped, half):
         assert _close(residual[:64], (r - step * q) * kept, 1e-4)
 
     def call():
-        conjugate_gradient.cg_step(Q, inverse_diagonal, half, X, residual, P, rz, limit)
+        conjugate_gradient.cg_step(Q, inverse_diagonal, half, X, residual, P, rz, limit, gained)
 
     clock(call, check, traffic=7 * Q.nbytes + Q.size)
 

@@ -11,9 +11,9 @@ from layers import FAR, ROWS, TALL, TILE, host
 from cuobs.ops import (
     cholesky,
     conjugate_gradient,
+    gemm,
     gram,
     masked_solve,
-    product,
     projection,
     schur,
     selection,
@@ -121,14 +121,14 @@ def test_span_inverses(xp, rng, dtype, close, width):
 
 @SINGLE
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 8, 3), (1, 7, 9), (33, 65, 17), (4, 0, 6)])
-def test_add_product(xp, rng, dtype, close, m, k, n):
+def test_gemm_adds(xp, rng, dtype, close, m, k, n):
     A, B, C = (rng.standard_normal(shape) for shape in ((m, k), (k, n), (m, n)))
     a, b, c = (xp.array(v, dtype) for v in (A, B, C))
-    product.add_product(a, b, c, alpha=-1)
+    gemm.gemm(a, b, c, alpha=-1, beta=1)
     close(c, C - A @ B)
     wide = xp.asarray(np.pad(C, ((0, 0), (2, 3))), dtype)
     at = wide[:, 2 : 2 + n]
-    product.add_product(xp.asarray(A.T, dtype).T, xp.asarray(B.T, dtype).T, at)
+    gemm.gemm(xp.asarray(A.T, dtype).T, xp.asarray(B.T, dtype).T, at, beta=1)
     close(at, C + A @ B)
     assert not host(wide)[:, :2].any() and not host(wide)[:, 2 + n :].any()
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cuobs.ops.cholesky import inverse
-from cuobs.ops.product import add_product
+from cuobs.ops.gemm import gemm
 from cuobs.ops.projection import project_mask, project_update, ridge_right_side
 from cuobs.problem import Pruned
 
@@ -71,8 +71,8 @@ def admm(problem, schedule="default"):
             B = right @ A
         else:
             ridge_right_side(D, V, G, rho, right, B)
-            add_product(B, H, right, alpha=-1)
-            add_product(right, A, B)
+            gemm(B, H, right, alpha=-1, beta=1)
+            gemm(right, A, B, beta=1)
         share = project_update(B, V, D, mask, rho, layout) / n_pruned
         problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:

@@ -1,6 +1,6 @@
 """OBS with compensation everywhere, the inverse Hessian frozen."""
 
-from cuobs.ops.product import add_product
+from cuobs.ops.gemm import gemm
 from cuobs.ops.selection import select_mask
 from cuobs.ops.sweep import scope_solutions
 from cuobs.problem import Pruned
@@ -17,6 +17,6 @@ def obs_full(problem):
     select_mask(problem.by_scope(W), problem.scope_blocks, layout, mask)
     multipliers = scope_solutions(W, C, mask, layout)
     weight = W.copy()
-    add_product(multipliers, C, weight, alpha=-1)
+    gemm(multipliers, C, weight, alpha=-1, beta=1)
     weight *= mask
     return Pruned(mask, weight)

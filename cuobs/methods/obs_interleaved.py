@@ -1,6 +1,6 @@
 """OBS span by span: compensation to the right, each finished span eliminated from C."""
 
-from cuobs.ops.product import add_product
+from cuobs.ops.gemm import gemm
 from cuobs.ops.selection import scope_blocks, select_mask
 from cuobs.ops.sweep import scope_solutions, span_inverses
 from cuobs.problem import Pruned
@@ -66,13 +66,13 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
         span, right = slice(a, a + width), slice(a + width, None)
         C = U.T @ U
         values = W[:, span].copy()
-        add_product(T[:, span], U, values)
+        gemm(T[:, span], U, values, beta=1)
         if choose_mask:
             choose_mask(values, C, mask[:, span])
         multipliers = scope_solutions(values, C, mask[:, span], problem.layout)
-        add_product(multipliers, C, values, alpha=-1)
+        gemm(multipliers, C, values, alpha=-1, beta=1)
         # What is passed on is the deviation before the pruned entries are set to 0.
-        add_product(W[:, span] - values, R[span, right], T[:, right])
+        gemm(W[:, span] - values, R[span, right], T[:, right], beta=1)
         weight[:, span] = values
         problem.settings.report(min(a + width, W.shape[1]), W.shape[1])
     weight *= mask

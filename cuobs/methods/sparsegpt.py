@@ -1,6 +1,6 @@
 """SparseGPT in the form of one Cholesky factor."""
 
-from cuobs.ops.product import add_product
+from cuobs.ops.gemm import gemm
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
 
@@ -29,6 +29,6 @@ def sparsegpt(problem):
     for a in range(0, K, width):
         b = min(a + width, K)
         sparsegpt_block(W[:, a:b], S[:, a:b], F[a:b, a:b], scale[a:b], layout, mask[:, a:b])
-        add_product(S[:, a:b], F[a:b, b:], S[:, b:])
+        gemm(S[:, a:b], F[a:b, b:], S[:, b:], beta=1)
         problem.settings.report(b, K)
     return Pruned(mask, (W - S) * mask)

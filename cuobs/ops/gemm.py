@@ -1,6 +1,7 @@
 """Products of matrices and of batches of matrices, into place."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from cuobs.arrays import namespace
 # Matrices of a batch that one call of cuBLAS multiplies. It may choose its kernel by their number,
 # and with it the last bits; a fixed one gives a matrix the same bits in whatever batch it comes.
 CHUNK = 32
+FLOAT32 = np.dtype("float32")
 # Multiply-adds from which an exact product is worth being split into three on tensor cores.
 SPLIT_FROM = 2**28
 
@@ -39,7 +41,8 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, exact=False):
             product += out if beta == 1 else beta * out
         out[...] = product
         return
-    if not out.size:
+    if not out.size or not A.shape[-1]:
+        out *= beta
         return
     if out.ndim == 2:
         A, B, out = A[None], B[None], out[None]
@@ -56,57 +59,77 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, exact=False):
 
 def tensor_cores_allowed():
     """Whether `arrays.tensor_cores` allows them for float32."""
-    from cupy._core import _routines_linalg as linalg
-
-    return linalg.get_compute_type(np.dtype("float32")) == linalg.COMPUTE_TYPE_TF32
+    library = _library()
+    return library.get_compute_type(FLOAT32) == library.TF32
 
 
 def _multiply(A, B, out, alpha, beta, tf32):
+    library = _library()
+    size = out.dtype.itemsize
+    compute = library.compute_64 if size == 8 else library.tf32 if tf32 else library.compute_32
+    alpha, beta = library.scalar(alpha, size == 8), library.scalar(beta, size == 8)
+    batch, m, k = A.shape
+    n = B.shape[2]
+    # cuBLAS counts columns first: row-major arrays are transposes there, and outᵀ = Bᵀ Aᵀ.
+    op_A, ld_A, step_A, bytes_A, type_A = _operand(A, library)
+    op_B, ld_B, step_B, bytes_B, type_B = _operand(B, library)
+    _, ld_out, step_out, bytes_out, type_out = _operand(out, library)
+    handle = library.handle()
+    library.set_pointer_mode(handle, library.host)
+    for first in range(0, batch, CHUNK):
+        library.gemm(
+            handle, op_B, op_A, n, m, k, alpha,
+            B.data.ptr + first * bytes_B, type_B, ld_B, step_B,
+            A.data.ptr + first * bytes_A, type_A, ld_A, step_A, beta,
+            out.data.ptr + first * bytes_out, type_out, ld_out, step_out,
+            min(CHUNK, batch - first), compute, library.default,
+        )  # fmt: skip
+
+
+def _operand(array, library):
+    """cuBLAS's operation on the matrices of a batch, leading dimension, step, step in bytes, type.
+    """
+    _, rows, columns = array.shape
+    size = array.dtype.itemsize
+    step, row, column = array.strides
+    kind = library.types[size]
+    if column == size or columns == 1:
+        return library.plain, max(row // size, columns), step // size, step, kind
+    if row == size or rows == 1:
+        return library.transposed, max(column // size, rows), step // size, step, kind
+    raise ValueError(f"array: found strides {array.strides}, expected rows or columns in a piece")
+
+
+@cache
+def _library():
+    """What a product needs of CuPy, looked up once: the look-ups take longer than a launch."""
+    from cupy._core import _routines_linalg as linalg
     from cupy.cuda import runtime
     from cupy.cuda.device import get_cublas_handle
     from cupy_backends.cuda.libs import cublas
 
-    types = {
-        "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F,
-    }
-    scalars = np.float64 if out.dtype == np.float64 else np.float32
-    compute = (
-        cublas.CUBLAS_COMPUTE_64F if scalars is np.float64
-        else cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32
-        else cublas.CUBLAS_COMPUTE_32F
+    @cache
+    def scalar(value, double):
+        held.append(np.array(value, np.float64 if double else np.float32))
+        return held[-1].ctypes.data
+
+    held = []
+    return SimpleNamespace(
+        gemm=cublas.gemmStridedBatchedEx,
+        handle=get_cublas_handle,
+        set_pointer_mode=cublas.setPointerMode,
+        host=cublas.CUBLAS_POINTER_MODE_HOST,
+        plain=cublas.CUBLAS_OP_N,
+        transposed=cublas.CUBLAS_OP_T,
+        default=cublas.CUBLAS_GEMM_DEFAULT,
+        compute_32=cublas.CUBLAS_COMPUTE_32F,
+        compute_64=cublas.CUBLAS_COMPUTE_64F,
+        tf32=cublas.CUBLAS_COMPUTE_32F_FAST_TF32,
+        types={2: runtime.CUDA_R_16F, 4: runtime.CUDA_R_32F, 8: runtime.CUDA_R_64F},
+        scalar=scalar,
+        get_compute_type=linalg.get_compute_type,
+        TF32=linalg.COMPUTE_TYPE_TF32,
     )
-    batch, m, k = A.shape
-    n = B.shape[2]
-    alpha, beta = np.array(alpha, scalars), np.array(beta, scalars)
-    # cuBLAS counts columns first: row-major arrays are transposes there, and outᵀ = Bᵀ Aᵀ.
-    op_A, ld_A = _operand(A)
-    op_B, ld_B = _operand(B)
-    _, ld_out = _operand(out)
-    step_A, step_B, step_out = (a.strides[0] // a.itemsize for a in (A, B, out))
-    handle = get_cublas_handle()
-    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
-    for first in range(0, batch, CHUNK):
-        cublas.gemmStridedBatchedEx(
-            handle, op_B, op_A, n, m, k, alpha.ctypes.data,
-            B.data.ptr + first * B.strides[0], types[B.dtype.name], ld_B, step_B,
-            A.data.ptr + first * A.strides[0], types[A.dtype.name], ld_A, step_A,
-            beta.ctypes.data,
-            out.data.ptr + first * out.strides[0], types[out.dtype.name], ld_out, step_out,
-            min(CHUNK, batch - first), compute, cublas.CUBLAS_GEMM_DEFAULT,
-        )
-
-
-def _operand(array):
-    """cuBLAS's operation on the matrices of a batch, and their leading dimension."""
-    from cupy_backends.cuda.libs import cublas
-
-    _, rows, columns = array.shape
-    _, row, column = (s // array.itemsize for s in array.strides)
-    if column == 1 or columns == 1:
-        return cublas.CUBLAS_OP_N, max(row, columns)
-    if row == 1 or rows == 1:
-        return cublas.CUBLAS_OP_T, max(column, rows)
-    raise ValueError(f"array: found strides {array.strides}, expected rows or columns in a piece")
 
 
 def _split(array):

@@ -4,7 +4,7 @@ import numpy as np
 
 from cuobs.arrays import namespace
 from cuobs.ops import kernels
-from cuobs.ops.product import add_product
+from cuobs.ops.gemm import gemm
 
 # Block rows of the upper triangle; each is one product with all columns to its right.
 BLOCK_ROWS = 8
@@ -34,7 +34,7 @@ def add_gram(X, out, half=True):
     width = -(-K // BLOCK_ROWS)
     for a in range(0, K, width):
         b = min(a + width, K)
-        add_product(X[:, a:b].T, X[:, a:], out[a:b, a:])
+        gemm(X[:, a:b].T, X[:, a:], out[a:b, a:], beta=1)
     mirror_upper(out)
 
 

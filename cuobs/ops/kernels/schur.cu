@@ -67,7 +67,7 @@ using ORDERED = Bits<sizeof(REAL)>::Type;
 // Bits that are ordered as the values are; NaN comes last.
 __device__ __forceinline__ ORDERED ordered(const REAL value) {
     if (value != value) return ~ORDERED(0);
-    const REAL x = value == 0 ? REAL(0) : value;
+    const REAL x = value == REAL(0) ? REAL(0) : value;
     ORDERED bits;
     memcpy(&bits, &x, sizeof x);
     constexpr ORDERED sign = ORDERED(1) << (8 * sizeof(ORDERED) - 1);
