@@ -12,6 +12,7 @@ import numpy as np
 
 from cuobs import arrays
 from cuobs.ops import cholesky
+from cuobs.ops.selection import factor_scope_blocks
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ class Problem:
     @cached_property
     def scope_blocks(self):
         """The diagonal blocks of C, place-major: shape (c, c, G)."""
-        G, c = self.layout.columns.shape
-        U = self.R_inverse.reshape(-1, G, c)
-        return self.xp.einsum("kgi,kgj->ijg", U, U)
+        return factor_scope_blocks(self.R_inverse, self.layout.columns.shape[1])
 
     def free_bytes(self):
         """Bytes that a method may still allocate."""

@@ -11,6 +11,8 @@ from cuobs.ops import kernels
 
 # Scopes with more candidate masks are left to array operations; a kernel is unrolled over them.
 MAX_UNROLLED = 128
+# Slices of rows that are summed apart.
+SLICES = 16
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
 COMPARED = 16
 
@@ -79,7 +81,33 @@ def expand(blocks, layout, out=None):
 def scope_blocks(C, c):
     """The c x c diagonal blocks of a (K, K) matrix, place-major: shape (c, c, G)."""
     G = len(C) // c
-    return namespace(C).einsum("gigj->ijg", C.reshape(G, c, G, c))
+    return C.reshape(G, c, G, c).diagonal(0, 0, 2)
+
+
+def factor_scope_blocks(U, c):
+    """The c x c diagonal blocks of UᵀU, place-major.
+
+    Parameters
+    ----------
+    U : array, shape (K, K)
+        Upper triangular.
+    c : int
+
+    Returns
+    -------
+    array, shape (c, c, G)
+    """
+    xp = namespace(U)
+    K = len(U)
+    if xp is not np and c <= kernels.MAX_PLACES:
+        U = xp.ascontiguousarray(U)
+        parts = xp.empty((min(SLICES, K), c, c, K // c), U.dtype)
+        kernel = kernels.kernel("scope_blocks.cu", "factor_scope_blocks",
+                                REAL=kernels.real(U.dtype), PLACES=c)
+        kernel((-(-K // c // 32), len(parts)), (32, 8), (U, np.int64(K), np.int32(K), parts))
+        return parts.sum(0)
+    scoped = U.reshape(K, K // c, c)
+    return xp.einsum("kgi,kgj->ijg", scoped, scoped)
 
 
 def candidate_costs(w, C, layout):
@@ -255,3 +283,5 @@ def variants():
     for layout, dtype in kernels.samples():
         if _has_kernel(layout):
             yield "select.cu", _defines(layout, dtype)
+            c = layout.blocks.shape[1]
+            yield "scope_blocks.cu", {"REAL": kernels.real(dtype), "PLACES": c}

@@ -5,8 +5,8 @@ import numpy as np
 from cuobs.arrays import namespace
 from cuobs.ops import kernels
 from cuobs.ops.cholesky import upper_inverse
+from cuobs.ops.gemm import gemm
 from cuobs.ops.masked_solve import masked_solve
-from cuobs.ops.product import add_product
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 
 # Columns that a sweep finishes before it updates those to the right by one product.
@@ -46,13 +46,12 @@ def scope_solutions(W, C, mask, layout):
     c = layout.blocks.shape[1]
     n = W.shape[1]
     solutions = W.copy()
-    width = block_width(c)
-    if namespace(W) is not np and _shared(n, c, W.itemsize, _warps(1)) <= SHARED:
-        width = n
+    fits = _shared(n, c, W.itemsize, _warps(1)) <= SHARED
+    width = n if fits and namespace(W) is not np else block_width(c)
     for a in range(0, n, width):
         b = min(a + width, n)
         solve_scopes(solutions[:, a:b], C[a:b, a:b], mask[:, a:b], c)
-        add_product(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1)
+        gemm(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1, beta=1)
     return solutions
 
 
@@ -71,7 +70,7 @@ def solve_scopes(W, C, mask, c):
     """
     xp = namespace(W)
     M, n = W.shape
-    if xp is not np and c <= 16:
+    if xp is not np and c <= kernels.MAX_PLACES:
         kernel = kernels.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, W.dtype))
         _launch(kernel, M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
                 (W, C, mask), (np.int32(M), np.int32(n)))

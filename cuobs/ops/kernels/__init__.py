@@ -12,6 +12,8 @@ import numpy as np
 
 OPTIONS = ("--std=c++17",)
 NULL = np.uint64(0)
+# Columns of a scope and elements in all up to which kernels are unrolled over one.
+MAX_PLACES, MAX_ELEMENTS = 16, 64
 # The modules of cuobs.ops that launch kernels; each lists what it may compile in `variants`.
 USERS = (
     "gram", "selection", "masked_solve", "sweep", "projection", "conjugate_gradient", "cholesky",
@@ -61,7 +63,7 @@ def scope_defines(layout, dtype):
 def unrolls(layout):
     """Whether a scope is small enough for a kernel that is unrolled over its elements."""
     r, c = layout.blocks.shape
-    return c <= 16 and r * c <= 64 and layout.n_blocks <= 32
+    return c <= MAX_PLACES and r * c <= MAX_ELEMENTS and layout.n_blocks <= 32
 
 
 def launch(function, grid, block, args, shared=0):
