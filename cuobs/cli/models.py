@@ -1,0 +1,200 @@
+"""cuobs prune-model, eval-model, speedup: they need the extra ``model``, imported when called."""
+
+import time
+
+import click
+
+import cuobs
+from cuobs.cli import common
+
+TARGETS = ("mixed", "pruned", "dense")
+
+
+def _share(ctx, parameter, value):
+    """A share, or two of them, first and last block: 0.5 or 0.25,0.75."""
+    try:
+        parts = [float(v) for v in value.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2):
+        raise click.BadParameter(f"found {value!r}, expected a number, or two as 0.25,0.75")
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+@click.command("prune-model", short_help="Prune a language model, folder to folder.")
+@click.argument("src")
+@click.argument("dst")
+@common.pattern_option
+@click.option(
+    "--calibration", required=True, metavar="F", help="A text, or tokens.npz:key (windows, length)."
+)
+@click.option("--samples", default=128, show_default=True, help="Calibration windows.")
+@click.option("--sequence-length", type=int, metavar="T", help="Tokens of a window.  [2048]")
+@click.option("--seed", default=0, show_default=True, help="Draws the windows of a text.")
+@click.option("--attention-mask", metavar="F:K", help="0 where a calibration token is padding.")
+@click.option(
+    "--method",
+    default="admm",
+    show_default=True,
+    metavar="M",
+    help="One of " + ", ".join(cuobs.methods()) + ".",
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="mixed",
+    show_default=True,
+    help="What a layer is to give: its outputs in the dense model, in the pruned one, or between.",
+)
+@click.option("--dense-share", default="0.5", callback=_share, show_default=True, metavar="A",
+              help="Of a mixed target; two, as 0.25,0.75, go from the first block to the last.")
+@click.option("--residual-share", default="0.5", callback=_share, show_default=True, metavar="B",
+              help="Of a mixed target: of what the residual stream has lost.")
+@click.option("--drop-first-token/--keep-first-token", default=True, show_default=True,
+              help="Leave the first token of a window out of the sums.")
+@click.option("--skip", metavar="REGEX", help="Linears that stay as they are.")
+@click.option("--tune", default=0, show_default=True, metavar="N",
+              help="Passes of gradient descent over each pruned block's kept weights.")
+@click.option("--tune-rate", type=float, metavar="R", help="Their learning rate.  [3e-4]")
+@click.option("--eval", "evaluate", multiple=True, metavar="F",
+              help="Perplexity on a text or tokens, before and after.")
+@click.option("--masks", is_flag=True, help="Write cuobs_masks.safetensors too.")
+@click.option("--plot", metavar="F.png", help="Draw the loss by layer.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
+@click.option("--batch-tokens", type=int, metavar="N", help="Tokens in a block at once.")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished run.")
+@common.method_options
+def prune_model(
+    src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks, plot,
+    shard_size, tune_rate, batch_tokens, resume, **options,
+):  # fmt: skip
+    """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
+
+    Block by block, each fed by what is pruned so far. DST holds plain dense safetensors with exact
+    zeros, which opens wherever SRC does.
+    """
+    models = _models()
+    from cuobs.models import report as reports
+
+    if plot:
+        reports.check_picture(plot)
+        common.files.check_output(plot)
+    view = _View()
+    report = models.prune_folder(
+        src, dst, calibration,
+        samples=samples, sequence_length=sequence_length, seed=seed, attention_mask=attention_mask,
+        evaluate=evaluate, save_masks=masks, shard_size=shard_size, resume=resume,
+        say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
+        **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
+    )  # fmt: skip
+    if plot:
+        reports.picture(report, plot)
+    click.echo()
+    for line in reports.summary(report):
+        click.echo(line)
+    for path in filter(None, (dst, plot)):
+        click.echo(f"written  {path}")
+
+
+@click.command("eval-model", short_help="Perplexity of a model.")
+@click.argument("folder", metavar="DIR")
+@click.option("--text", required=True, metavar="F", help="A text, or tokens.npz:key.")
+@click.option("--sequence-length", type=int, metavar="T", help="Tokens of a window.  [2048]")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu or cuda.")
+def eval_model(folder, text, sequence_length, device):
+    """Measure the perplexity of the model in DIR (or a .gguf) on a text.
+
+    The text is tokenised once and cut into windows without overlap, the tail is dropped; in each
+    window all tokens but the first are predicted.
+    """
+    models = _models()
+    found, tokens = models.evaluate_folder(
+        folder, text, sequence_length, device=device, progress=_View().progress
+    )
+    click.echo(f"text        {text}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
+    click.echo(f"perplexity  {found:.2f}")
+
+
+@click.command(short_help="Does 2:4 pay on this GPU?")
+@click.argument("source", metavar="DIR|MxK")
+@click.option("--batch", "batches", type=int, multiple=True, metavar="N", help="Tokens; repeat it.")
+@click.option("--dtype", default="float16", show_default=True, metavar="T",
+              help="float16 or bfloat16.")
+def speedup(source, batches, dtype):
+    """Time each layer shape of the model in DIR, or one shape, dense and 2:4 on this GPU."""
+    models = _models()
+    from cuobs.models.speedup import BATCHES, verdict
+
+    timings = models.speedup(source, batches or BATCHES, dtype)
+    click.echo(f"{'outputs x inputs':>18}  {'tokens':>7}  {'dense':>10}  {'2:4':>10}  gain")
+    for t in timings:
+        shape = f"{t.rows} x {t.columns}"
+        sparse = f"{1e6 * t.sparse:7.1f} us" if t.sparse else f"{'-':>10}"
+        gain = f"{t.gain:.2f}" if t.gain else t.fault
+        click.echo(f"{shape:>18}  {t.batch:>7}  {1e6 * t.dense:7.1f} us  {sparse}  {gain}")
+    for line in verdict(timings):
+        click.echo(line)
+
+
+COMMANDS = [prune_model, eval_model, speedup]
+
+
+def _models():
+    """`cuobs.models`, or one sentence that says what to install."""
+    import cuobs.models
+
+    return cuobs.models
+
+
+class _View:
+    """What a run shows: lines on standard output, a line that changes on a terminal."""
+
+    def __init__(self):
+        self._began = None
+        self._bar = None
+
+    def say(self, line):
+        click.echo(line)
+
+    def progress(self, label, done, total):
+        if self._bar is None or self._bar.label != label:
+            self._bar = common.Progress(label)
+        callback = self._bar.callback()
+        if callback:
+            callback(done, total)
+            if done == total:
+                self._bar.__exit__()
+
+    def starting(self, report):
+        from cuobs.models.report import size, target_text
+
+        settings = report.settings
+        click.echo(
+            f"method       {settings['method']}, {settings['pattern']}, damp {settings['damp']:g}"
+        )
+        dropped = ", first tokens left out" if settings["drop_first_token"] else ""
+        click.echo(f"target       {target_text(settings)}{dropped}")
+        click.echo(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
+        self._began = time.monotonic()
+
+    def block(self, report, blocks):
+        from cuobs.models.report import size
+
+        block = report.blocks[-1]
+        losses = "  ".join(
+            f"{row.name.rpartition('.')[2]} {row.loss:.1%}"
+            for row in block.layers
+            if row.loss is not None
+        )
+        for row in block.layers:
+            if row.note:
+                click.echo(f"  {row.name}: {row.note}")
+        fresh = [b.seconds for b in report.blocks if not b.resumed]
+        left = ""
+        if fresh:
+            seconds = sum(fresh) / len(fresh) * (blocks - len(report.blocks))
+            left = f"  {common._duration(seconds)} left"
+        how = "read back" if block.resumed else f"{block.seconds:.1f} s"
+        click.echo(
+            f"block {block.index + 1}/{blocks}  {losses}  {how}{left}  {size(report.memory_peak)}"
+        )

@@ -1,0 +1,33 @@
+"""Whole models: prune a causal language model block by block, measure it, and save it."""
+
+try:
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"cuobs.models needs {error.name}, which is not installed: pip install 'cuobs[model]'"
+    ) from None
+
+from cuobs.models.calibration import load_tokens, tokenize
+from cuobs.models.checkpoint import load_masks, load_model
+from cuobs.models.evaluate import perplexity
+from cuobs.models.folder import evaluate_folder, prune_folder
+from cuobs.models.prune import prune_model
+from cuobs.models.report import BlockReport, LayerReport, ModelReport
+from cuobs.models.speedup import speedup
+
+__all__ = [
+    "BlockReport",
+    "LayerReport",
+    "ModelReport",
+    "evaluate_folder",
+    "load_masks",
+    "load_model",
+    "load_tokens",
+    "perplexity",
+    "prune_folder",
+    "prune_model",
+    "speedup",
+    "tokenize",
+]

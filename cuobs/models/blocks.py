@@ -1,0 +1,182 @@
+"""Run the blocks of a model one by one, with what the model itself passes to each."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+class Entry(NamedTuple):
+    """What the blocks are called with.
+
+    Attributes
+    ----------
+    hidden : list of tensor, shape (B, T, D)
+        Hidden states that enter the first block, one a batch.
+    calls : list of list of (tuple, dict)
+        For each block and each batch, its other positional and its keyword arguments.
+    """
+
+    hidden: list
+    calls: list
+
+
+class _Stop(Exception):
+    """Ends a forward once everything that was wanted has been seen."""
+
+
+@torch.no_grad()
+def capture(model, blocks, batches, device):
+    """Run the model up to its blocks and note what each of them is called with.
+
+    The blocks hand their input on unchanged meanwhile, so this costs an embedding.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    blocks : torch.nn.ModuleList
+    batches : list of (tokens, attention mask or None)
+        Tensors of shape (B, T).
+    device : torch.device
+        Where the result is kept.
+
+    Returns
+    -------
+    Entry
+    """
+    home = next(model.parameters()).device
+    body = getattr(model, "base_model", model)
+    seen, form = [], []
+
+    def watch(block, args, kwargs):
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        seen.append((hidden, args[1:], kwargs))
+
+    def passing(block):
+        whole = block.forward
+
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not form:  # a tensor, or a tuple that begins with it: its own forward tells
+                out = whole(*args, **kwargs)
+                form.append(None if torch.is_tensor(out) else tuple(out[1:]))
+            return hidden if form[0] is None else (hidden, *form[0])
+
+        return forward
+
+    hidden, calls = [], [[] for _ in blocks]
+    handles = [b.register_forward_pre_hook(watch, with_kwargs=True) for b in blocks]
+    for block in blocks:
+        block.forward = passing(block)
+    try:
+        for tokens, mask in batches:
+            seen.clear()
+            arguments = {} if mask is None else {"attention_mask": mask.to(home)}
+            body(input_ids=tokens.to(home), use_cache=False, **arguments)
+            if len(seen) != len(blocks):
+                raise ValueError(
+                    f"model: found that {len(seen)} of {len(blocks)} blocks run once a forward, "
+                    "expected each of them"
+                )
+            moved = {}
+            hidden.append(seen[0][0].to(device))
+            for i, (_, args, kwargs) in enumerate(seen):
+                before = calls[i][0] if calls[i] else None
+                calls[i].append(_place((args, kwargs), before, device, moved))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks:
+            del block.forward
+    return Entry(hidden, calls)
+
+
+def _place(value, like, device, moved):
+    """A copy of nested arguments on the device; tensors equal to those of `like` are its own."""
+    if isinstance(value, tuple | list):
+        likes = like if isinstance(like, tuple | list) and len(like) == len(value) else ()
+        likes = likes or [None] * len(value)
+        return type(value)(
+            _place(v, w, device, moved) for v, w in zip(value, likes, strict=True)
+        )
+    if isinstance(value, dict):
+        likes = like if isinstance(like, dict) else {}
+        return {k: _place(v, likes.get(k), device, moved) for k, v in value.items()}
+    if hasattr(value, "get_seq_length"):
+        return None  # a cache would grow with every run
+    if not torch.is_tensor(value):
+        return value
+    if id(value) not in moved:
+        placed = value.to(device)
+        same = torch.is_tensor(like) and like.shape == value.shape and like.dtype == value.dtype
+        # The tensor is kept beside its copy, so that its id stays its own.
+        moved[id(value)] = value, like if same and torch.equal(like, placed) else placed
+    return moved[id(value)][1]
+
+
+def as_dtype(call, dtype):
+    """Nested arguments with their floating-point tensors in another dtype."""
+    if isinstance(call, tuple | list):
+        return type(call)(as_dtype(v, dtype) for v in call)
+    if isinstance(call, dict):
+        return {k: as_dtype(v, dtype) for k, v in call.items()}
+    return call.to(dtype) if torch.is_tensor(call) and call.is_floating_point() else call
+
+
+def windows_of(call, start, stop, batch):
+    """Nested arguments for some windows of a batch alone."""
+    if isinstance(call, tuple | list):
+        return type(call)(windows_of(v, start, stop, batch) for v in call)
+    if isinstance(call, dict):
+        return {k: windows_of(v, start, stop, batch) for k, v in call.items()}
+    each = torch.is_tensor(call) and call.ndim > 1 and call.shape[0] == batch
+    return call[start:stop] if each else call
+
+
+def run(block, hidden, call):
+    """The hidden states that leave a block."""
+    args, kwargs = call
+    out = block(hidden, *args, **kwargs)
+    return out if torch.is_tensor(out) else out[0]
+
+
+def run_until(block, module, hidden, call, before=()):
+    """The input of a module inside a block, and the residual stream at that point.
+
+    The forward ends there.
+
+    Parameters
+    ----------
+    block, module : torch.nn.Module
+    hidden : tensor, shape (B, T, D)
+    call : tuple
+        The block's other arguments.
+    before : sequence of torch.nn.Module
+        Linears that add their output to the stream before that point.
+
+    Returns
+    -------
+    x : tensor, shape (tokens, K)
+    stream : tensor, shape (tokens, D)
+    """
+    found, stream = [], hidden.reshape(-1, hidden.shape[-1])
+
+    def stop(_, args):
+        found.append(args[0])
+        raise _Stop
+
+    def add(_, args, output):
+        nonlocal stream
+        stream = stream + output.reshape(stream.shape)
+
+    handles = [module.register_forward_pre_hook(stop)]
+    handles += [m.register_forward_hook(add) for m in before]
+    try:
+        with contextlib.suppress(_Stop):
+            run(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    x = found[0]
+    return x.reshape(-1, x.shape[-1]), stream

@@ -1,0 +1,78 @@
+"""Token windows, from a text or from a file of tokens."""
+
+import os
+
+import numpy as np
+
+from cuobs import files
+
+ARRAYS = (".npy", ".npz", ".safetensors")
+
+
+def is_tokens(spec):
+    """Whether a source names an array of tokens and not a text."""
+    return files.split(spec)[0].lower().endswith(ARRAYS)
+
+
+def load_tokens(spec, samples=None, length=None):
+    """Windows of tokens from ``tokens.npz:key``, in the order in which they lie there.
+
+    Parameters
+    ----------
+    spec : str
+        A .npy, .npz or .safetensors file; an integer array of shape (windows, length).
+    samples : int, optional
+        How many windows to take from the front; all by default.
+    length : int, optional
+        What to cut windows to; whole by default.
+
+    Returns
+    -------
+    ndarray of int64, shape (windows, length)
+    """
+    tokens = files.load(spec)
+    if tokens.dtype.kind not in "iu":
+        raise TypeError(f"{spec}: found dtype {tokens.dtype}, expected integers")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"{spec}: found shape {tokens.shape}, expected (windows, length)")
+    if length is not None and length > tokens.shape[1]:
+        raise ValueError(
+            f"{spec}: found windows of {tokens.shape[1]} tokens, expected at least {length}"
+        )
+    return np.asarray(tokens[:samples, :length], np.int64)
+
+
+def tokenize(path, tokenizer, length, samples=None, seed=None):
+    """Windows of a text: tokenised once as a whole, cut without overlap, the tail dropped.
+
+    Parameters
+    ----------
+    path : str
+        A text file, UTF-8.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    length : int
+        Tokens of a window.
+    samples : int, optional
+        How many windows to draw, in the text's order; all if there are no more.
+    seed : int, optional
+        Of that draw.
+
+    Returns
+    -------
+    ndarray of int64, shape (windows, length)
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: found no such file, expected a text or tokens.npz:key")
+    with open(path, "rb") as file:
+        try:
+            text = file.read().decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: found a file that is no UTF-8 text") from None
+    ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    if not len(windows):
+        raise ValueError(f"{path}: found {len(ids)} tokens, expected at least one window: {length}")
+    if samples is not None and samples < len(windows):
+        chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
+        windows = windows[np.sort(chosen)]
+    return windows

@@ -1,0 +1,309 @@
+"""Checkpoints: read a model, keep finished blocks safe, write the pruned model.
+
+While a model is being pruned its folder holds ``cuobs_incomplete.json`` and, in ``cuobs_blocks``,
+a file for each finished block. The marker goes last, when everything else is in its place.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from safetensors.torch import safe_open, save
+
+import cuobs
+from cuobs import files
+from cuobs.models.report import BlockReport
+from cuobs.models.structure import linears
+
+MARKER = "cuobs_incomplete.json"
+BLOCKS = "cuobs_blocks"
+STAGING = "cuobs_staging"
+REPORT = "cuobs_report.json"
+MASKS = "cuobs_masks.safetensors"
+
+# What a checkpoint's folder holds besides weights is copied, these aside.
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
+    ".index.json",
+)  # fmt: skip
+
+
+def find_source(src):
+    """The folder of a checkpoint and, if it is one, the name of its GGUF file.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There is no such folder, or it holds no checkpoint.
+    """
+    src = os.fspath(src)
+    if os.path.isfile(src) and src.endswith(".gguf"):
+        return os.path.dirname(src) or ".", os.path.basename(src)
+    if not os.path.isdir(src):
+        raise FileNotFoundError(f"{src}: found no such folder, expected a checkpoint or a .gguf")
+    config = os.path.join(src, "config.json")
+    if os.path.isfile(config):
+        if os.path.exists(os.path.join(src, MARKER)):
+            raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
+        with open(config) as file:
+            content = json.load(file)
+        if "quantization_config" in content:
+            raise ValueError(
+                f"{src}: found a quantization_config, expected weights in floating point"
+            )
+        return src, None
+    found = sorted(name for name in os.listdir(src) if name.endswith(".gguf"))
+    if os.path.exists(os.path.join(src, MARKER)):
+        raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
+    if len(found) != 1:
+        raise ValueError(f"{src}: found no config.json and {len(found)} .gguf files, expected one")
+    return src, found[0]
+
+
+def load_model(src):
+    """A causal language model from a checkpoint's folder or a GGUF, on the CPU, in its own dtype.
+
+    Nothing is fetched from anywhere.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, gguf = find_source(src)
+    extra = {} if gguf is None else {"gguf_file": gguf}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, **extra
+    )
+    if gguf is not None:
+        # The weights are floats now; a config that still names GGUF would be refused.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.eval()
+
+
+def load_tokenizer(src):
+    """The tokenizer of a checkpoint's folder or a GGUF."""
+    from transformers import AutoTokenizer
+
+    folder, gguf = find_source(src)
+    extra = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{src}: found no tokenizer that opens ({error}), expected one to read a text with; "
+            "tokens.npz:key needs none"
+        ) from None
+
+
+def check_destination(src, dst, resume):
+    """Refuse a folder that must not be written, before any work."""
+    dst = os.fspath(dst)
+    folder, _ = find_source(src)
+    if os.path.realpath(dst) == os.path.realpath(folder):
+        raise ValueError(f"{dst}: found the source itself, expected another folder")
+    unfinished = os.path.exists(os.path.join(dst, MARKER))
+    if os.path.exists(dst) and not os.path.isdir(dst):
+        raise FileExistsError(f"{dst}: found a file, expected a new folder")
+    if unfinished and not resume:
+        raise FileExistsError(
+            f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
+        )
+    if not unfinished and os.path.isdir(dst) and os.listdir(dst):
+        what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
+        raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
+    os.makedirs(dst, exist_ok=True)
+    files.check_output(os.path.join(dst, MARKER), force=True)
+
+
+def begin(folder, identity, resume):
+    """Mark a folder as incomplete, or check that the run in it is the one that goes on.
+
+    Parameters
+    ----------
+    folder : path
+    identity : dict
+        Everything that decides the result.
+    resume : bool
+
+    Raises
+    ------
+    ValueError
+        The run in the folder was started with something else.
+    FileExistsError
+        There is a run and ``resume`` is not given.
+    """
+    identity = json.loads(json.dumps({"cuobs": cuobs.__version__, **identity}))
+    os.makedirs(os.path.join(folder, BLOCKS), exist_ok=True)
+    marker = os.path.join(folder, MARKER)
+    if os.path.exists(marker):
+        if not resume:
+            raise FileExistsError(f"{folder}: found an unfinished run, expected resume")
+        with open(marker) as file:
+            before = json.load(file)
+        for key in sorted(before.keys() | identity.keys()):
+            if before.get(key) != identity.get(key):
+                raise ValueError(
+                    f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
+                    "the run began with"
+                )
+        return
+    files.write_text(marker, json.dumps(identity, indent=2) + "\n")
+
+
+def digest(block):
+    """A fingerprint of the weights of the linears of a block, as they are now."""
+    result = hashlib.sha256()
+    for name, module in linears(block).items():
+        weight = module.weight.detach().cpu().contiguous()
+        result.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        result.update(weight.view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
+
+
+def save_block(folder, index, prefix, block, masks, report, before):
+    """Write a finished block, whole or not at all."""
+    modules = linears(block)
+    tensors = {}
+    for name, mask in masks.items():
+        weight = modules[name].weight.detach().cpu().contiguous()
+        tensors[f"{prefix}.{name}.weight"] = weight
+        tensors[f"{prefix}.{name}.mask"] = pack(mask)
+    metadata = {"before": before, "report": json.dumps(asdict(report))}
+    with files.replacing(_block_path(folder, index), force=True) as file:
+        file.write(save(tensors, metadata))
+
+
+def load_block(folder, index, prefix, block, before):
+    """Put a finished block's weights in place; its report and masks, or None if there is none.
+
+    Raises
+    ------
+    ValueError
+        The file belongs to another model.
+    """
+    path = _block_path(folder, index)
+    if not os.path.exists(path):
+        return None
+    modules = linears(block)
+    masks = {}
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+        if metadata["before"] != before:
+            raise ValueError(f"resume: found that {path} was made from another model's weights")
+        for key in stored.keys():
+            name = key.removeprefix(prefix + ".")
+            if name.endswith(".mask"):
+                name = name.removesuffix(".mask")
+                shape = modules[name].weight.shape
+                mask = unpack(stored.get_tensor(key), shape[1])
+                masks[name] = mask.to(modules[name].weight.device)
+            else:
+                name = name.removesuffix(".weight")
+                modules[name].weight.data.copy_(stored.get_tensor(key))
+    report = BlockReport.from_dict(json.loads(metadata["report"]))
+    report.resumed = True
+    return report, masks
+
+
+def pack(mask):
+    """Eight elements of a mask in a byte, row by row, the first in the highest bit."""
+    packed = np.packbits(mask.cpu().numpy(), axis=1)
+    return torch.from_numpy(np.ascontiguousarray(packed))
+
+
+def unpack(packed, columns):
+    """The inverse of `pack`."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
+
+
+def save_masks(path, masks):
+    """Write masks by the name of their linear, packed, with the number of columns of each."""
+    tensors = {f"{name}.mask": pack(mask) for name, mask in masks.items()}
+    columns = {f"{name}.mask": str(mask.shape[1]) for name, mask in masks.items()}
+    with files.replacing(path, force=True) as file:
+        file.write(save(tensors, columns))
+
+
+def load_masks(path):
+    """The masks of a pruned model, in the form of its weights, True = kept.
+
+    Parameters
+    ----------
+    path : path
+        ``cuobs_masks.safetensors`` or the folder that holds it.
+
+    Returns
+    -------
+    dict of tensor of bool
+        By the name of the linear.
+    """
+    path = os.path.join(path, MASKS) if os.path.isdir(path) else path
+    with safe_open(path, "pt") as stored:
+        columns = stored.metadata() or {}
+        return {
+            key.removesuffix(".mask"): unpack(stored.get_tensor(key), int(columns[key]))
+            for key in stored.keys()
+        }
+
+
+def finish(src, dst, model, report, masks=None, shard_size="5GB"):
+    """Write the pruned model and all that belongs to it, then take the marker away.
+
+    Parameters
+    ----------
+    src, dst : path
+    model : transformers.PreTrainedModel
+    report : ModelReport
+    masks : dict of tensor, optional
+    shard_size : str
+        The largest file of weights, as transformers writes it.
+    """
+    staging = os.path.join(dst, STAGING)
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging, max_shard_size=shard_size)
+    _copy_others(src, staging)
+    if masks is not None:
+        save_masks(os.path.join(staging, MASKS), masks)
+    files.write_text(os.path.join(staging, REPORT), report.to_json(), force=True)
+    for name in os.listdir(staging):
+        _sync(os.path.join(staging, name))
+    # The config comes last: without it nothing opens the folder as a model.
+    for name in sorted(os.listdir(staging), key=lambda n: n == "config.json"):
+        os.replace(os.path.join(staging, name), os.path.join(dst, name))
+    os.rmdir(staging)
+    _sync(dst)
+    os.unlink(os.path.join(dst, MARKER))
+    _sync(dst)
+    shutil.rmtree(os.path.join(dst, BLOCKS), ignore_errors=True)
+
+
+def _copy_others(src, staging):
+    """Tokenizer, config, generation and other files as they are in the source."""
+    folder, gguf = find_source(src)
+    if gguf is not None:
+        with contextlib.suppress(ValueError):
+            load_tokenizer(src).save_pretrained(staging)
+        return
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        ours = name in (REPORT, MASKS)
+        if os.path.isfile(path) and not ours and not name.startswith("."):
+            if not name.endswith(WEIGHTS):
+                shutil.copyfile(path, os.path.join(staging, name))
+
+
+def _block_path(folder, index):
+    return os.path.join(folder, BLOCKS, f"{index:05}.safetensors")
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

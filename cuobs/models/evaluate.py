@@ -1,0 +1,61 @@
+"""Perplexity on windows of tokens."""
+
+import math
+
+import numpy as np
+import torch
+
+# Tokens whose logits are held at once: each is a row of the vocabulary in float32.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+@torch.no_grad()
+def perplexity(model, tokens, device=None, progress=None):
+    """Perplexity as the SparseGPT and Wanda papers measure it.
+
+    Every window stands alone; all but its first token are predicted from those before them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Moved to ``device`` meanwhile.
+    tokens : array of int, shape (windows, length)
+    device : torch.device, optional
+        The model's own by default.
+    progress : callable, optional
+        Called with (done, total) windows.
+
+    Returns
+    -------
+    float
+    """
+    if not torch.is_tensor(tokens):
+        tokens = torch.from_numpy(np.array(tokens, np.int64))
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens: found shape {tuple(tokens.shape)}, expected (windows, length of at least 2)"
+        )
+    home = next(model.parameters()).device
+    device = home if device is None else device
+    batch = max(1, BATCH_TOKENS[device.type] // tokens.shape[1])
+    training = model.training
+    model.eval().to(device)
+    total = 0.0
+    try:
+        for start in range(0, len(tokens), batch):
+            part = tokens[start : start + batch].to(device)
+            logits = model(input_ids=part, use_cache=False).logits
+            # Window by window: a float32 copy of all logits would double the peak.
+            for row, expected in zip(logits, part, strict=True):
+                total += float(
+                    torch.nn.functional.cross_entropy(
+                        row[:-1].float(), expected[1:], reduction="sum"
+                    )
+                )
+            if progress:
+                progress(min(start + batch, len(tokens)), len(tokens))
+    finally:
+        model.train(training)
+        model.to(home)
+    mean = total / (len(tokens) * (tokens.shape[1] - 1))
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,148 @@
+"""From a checkpoint's folder to that of a pruned model."""
+
+import os
+from functools import partial
+
+from cuobs.models import checkpoint
+from cuobs.models.calibration import is_tokens, load_tokens, tokenize
+from cuobs.models.evaluate import perplexity
+from cuobs.models.prune import choose_device, prune_model
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+
+
+def prune_folder(
+    src,
+    dst,
+    calibration,
+    *,
+    samples=DEFAULT_SAMPLES,
+    sequence_length=None,
+    seed=0,
+    attention_mask=None,
+    evaluate=(),
+    resume=False,
+    save_masks=False,
+    shard_size="5GB",
+    device="auto",
+    say=None,
+    progress=None,
+    **options,
+):
+    """Prune the model of a folder (or a GGUF) into another folder.
+
+    Parameters
+    ----------
+    src : path
+        A checkpoint of transformers, or a GGUF that transformers opens. Never written.
+    dst : path
+        A new or empty folder, or with ``resume`` that of an unfinished run. It holds plain dense
+        safetensors with exact zeros, tokenizer, config, and ``cuobs_report.json``.
+    calibration : str
+        A text file, or ``tokens.npz:key``.
+    samples : int
+        Windows: drawn from a text by the seed, taken from the front of tokens.
+    sequence_length : int, optional
+        Tokens of a window; of a text 2048, or what the model allows; of tokens their own.
+    seed : int
+        Of the draw.
+    attention_mask : str, optional
+        An array like the calibration tokens, 0 where one is padding.
+    evaluate : sequence of str
+        Texts or tokens whose perplexity is measured before and after.
+    resume : bool
+        Go on with an unfinished run, with the same arguments.
+    save_masks : bool
+        Write ``cuobs_masks.safetensors`` too.
+    shard_size : str
+        The largest file of weights.
+    device : {"auto", "cpu", "cuda"}
+    say : callable, optional
+        Called with lines of text: the protocol, what will be done, and what was found.
+    progress : callable, optional
+        Called with (label, done, total) while a text is evaluated.
+    **options
+        Of `prune_model`.
+
+    Returns
+    -------
+    ModelReport
+    """
+    say = say or (lambda line: None)
+    checkpoint.check_destination(src, dst, resume)
+    place = choose_device(device)
+    model = checkpoint.load_model(src)
+    tokenizer = None
+    if not all(is_tokens(spec) for spec in (calibration, *evaluate)):
+        tokenizer = checkpoint.load_tokenizer(src)
+
+    def windows(spec, samples, length):
+        if is_tokens(spec):
+            return load_tokens(spec, samples, length)
+        return tokenize(spec, tokenizer, length or _longest(model), samples, seed)
+
+    tokens = windows(calibration, samples, sequence_length)
+    length = tokens.shape[1]
+    texts = {os.path.basename(spec): windows(spec, None, length) for spec in evaluate}
+    mask = None
+    if attention_mask is not None:
+        mask = load_tokens(attention_mask, samples, length)
+    protocol = {
+        "source": os.fspath(src),
+        "calibration": os.fspath(calibration),
+        "windows": len(tokens),
+        "length": length,
+        "seed": None if is_tokens(calibration) else seed,
+        "evaluated": {name: list(part.shape) for name, part in texts.items()},
+    }
+    drawn = "" if is_tokens(calibration) else f", drawn with seed {seed}"
+    say(f"calibration  {calibration}: {len(tokens)} windows of {length} tokens{drawn}")
+    for name, part in texts.items():
+        say(f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap")
+
+    def measure(stage):
+        found = {}
+        for name, part in texts.items():
+            label = f"perplexity, {name}, {stage}"
+            found[name] = perplexity(model, part, place, progress and partial(progress, label))
+            say(f"{label}: {found[name]:.2f}")
+        return found
+
+    before = measure("dense")
+    masks = {} if save_masks else None
+    report = prune_model(
+        model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
+        protocol=protocol, masks=masks, device=device, **options,
+    )  # fmt: skip
+    after = measure("pruned")
+    report.perplexity = {name: (before[name], after[name]) for name in texts}
+    checkpoint.finish(src, dst, model, report, masks, shard_size)
+    return report
+
+
+def evaluate_folder(folder, text, sequence_length=None, *, device="auto", progress=None):
+    """The perplexity of the model of a folder (or a GGUF) on a text or on tokens.
+
+    Returns
+    -------
+    perplexity : float
+    tokens : ndarray of int64, shape (windows, length)
+    """
+    place = choose_device(device)
+    checkpoint.find_source(folder)
+    if is_tokens(text):
+        tokens = load_tokens(text, None, sequence_length)
+        model = checkpoint.load_model(folder)
+    else:
+        tokenizer = checkpoint.load_tokenizer(folder)
+        model = checkpoint.load_model(folder)
+        tokens = tokenize(text, tokenizer, sequence_length or _longest(model))
+    step = progress and partial(progress, "perplexity")
+    return perplexity(model, tokens, place, step), tokens
+
+
+def _longest(model):
+    """Tokens of a window of a text: 2048, or what the model allows."""
+    config = model.config.get_text_config()
+    return min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", DEFAULT_LENGTH))

@@ -1,0 +1,79 @@
+"""Memory that pruning a model takes: predicted before it starts, measured as it goes."""
+
+import resource
+import sys
+
+import torch
+
+from cuobs.models.structure import linears
+
+
+def predict(block, windows, length, width, batch, *, dense, tune, device, element):
+    """Bytes that will be in use at the peak.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        One of the blocks.
+    windows, length, width : int
+        Of the hidden states.
+    batch : int
+        Windows in a batch.
+    dense : bool
+        Whether the dense model's hidden states are followed too.
+    tune : bool
+        Whether blocks are tuned.
+    device : torch.device
+        On the CPU the process as it is now counts too.
+    element : int
+        Bytes of an element of the hidden states.
+
+    Returns
+    -------
+    int
+    """
+    shapes = [m.weight.shape for m in linears(block).values()]
+    weights = sum(p.numel() for p in block.parameters())
+    columns = max(max(shape) for shape in shapes)
+    elements = max(shape.numel() for shape in shapes)
+    states = windows * length * width * element * (1 + dense)
+    tokens = batch * length
+    activations = tokens * (sum(max(shape) for shape in shapes) + 4 * columns) * element
+    grams = columns**2 * (4 * (1 + dense) + 8 * 3)
+    method = 10 * 4 * (columns**2 + elements)
+    total = weights * element * 2 + states + activations + grams + method
+    if tune:
+        total += 16 * weights + activations * 2
+    if device.type == "cpu":
+        total += resident()
+    return int(total)
+
+
+def resident():
+    """Bytes of this process in memory now."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return _maximum()
+
+
+def peak(device):
+    """Bytes in use at the peak so far: on the device since `reset`, else of the process."""
+    if device.type != "cuda":
+        return _maximum()
+    held = torch.cuda.max_memory_allocated(device)
+    if "cupy" in sys.modules:
+        held += sys.modules["cupy"].get_default_memory_pool().total_bytes()
+    return held
+
+
+def reset(device):
+    """Begin to measure the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _maximum():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

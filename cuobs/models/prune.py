@@ -1,0 +1,482 @@
+"""Prune a causal language model in memory, block by block and group by group.
+
+Two streams of hidden states run side by side: those of the dense model and those of the model
+pruned so far. Each group of linears that read one tensor shares one Hessian, taken where all
+that comes before the group is pruned already.
+"""
+
+import copy
+import hashlib
+import re
+import time
+
+import numpy as np
+import torch
+
+import cuobs
+from cuobs import validation
+from cuobs.models import checkpoint, memory
+from cuobs.models.blocks import capture, run, run_until, windows_of
+from cuobs.models.report import BlockReport, LayerReport, ModelReport
+from cuobs.models.structure import (
+    find_blocks,
+    linears,
+    oriented,
+    probe,
+    shared_weights,
+)
+from cuobs.models.targets import TARGETS, Moments, target_weight
+from cuobs.models.tuning import tune_block
+from cuobs.pruning import prepare
+
+# Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
+MAX_DAMP = 10.0
+# Tokens that run through a block at once.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Options of `cuobs.prune` that belong to a method.
+METHOD_OPTIONS = ("splits", "group", "order", "schedule")
+
+
+def prune_model(
+    model,
+    tokens,
+    *,
+    attention_mask=None,
+    pattern="2:4",
+    method="admm",
+    target="mixed",
+    dense_share=0.5,
+    residual_share=0.5,
+    drop_first_token=True,
+    skip=None,
+    damp=0.01,
+    tune=0,
+    tune_rate=3e-4,
+    device="auto",
+    batch_tokens=None,
+    checkpoint_folder=None,
+    resume=False,
+    protocol=None,
+    masks=None,
+    starting=None,
+    on_block=None,
+    **options,
+):
+    """Prune the linears in the blocks of a causal language model, in place.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Dense blocks of ``nn.Linear`` or ``Conv1D``; changed in place, on its own device. Only one
+        block at a time moves to ``device``.
+    tokens : array of int, shape (windows, length)
+        Calibration windows.
+    attention_mask : array of bool or int, shape (windows, length), optional
+        0 where a token is padding; those tokens enter no sum.
+    pattern : str or Pattern
+        See `cuobs.patterns`. A layer that it does not divide stays as it is, and the report says
+        so.
+    method : str
+        See `cuobs.methods`.
+    target : {"mixed", "pruned", "dense"}
+        What a layer is to give: "pruned" its dense weights' outputs for the inputs that the pruned
+        model feeds it, as is usual; "dense" the outputs that it has in the dense model; "mixed"
+        something between, see the shares.
+    dense_share : float or (float, float)
+        Of a mixed target: 0 is "pruned", 1 is "dense". A pair goes evenly from the first block to
+        the last.
+    residual_share : float or (float, float)
+        Of a mixed target: the share of what the residual stream has lost that layers which write
+        into it are to make up for.
+    drop_first_token : bool
+        Leave the first token of each window out of the sums; its activations are huge and unlike
+        all others.
+    skip : str, optional
+        A regular expression; linears in whose name it is found stay as they are.
+    damp : float
+        λ as a share of the mean of a Hessian's diagonal. A layer whose Hessian is not positive
+        definite gets ten times as much, and more, until it is; the report says so.
+    tune : int
+        Passes of gradient descent over the calibration tokens in which a block's kept weights
+        learn together, masks fixed, to give the hidden states of the dense model; 0 for none.
+    tune_rate : float
+        The learning rate of those passes at their start.
+    device : {"auto", "cpu", "cuda"}
+        Where blocks run and are pruned; "auto" takes the GPU where PyTorch and CuPy both find one.
+    batch_tokens : int, optional
+        Tokens that run through a block at once. It can change results in their last bits.
+    checkpoint_folder : path, optional
+        Where each finished block is written before the next begins.
+    resume : bool
+        Go on from the blocks in that folder.
+    protocol : dict, optional
+        Where the tokens come from, for the report.
+    masks : dict, optional
+        Filled with the mask of each pruned linear by name, in the form of its weight, True = kept.
+    starting : callable, optional
+        Called with a `ModelReport` that holds no blocks yet: what will be done, and the memory
+        that it is predicted to take.
+    on_block : callable, optional
+        Called with (report, blocks) after each block, the number of all blocks and the
+        `ModelReport` so far.
+    **options
+        Of `cuobs.prune`: refine, dtype, precision, memory_limit, workers, and the method's own.
+
+    Returns
+    -------
+    ModelReport
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is wrong, the model has no blocks of linears or is a mixture of experts, or its
+        activations are not finite.
+    """
+    began = time.perf_counter()
+    tokens, keep = _check_tokens(model, tokens, attention_mask, drop_first_token)
+    shares = _check_shares(target, dense_share, residual_share)
+    validation.integer("tune", tune, low=0)
+    device = choose_device(device)
+    name, blocks = find_blocks(model)
+    shared = shared_weights(model, name, blocks)
+    pattern = cuobs.pattern.parse(pattern)
+    own = {key: options.pop(key) for key in METHOD_OPTIONS if options.get(key) is not None}
+    skipped = _check_skip(skip)
+    left = _layers_left(model, name, blocks, shared, pattern, skipped)
+    first = next(
+        (m for i, b in enumerate(blocks) for n, m in linears(b).items() if (i, n) not in left), None
+    )
+    if first is None:
+        reason = next(iter(left.values()))
+        raise ValueError(f"pattern: found no linear that could be pruned ({reason})")
+    prepare(
+        np.ones(oriented(first).shape, np.float32), pattern, method,
+        damp=damp, device=device.type, options=own, **options,
+    )  # fmt: skip
+
+    batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // tokens.shape[1])
+    parts = list(zip(tokens.split(batch), keep.split(batch), strict=True))
+    given = [None] * len(parts)
+    if attention_mask is not None:
+        given = torch.from_numpy(_array(attention_mask).astype(np.int64)).split(batch)
+    follow = target != "pruned" or tune > 0
+    settings = {
+        "pattern": str(pattern),
+        "method": method,
+        "target": target,
+        "dense_share": dense_share,
+        "residual_share": residual_share,
+        "drop_first_token": drop_first_token,
+        "skip": skip,
+        "damp": damp,
+        "tune": tune,
+        "tune_rate": tune_rate,
+        "device": device.type,
+        "batch_windows": batch,
+        **own,
+        **options,
+    }
+    inside = {f"{name}.{i}.{n}" for i, b in enumerate(blocks) for n in linears(b)}
+    report = ModelReport(
+        settings=settings,
+        protocol={"windows": len(tokens), "length": tokens.shape[1], **(protocol or {})},
+        left=[n for n in linears(model) if n not in inside],
+    )
+    element = next(blocks.parameters()).element_size()
+    width = model.get_input_embeddings().weight.shape[1]
+    report.memory_predicted = memory.predict(
+        blocks[0], *tokens.shape, width, batch,
+        dense=follow, tune=tune > 0, device=device, element=element,
+    )  # fmt: skip
+    if starting:
+        starting(report)
+    if checkpoint_folder is not None:
+        identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
+        checkpoint.begin(checkpoint_folder, identity, resume)
+
+    training = model.training
+    model.eval()
+    memory.reset(device)
+    try:
+        shown = [(t, mask) for (t, _), mask in zip(parts, given, strict=True)]
+        entry = capture(model, blocks, shown, device)
+        kept = [_kept(k, device) for _, k in parts]
+        hidden = entry.hidden
+        pruned_hidden = list(hidden)
+        for index, block in enumerate(blocks):
+            start = time.perf_counter()
+            home = next(block.parameters()).device
+            block.to(device)
+            dense = copy.deepcopy(block) if follow else None
+            calls = entry.calls[index]
+            prefix = f"{name}.{index}"
+            stored = None
+            if checkpoint_folder is not None:
+                digest = checkpoint.digest(block)
+                stored = checkpoint.load_block(checkpoint_folder, index, prefix, block, digest)
+            after = None
+            if follow:
+                after = [_run(dense, h, c) for h, c in zip(hidden, calls, strict=True)]
+            if stored:
+                found, block_masks = stored
+            else:
+                depth = index / max(1, len(blocks) - 1)
+                found, block_masks = _prune_block(
+                    block, dense, hidden, pruned_hidden, calls, kept,
+                    prefix=prefix, index=index, left=left,
+                    shares=[a + (b - a) * depth for a, b in shares],
+                    arguments={"pattern": pattern, "method": method, "damp": damp, **options, **own,
+                               "device": device.type},
+                )  # fmt: skip
+                if tune:
+                    found.tuned = tune_block(
+                        block, block_masks, pruned_hidden, after, calls, kept,
+                        passes=tune, rate=tune_rate,
+                    )  # fmt: skip
+                    _measure_sparsity(block, found, prefix)
+            last = index + 1 == len(blocks)
+            if not last or follow:
+                pruned_hidden = [
+                    _run(block, h, c) for h, c in zip(pruned_hidden, calls, strict=True)
+                ]
+            if follow:
+                hidden = after
+                found.drift = found.drift or _drift(hidden, pruned_hidden, kept)
+            if not stored:
+                _synchronize(device)
+                found.seconds = time.perf_counter() - start
+                if checkpoint_folder is not None:
+                    checkpoint.save_block(
+                        checkpoint_folder, index, prefix, block, block_masks, found, digest
+                    )
+            if masks is not None:
+                masks.update({f"{prefix}.{n}": mask.cpu() for n, mask in block_masks.items()})
+            entry.calls[index] = None
+            block.to(home)
+            report.blocks.append(found)
+            report.seconds = time.perf_counter() - began
+            report.memory_peak = memory.peak(device)
+            if on_block:
+                on_block(report, len(blocks))
+    finally:
+        model.train(training)
+    return report
+
+
+def choose_device(name):
+    """The device of a name; "auto" takes the GPU where PyTorch and CuPy both find one."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"device: found {name!r}, expected 'auto', 'cpu' or 'cuda'")
+    if torch.cuda.is_available() and cuobs.arrays.find_cupy() is not None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        fault = cuobs.arrays.cupy_fault() or f"PyTorch {torch.__version__} finds no CUDA device"
+        raise ValueError(f"device: found 'cuda', but {fault}")
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def _prune_block(
+    block, dense, hidden, pruned_hidden, calls, kept, *, prefix, index, left, shares, arguments
+):
+    """Prune a block group by group; its report and the masks by name."""
+    plan = probe(block, pruned_hidden[0][:1], windows_of(calls[0], 0, 1, len(hidden[0])))
+    modules = linears(block)
+    dense_modules = linears(dense) if dense is not None else modules
+    found = BlockReport(index, [])
+    rows, masks = {}, {}
+    for inner, module in modules.items():
+        reason = left.get((index, inner))
+        if inner in plan.idle:
+            reason = "the block does not run it"
+        rows[inner] = LayerReport(f"{prefix}.{inner}", tuple(oriented(module).shape))
+        if reason:
+            rows[inner].note = f"left as it is: {reason}"
+            rows[inner].sparsity = _zeros(module.weight)
+    dense_share, residual_share = shares
+    for group in plan.groups:
+        names = [n for n in group.names if not rows[n].note]
+        if not names:
+            continue
+        writes = residual_share and any(n in plan.writers for n in names)
+        moments = Moments()
+        for h, hh, call, indices in zip(hidden, pruned_hidden, calls, kept, strict=True):
+            before = group.before if writes else ()
+            Xh, stream_h = run_until(
+                block, modules[group.names[0]], hh, call, [modules[n] for n in before]
+            )
+            X = stream = None
+            if dense_share or writes:
+                X, stream = run_until(
+                    dense, dense_modules[group.names[0]], h, call,
+                    [dense_modules[n] for n in before],
+                )  # fmt: skip
+            moments.update(
+                _take(Xh, indices),
+                _take(X, indices) if dense_share else None,
+                *((_take(stream, indices), _take(stream_h, indices)) if writes else ()),
+            )
+        if not bool(torch.isfinite(moments.hessian.diagonal()).all()):
+            raise ValueError(
+                f"model: found activations that are NaN or infinite before {prefix}."
+                f"{group.names[0]}, expected finite ones; a wider dtype may hold them"
+            )
+        for inner in names:
+            share = residual_share if inner in plan.writers else 0.0
+            masks[inner] = _prune_linear(
+                modules[inner], moments, rows[inner], dense_share, share, arguments
+            )
+    found.layers = list(rows.values())
+    return found, masks
+
+
+def _prune_linear(module, moments, row, dense_share, residual_share, arguments):
+    """Prune one linear in place and complete its row; the mask in the form of its weight."""
+    began = time.perf_counter()
+    W = oriented(module).contiguous()
+    damp = arguments["damp"]
+    while True:
+        try:
+            goal = target_weight(W, moments, damp, dense_share, residual_share)
+            result = cuobs.prune(
+                W, hessian=moments.hessian, target=goal, **{**arguments, "damp": damp}
+            )
+            break
+        except np.linalg.LinAlgError as error:
+            damp = max(10 * damp, 1e-4)
+            if damp > MAX_DAMP:
+                raise ValueError(
+                    f"model: found that the Hessian of {row.name} stays singular up to damp="
+                    f"{damp / 10:g} ({error}), expected activations that differ"
+                ) from None
+    oriented(module).copy_(result.weight)
+    row.loss = result.loss
+    row.sparsity = result.sparsity
+    row.damp = damp
+    row.dense_share, row.residual_share = float(dense_share), float(residual_share)
+    if damp != arguments["damp"]:
+        row.note = f"damped by {damp:g}: its Hessian is not positive definite with less"
+    row.seconds = time.perf_counter() - began
+    return oriented(module, result.mask)
+
+
+def _run(block, hidden, call):
+    with torch.no_grad():
+        return run(block, hidden, call)
+
+
+def _take(x, indices):
+    """The rows of the tokens that count; all of them where indices is None."""
+    return x if indices is None else x.index_select(0, indices)
+
+
+def _kept(keep, device):
+    """Indices of the tokens of a batch that count, None if they all do."""
+    keep = keep.flatten()
+    return None if bool(keep.all()) else keep.nonzero().flatten().to(device)
+
+
+def _drift(hidden, pruned_hidden, kept):
+    """‖h − ĥ‖ / ‖h‖ over the tokens that count."""
+    lost = whole = 0.0
+    for h, hh, indices in zip(hidden, pruned_hidden, kept, strict=True):
+        h, hh = (_take(x.reshape(-1, x.shape[-1]), indices).float() for x in (h, hh))
+        lost, whole = lost + (h - hh).square().sum(), whole + h.square().sum()
+    return float((lost / whole).sqrt())
+
+
+def _measure_sparsity(block, found, prefix):
+    modules = linears(block)
+    for row in found.layers:
+        row.sparsity = _zeros(modules[row.name[len(prefix) + 1 :]].weight)
+
+
+def _zeros(weight):
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel()
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_tokens(model, tokens, attention_mask, drop_first_token):
+    """Tokens as a tensor (windows, length), and which of them count."""
+    array = _array(tokens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"tokens: found dtype {array.dtype}, expected integers")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"tokens: found shape {array.shape}, expected (windows, length)")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if array.min() < 0 or array.max() >= vocabulary:
+        raise ValueError(
+            f"tokens: found {array.min()} to {array.max()}, expected 0 to {vocabulary - 1}, "
+            "the model's vocabulary"
+        )
+    keep = np.ones(array.shape, bool)
+    if attention_mask is not None:
+        keep = _array(attention_mask) != 0
+        if keep.shape != array.shape:
+            raise ValueError(
+                f"attention_mask: found shape {keep.shape}, expected {array.shape} as the tokens"
+            )
+    if drop_first_token:
+        keep[np.arange(len(keep)), keep.argmax(axis=1)] = False
+    if not keep.any():
+        raise ValueError("tokens: found none that count, expected longer windows")
+    return torch.from_numpy(array.astype(np.int64)), torch.from_numpy(keep)
+
+
+def _check_shares(target, dense_share, residual_share):
+    """The shares as pairs (first block, last block)."""
+    validation.name_of("target", target, TARGETS)
+    if TARGETS[target] is not None:
+        return [(share, share) for share in TARGETS[target]]
+    pairs = []
+    for name, value in ("dense_share", dense_share), ("residual_share", residual_share):
+        pair = value if isinstance(value, tuple | list) else (value, value)
+        try:
+            pair = tuple(float(v) for v in pair)
+        except (TypeError, ValueError):
+            pair = ()
+        if len(pair) != 2 or not all(0 <= v <= 2 for v in pair):
+            raise ValueError(f"{name}: found {value!r}, expected a share from 0 to 2, or two")
+        pairs.append(pair)
+    return pairs
+
+
+def _check_skip(skip):
+    try:
+        return re.compile(skip) if skip else None
+    except re.error as error:
+        raise ValueError(f"skip: found {skip!r}, no regular expression ({error})") from None
+
+
+def _layers_left(model, name, blocks, shared, pattern, skipped):
+    """Why a linear (block, name inside it) stays as it is."""
+    left = {}
+    for index, block in enumerate(blocks):
+        for inner, module in linears(block).items():
+            if skipped and skipped.search(f"{name}.{index}.{inner}"):
+                left[index, inner] = "skipped"
+            elif (index, inner) in shared:
+                left[index, inner] = f"it shares its weight with {shared[index, inner]}"
+            else:
+                try:
+                    pattern.compile(*oriented(module).shape)
+                except ValueError as error:
+                    left[index, inner] = str(error)
+    return left
+
+
+def _array(values):
+    return np.asarray(values.cpu() if torch.is_tensor(values) else values)
+
+
+def _digest(*tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""What was done to a model and what became of it: rows, JSON, a table, a picture."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+
+from cuobs import files
+from cuobs.plotting import check_picture
+
+
+@dataclass
+class LayerReport:
+    """One linear of a model.
+
+    Attributes
+    ----------
+    name : str
+        As in the model, without ``.weight``.
+    shape : tuple of int
+        (outputs, inputs).
+    loss : float or None
+        Relative output error on the calibration tokens, ‖X̂(Wp − W)ᵀ‖ / ‖X̂Wᵀ‖ with X̂ the inputs
+        in the pruned model; None where the layer was left as it is.
+    sparsity : float
+        Share of elements that are exactly zero.
+    damp : float or None
+        λ as used, as a share of the mean of the Hessian's diagonal.
+    dense_share, residual_share : float or None
+        The shares of the target that were used.
+    seconds : float
+    note : str
+        Why a layer was left as it is, or what else there is to say.
+    """
+
+    name: str
+    shape: tuple
+    loss: float | None = None
+    sparsity: float = 0.0
+    damp: float | None = None
+    dense_share: float | None = None
+    residual_share: float | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class BlockReport:
+    """One block of a model.
+
+    Attributes
+    ----------
+    index : int
+    layers : list of LayerReport
+    drift : float or None
+        ‖h − ĥ‖ / ‖h‖ of the hidden states that leave the block, dense h and pruned ĥ, over the
+        tokens that count; None where the dense ones are not followed.
+    tuned : tuple of float, or None
+        The error that tuning lowered, before and after.
+    seconds : float
+    resumed : bool
+        Whether it was read back from an earlier run.
+    """
+
+    index: int
+    layers: list
+    drift: float | None = None
+    tuned: tuple | None = None
+    seconds: float = 0.0
+    resumed: bool = False
+
+    @classmethod
+    def from_dict(cls, content):
+        """The inverse of `dataclasses.asdict`."""
+        layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in content["layers"]]
+        tuned = content["tuned"] and tuple(content["tuned"])
+        return cls(**{**content, "layers": layers, "tuned": tuned})
+
+
+@dataclass
+class ModelReport:
+    """A pruned model.
+
+    Attributes
+    ----------
+    settings : dict
+        Everything that decides the result: method, pattern, target, damping and so on.
+    protocol : dict
+        The calibration tokens: windows, length, source, seed.
+    blocks : list of BlockReport
+    left : list of str
+        Linears outside the blocks, which stay as they are.
+    seconds : float
+    memory_predicted, memory_peak : int
+        Bytes on the device (on the CPU: of the process).
+    perplexity : dict
+        By the name of a text, the perplexity before and after.
+    """
+
+    settings: dict
+    protocol: dict
+    blocks: list = field(default_factory=list)
+    left: list = field(default_factory=list)
+    seconds: float = 0.0
+    memory_predicted: int = 0
+    memory_peak: int = 0
+    perplexity: dict = field(default_factory=dict)
+
+    @property
+    def layers(self):
+        """Every linear of every block."""
+        return [row for block in self.blocks for row in block.layers]
+
+    @property
+    def sparsity(self):
+        """Share of exact zeros among the weights of the linears in the blocks."""
+        sizes = [row.shape[0] * row.shape[1] for row in self.layers]
+        zeros = sum(row.sparsity * n for row, n in zip(self.layers, sizes, strict=True))
+        return zeros / max(sum(sizes), 1)
+
+    def to_json(self):
+        """The report as text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def summary(report):
+    """Lines of a table: perplexity before and after, loss, seconds, memory."""
+    losses = [row.loss for row in report.layers if row.loss is not None]
+    whole = [row.name for row in report.layers if row.loss is None]
+    lines = [
+        ("method", report.settings["method"]),
+        ("pattern", report.settings["pattern"]),
+        ("target", target_text(report.settings)),
+    ]
+    for name, (before, after) in report.perplexity.items():
+        lines.append((f"perplexity, {name}", f"{before:.2f} dense, {after:.2f} pruned"))
+    if losses:
+        mean = sum(losses) / len(losses)
+        lines.append(("loss a layer", f"{mean:.2%} mean, {max(losses):.2%} largest"))
+    lines += [
+        ("zeros", f"{report.sparsity:.2%} of the weights in the blocks"),
+        ("left as they are", f"{len(whole)} of {len(report.layers)} linears in the blocks"),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", f"{size(report.memory_peak)} ({size(report.memory_predicted)} predicted)"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return [f"{name:<{width}}  {value}" for name, value in lines]
+
+
+def target_text(settings):
+    """A target in words."""
+    if settings["target"] != "mixed":
+        return settings["target"]
+    shares = (_share(settings[key]) for key in ("dense_share", "residual_share"))
+    return "mixed, dense share {}, residual share {}".format(*shares)
+
+
+def _share(value):
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple | list) else f"{value:g}"
+
+
+def size(n):
+    """Bytes for people."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def picture(report, path, force=False):
+    """Draw the loss of every layer by block, one line for each linear of a block.
+
+    Parameters
+    ----------
+    report : ModelReport
+    path : str
+        .png, .svg or .pdf.
+    force : bool
+        Overwrite an existing file.
+    """
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = {}
+    for block in report.blocks:
+        for row in block.layers:
+            if row.loss is not None:
+                kind = row.name.rpartition(".")[2]
+                lines.setdefault(kind, []).append((block.index, 100 * row.loss))
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
+    axes.set_xlabel("block")
+    axes.set_ylabel("relative output loss, %")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    with files.replacing(path, force) as f:
+        figure.savefig(f, format=os.path.splitext(path)[1][1:].lower())

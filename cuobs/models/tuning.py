@@ -1,0 +1,116 @@
+"""Tune a pruned block: its kept weights learn together, masks fixed, what the dense block gives."""
+
+import contextlib
+import copy
+import math
+import warnings
+
+import torch
+
+from cuobs.models.blocks import as_dtype, run, windows_of
+from cuobs.models.structure import linears
+
+# Windows of a gradient step.
+STEP_WINDOWS = 8
+
+
+def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
+    """Lower the squared error of a block's output by Adam on its kept weights, in place.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Pruned.
+    masks : dict of tensor
+        By the name of a linear, in the form of its weight, True = kept. Only these weights learn.
+    hidden, goals : list of tensor, shape (B, T, D)
+        What enters the block, in the pruned model, and what is to leave it, in the dense one.
+    calls : list of tuple
+        The block's other arguments, batch by batch.
+    kept : list of tensor or None
+        Indices of the tokens that count.
+    passes : int
+        Times that all tokens are seen.
+    rate : float
+        Learning rate at the start; it falls to 0 by a half cosine.
+
+    Returns
+    -------
+    before, after : float
+        ‖output − goal‖ / ‖goal‖ over the tokens that count, at the first and after the last step.
+    """
+    home = block
+    if next(block.parameters()).dtype != torch.float32:
+        block = copy.deepcopy(block).float()
+    modules = linears(block)
+    weights = {modules[name].weight: mask for name, mask in masks.items()}
+    for parameter in block.parameters():
+        parameter.requires_grad_(parameter in weights)
+    batches = [
+        (h[a : a + STEP_WINDOWS], goal[a : a + STEP_WINDOWS], part, w[a : a + STEP_WINDOWS])
+        for h, goal, call, indices in zip(hidden, goals, calls, kept, strict=True)
+        for w in [_counting(h, indices)]
+        for a in range(0, len(h), STEP_WINDOWS)
+        for part in [windows_of(call, a, a + STEP_WINDOWS, len(h))]
+    ]
+    optimizer = torch.optim.Adam(list(weights), lr=rate)
+    steps = passes * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    before = _error(block, batches)
+    order = torch.Generator().manual_seed(0)
+    with _repeatable(hidden[0]), torch.enable_grad():
+        for _ in range(passes):
+            for i in torch.randperm(len(batches), generator=order).tolist():
+                lost, whole = _energies(block, *batches[i])
+                optimizer.zero_grad(set_to_none=True)
+                (lost / whole).backward()
+                for weight, mask in weights.items():
+                    weight.grad.mul_(mask)
+                optimizer.step()
+                schedule.step()
+    after = _error(block, batches)
+    for name, module in linears(home).items():
+        module.weight.requires_grad_(False)
+        if name in masks:
+            module.weight.data.copy_(modules[name].weight.data)
+    return before, after
+
+
+def _counting(hidden, indices):
+    """1 for each token that counts, 0 for the others: shape (B, T, 1)."""
+    weight = torch.full(hidden.shape[:2], float(indices is None), device=hidden.device)
+    if indices is not None:
+        weight.view(-1)[indices] = 1.0
+    return weight[..., None]
+
+
+def _energies(block, hidden, goal, call, counts):
+    goal = goal.float()
+    out = run(block, hidden.float(), as_dtype(call, torch.float32))
+    return ((out - goal).square() * counts).sum(), (goal.square() * counts).sum()
+
+
+@torch.no_grad()
+def _error(block, batches):
+    pairs = [_energies(block, *batch) for batch in batches]
+    lost, whole = (sum(parts) for parts in zip(*pairs, strict=True))
+    return float((lost / whole).sqrt())
+
+
+@contextlib.contextmanager
+def _repeatable(like):
+    """Sums in one order, so that a run gives the same bits again; tf32 on the device."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if like.is_cuda:
+        torch.set_float32_matmul_precision("high")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warned)
+        torch.set_float32_matmul_precision(before[1])

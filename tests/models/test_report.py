@@ -1,0 +1,59 @@
+"""The report's forms, and the memory that is predicted."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from small_models import make_model
+
+from cuobs.models import BlockReport, prune_model
+from cuobs.models.memory import predict
+from cuobs.models.report import picture, size, summary
+
+
+@pytest.fixture
+def report(tokens):
+    return prune_model(make_model("llama"), tokens, skip="k_proj", device="cpu")
+
+
+def test_json_and_back(report):
+    content = json.loads(report.to_json())
+    for mine, stored in zip(report.blocks, content["blocks"], strict=True):
+        assert BlockReport.from_dict(stored) == mine
+    assert dataclasses.asdict(report)["settings"]["target"] == content["settings"]["target"]
+
+
+def test_sparsity_counts_weights(report):
+    k, all_weights = 16 * 32, 32 * 32 * 2 + 16 * 32 * 2 + 64 * 32 * 3
+    assert report.sparsity == pytest.approx(0.5 * (all_weights - k) / all_weights)
+
+
+def test_summary(report):
+    report.perplexity = {"text": (10.0, 12.5)}
+    text = "\n".join(summary(report))
+    assert "10.00 dense, 12.50 pruned" in text
+    assert "3 of 21 linears" in text
+
+
+def test_picture(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture(report, str(tmp_path / "loss.svg"))
+    text = (tmp_path / "loss.svg").read_text()
+    assert text.count("PathCollection") == 0 and text.count("<path") > 10
+    with pytest.raises(FileExistsError):
+        picture(report, str(tmp_path / "loss.svg"))
+
+
+def test_size():
+    assert size(3 * 2**20) == "3 MiB"
+    assert size(5 * 2**29) == "2.50 GiB"
+
+
+def test_more_windows_need_more_memory():
+    block = make_model("llama").model.layers[0]
+    common = {"dense": True, "tune": False, "device": torch.device("cuda", 0), "element": 4}
+    few, many = (predict(block, n, 1024, 32, 8, **common) for n in (64, 128))
+    assert many - few == 2 * 64 * 1024 * 32 * 4
+    alone = predict(block, 64, 1024, 32, 8, **{**common, "dense": False})
+    assert alone < few

@@ -1,0 +1,94 @@
+"""Tuning a pruned block on its kept weights."""
+
+import copy
+
+import pytest
+import torch
+from small_models import make_model, make_tokens
+
+from cuobs.models import prune_model
+from cuobs.models.blocks import capture, run
+from cuobs.models.structure import find_blocks, linears
+from cuobs.models.tuning import tune_block
+
+
+@pytest.fixture
+def halves():
+    """A block with half of each linear's weights gone, its masks, and what goes in and out."""
+    model = make_model("llama")
+    ids = torch.tensor(make_tokens(16))
+    _, blocks = find_blocks(model)
+    entry = capture(model, blocks, [(part, None) for part in ids.split(8)], "cpu")
+    with torch.no_grad():
+        goals = [
+            run(blocks[0], h, c) for h, c in zip(entry.hidden, entry.calls[0], strict=True)
+        ]
+    block = copy.deepcopy(blocks[0])
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for name, module in linears(block).items():
+        masks[name] = torch.rand(module.weight.shape, generator=generator) < 0.5
+        module.weight.data.mul_(masks[name])
+    return block, masks, entry.hidden, goals, entry.calls[0]
+
+
+def error_of(block, hidden, goals, calls, chosen):
+    with torch.no_grad():
+        outs = torch.cat([run(block, h, c) for h, c in zip(hidden, calls, strict=True)])
+    goals = torch.cat(goals)
+    lost = (outs - goals)[chosen].norm() / goals[chosen].norm()
+    return float(lost)
+
+
+def test_error_falls_and_masks_hold(halves):
+    block, masks, hidden, goals, calls = halves
+    indices = torch.arange(8 * 24).reshape(8, 24)[:, 1:].flatten()
+    chosen = torch.ones(16, 24, dtype=bool)
+    chosen[:, 0] = False
+    start = error_of(block, hidden, goals, calls, chosen)
+    others = {n: p.clone() for n, p in block.named_parameters() if "proj" not in n}
+    before, after = tune_block(
+        block, masks, hidden, goals, calls, [indices, indices], passes=10, rate=1e-3
+    )
+    assert before == pytest.approx(start, rel=1e-5)
+    assert after == pytest.approx(error_of(block, hidden, goals, calls, chosen), rel=1e-5)
+    assert after < 0.9 * before
+    for name, module in linears(block).items():
+        assert not module.weight[~masks[name]].any()
+        assert not module.weight.requires_grad
+    assert all(torch.equal(dict(block.named_parameters())[n], p) for n, p in others.items())
+
+
+def test_tokens_that_do_not_count_change_nothing(halves):
+    block, masks, hidden, goals, calls = halves
+    # Later tokens can't reach earlier ones, so the last one may be anything.
+    indices = torch.arange(8 * 24).reshape(8, 24)[:, :-1].flatten()
+    found = []
+    for noise in (0, 100):
+        mine = copy.deepcopy(block)
+        changed = [goal.clone() for goal in goals]
+        for goal in changed:
+            goal[:, -1] += noise
+        tune_block(mine, masks, hidden, changed, calls, [indices, indices], passes=2, rate=1e-3)
+        found.append([m.weight.clone() for m in linears(mine).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_bfloat16_learns_in_float32_and_stays_bfloat16(halves):
+    block, masks, hidden, goals, calls = halves
+    block = block.bfloat16()
+    before, after = tune_block(
+        block, masks, hidden, goals, calls, [None, None], passes=5, rate=1e-3
+    )
+    assert after < before
+    assert all(p.dtype == torch.bfloat16 for p in block.parameters())
+
+
+def test_tuned_model_is_nearer_to_the_dense_one():
+    tokens = make_tokens(32)
+    drifts = []
+    for tune in (0, 10):
+        report = prune_model(make_model("llama"), tokens, tune=tune, tune_rate=1e-3, device="cpu")
+        drifts.append(report.blocks[-1].drift)
+        assert report.sparsity == 0.5
+    assert drifts[1] < drifts[0]
