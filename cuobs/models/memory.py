@@ -68,6 +68,20 @@ def peak(device):
     return held
 
 
+def make_room(device):
+    """Where the device is nearly full, give back what PyTorch and CuPy keep for themselves.
+
+    Each has a pool of its own and can't use what lies in the other's.
+    """
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < total // 4:
+        torch.cuda.empty_cache()
+        if "cupy" in sys.modules:
+            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+
+
 def reset(device):
     """Begin to measure the peak anew."""
     if device.type == "cuda":

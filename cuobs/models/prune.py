@@ -25,7 +25,7 @@ from cuobs.models.structure import (
     probe,
     shared_weights,
 )
-from cuobs.models.targets import TARGETS, Moments, target_weight
+from cuobs.models.targets import TARGETS, Moments, target_weights
 from cuobs.models.tuning import tune_block
 from cuobs.pruning import prepare
 
@@ -323,43 +323,90 @@ def _prune_block(
                 f"model: found activations that are NaN or infinite before {prefix}."
                 f"{group.names[0]}, expected finite ones; a wider dtype may hold them"
             )
-        for inner in names:
-            share = residual_share if inner in plan.writers else 0.0
-            masks[inner] = _prune_linear(
-                modules[inner], moments, rows[inner], dense_share, share, arguments
-            )
+        memory.make_room(moments.hessian.device)
+        new = _prune_group(
+            [modules[n] for n in names],
+            moments,
+            [rows[n] for n in names],
+            dense_share,
+            [residual_share if n in plan.writers else 0.0 for n in names],
+            arguments,
+        )
+        masks.update(zip(names, new, strict=True))
+        memory.make_room(moments.hessian.device)
     found.layers = list(rows.values())
     return found, masks
 
 
-def _prune_linear(module, moments, row, dense_share, residual_share, arguments):
-    """Prune one linear in place and complete its row; the mask in the form of its weight."""
+def _prune_group(modules, moments, rows, dense_share, residual_shares, arguments):
+    """Prune linears that share their inputs, in place, and complete their rows; their masks."""
     began = time.perf_counter()
-    W = oriented(module).contiguous()
+    H = moments.hessian
+    weights = [oriented(m).contiguous() for m in modules]
     damp = arguments["damp"]
     while True:
         try:
-            goal = target_weight(W, moments, damp, dense_share, residual_share)
-            result = cuobs.prune(
-                W, hessian=moments.hessian, target=goal, **{**arguments, "damp": damp}
-            )
+            goals = target_weights(weights, moments, damp, dense_share, residual_shares)
+            results = _prune_together(weights, H, goals, {**arguments, "damp": damp})
             break
         except np.linalg.LinAlgError as error:
             damp = max(10 * damp, 1e-4)
             if damp > MAX_DAMP:
                 raise ValueError(
-                    f"model: found that the Hessian of {row.name} stays singular up to damp="
+                    f"model: found that the Hessian of {rows[0].name} stays singular up to damp="
                     f"{damp / 10:g} ({error}), expected activations that differ"
                 ) from None
-    oriented(module).copy_(result.weight)
-    row.loss = result.loss
-    row.sparsity = result.sparsity
-    row.damp = damp
-    row.dense_share, row.residual_share = float(dense_share), float(residual_share)
-    if damp != arguments["damp"]:
-        row.note = f"damped by {damp:g}: its Hessian is not positive definite with less"
-    row.seconds = time.perf_counter() - began
-    return oriented(module, result.mask)
+    masks = []
+    for module, W, row, share, (new, mask) in zip(
+        modules, weights, rows, residual_shares, results, strict=True
+    ):
+        row.loss = cuobs.relative_loss(W, new, H)
+        row.sparsity = _zeros(new)
+        row.damp = damp
+        row.dense_share, row.residual_share = float(dense_share), float(share)
+        if damp != arguments["damp"]:
+            row.note = f"damped by {damp:g}: its Hessian is not positive definite with less"
+        oriented(module).copy_(new)
+        masks.append(oriented(module, mask))
+    seconds = time.perf_counter() - began
+    whole = sum(len(W) for W in weights)
+    for row, W in zip(rows, weights, strict=True):
+        row.seconds = seconds * len(W) / whole
+    return masks
+
+
+def _prune_together(weights, H, goals, arguments):
+    """The new weight and the mask of each linear: one call for all where scopes stay the same."""
+    pattern = arguments["pattern"]
+    counts = [len(W) for W in weights]
+    if len(weights) > 1 and not _stackable(pattern, counts, H.shape[0]):
+        return [
+            part
+            for W, goal in zip(weights, goals, strict=True)
+            for part in _prune_together([W], H, [goal], arguments)
+        ]
+    result = cuobs.prune(torch.cat(weights), hessian=H, target=torch.cat(goals), **arguments)
+    return list(zip(result.weight.split(counts), result.mask.split(counts), strict=True))
+
+
+def _stackable(pattern, counts, K):
+    """Whether weights set one below the other have the scopes that each has alone."""
+    try:
+        stacked = pattern.compile(sum(counts), K)
+    except ValueError:
+        return False
+    alone = [pattern.compile(count, K) for count in counts]
+    starts = np.cumsum([0, *counts[:-1]])
+    rows = [layout.rows + start for layout, start in zip(alone, starts, strict=True)]
+    if any(layout.rows.shape[1] != stacked.rows.shape[1] for layout in alone):
+        return False
+    found = {tuple(group) for group in np.concatenate(rows).tolist()}
+    same = all(
+        np.array_equal(layout.columns, stacked.columns)
+        and np.array_equal(layout.blocks, stacked.blocks)
+        for layout in alone
+    )
+    return same and found == {tuple(group) for group in stacked.rows.tolist()}
 
 
 def _run(block, hidden, call):

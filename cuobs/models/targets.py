@@ -75,40 +75,45 @@ def exact_products(like):
         torch.set_float32_matmul_precision(before)
 
 
-def target_weight(W, moments, damp, dense_share, residual_share):
-    """The target W* of a linear.
+def target_weights(weights, moments, damp, dense_share, residual_shares):
+    """The targets W* of linears that share their inputs.
 
     Parameters
     ----------
-    W : tensor, shape (M, K)
+    weights : list of tensor, shape (M, K)
     moments : Moments
     damp : float
         λ as a share of the mean of Ĥ's diagonal.
-    dense_share, residual_share : float
-        α and β. β needs `moments.residual`.
+    dense_share : float
+        α.
+    residual_shares : list of float
+        β of each; where it is not 0, `moments.residual` is needed.
 
     Returns
     -------
-    tensor, shape (M, K), float32
+    list of tensor, shape (M, K), float32
 
     Raises
     ------
     numpy.linalg.LinAlgError
         The damped Hessian is not positive definite.
     """
-    change = None
-    if dense_share and moments.lost is not None:
-        change = dense_share * (W.double() @ moments.lost.double())
-    if residual_share and moments.residual is not None:
-        lost = residual_share * moments.residual.double()
-        change = lost if change is None else change + lost
-    if change is None:
-        return W.float()
+    changes = []
+    for W, residual_share in zip(weights, residual_shares, strict=True):
+        change = torch.zeros_like(W, dtype=torch.float64)
+        if dense_share:
+            change += dense_share * (W.double() @ moments.lost.double())
+        if residual_share:
+            change += residual_share * moments.residual.double()
+        changes.append(change)
+    if not dense_share and not any(residual_shares):
+        return [W.float() for W in weights]
     H = moments.hessian.double()
     diagonal = H.diagonal().clone()
     H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.mean()))
     factor, info = torch.linalg.cholesky_ex(H)
     if info.item():
         raise np.linalg.LinAlgError("hessian: not positive definite even when damped")
-    change = torch.cholesky_solve(change.T.contiguous(), factor).T
-    return (W.double() + change).float()
+    changes = torch.cholesky_solve(torch.cat(changes).T.contiguous(), factor).T
+    changes = changes.split([len(W) for W in weights])
+    return [(W.double() + change).float() for W, change in zip(weights, changes, strict=True)]

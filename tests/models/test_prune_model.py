@@ -184,10 +184,17 @@ def test_first_real_token_is_dropped(tokens):
     model = make_model("llama")
     mask = np.ones_like(tokens)
     mask[:, :4] = 0
-    shorter, _ = pruned(model, tokens[:, 4:])
-    padded, _ = pruned(model, tokens, attention_mask=mask)
-    for name, tensor in weights_of(padded).items():
-        torch.testing.assert_close(tensor, weights_of(shorter)[name], rtol=1e-3, atol=1e-4)
+    losses = [
+        [row.loss for row in pruned(model, *arguments, method="wanda", target="pruned", **options)
+         [1].layers]
+        for arguments, options in (
+            ((tokens[:, 4:],), {}),
+            ((tokens,), {"attention_mask": mask}),
+            ((tokens[:, 4:],), {"drop_first_token": False}),
+        )
+    ]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_skipped_and_indivisible_layers_are_reported(tokens):
@@ -310,3 +317,27 @@ def test_activations_that_are_not_finite_are_refused(tokens):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN or inf"):
         prune_model(model, tokens, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "true-obs"])
+def test_linears_of_a_group_are_pruned_as_each_alone(tokens, method):
+    """q, k and v share a call; their rows must not see each other."""
+    found, _ = pruned(make_model("llama"), tokens, method=method, target="pruned")
+    alone, _ = pruned(make_model("llama"), tokens, method=method, target="pruned",
+                      skip="k_proj|v_proj|up_proj|o_proj|down_proj|layers.[12]")  # fmt: skip
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(weights_of(found)[name], weights_of(alone)[name])
+
+
+def test_rows_that_depend_on_the_height_are_not_stacked(tokens):
+    """Rows r and r + M/2 compete: set below each other, q and k would mix."""
+    model = make_model("llama", num_key_value_heads=4, intermediate_size=32)
+    for module in linears(model.model.layers).values():
+        assert tuple(module.weight.shape) == (32, 32)
+    # M/2 rows of 32 are 512 elements
+    pattern = "view=(M/2,2,K):(K,512,1) block=(1,1,1) scope=(1,2,1) keep=1"
+    found, report = pruned(model, tokens, pattern=pattern)
+    for row in report.layers:
+        weight = found.get_submodule(row.name).weight.data
+        assert int(((weight[:16] != 0) & (weight[16:] != 0)).sum()) == 0
+        assert row.sparsity == 0.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cuobs.models.targets import Moments, target_weight
+from cuobs.models.targets import Moments, target_weights
 
 N, M, K = 200, 12, 16
 
@@ -20,6 +20,10 @@ def data():
         "h": rng.standard_normal((N, M)),
         "hh": rng.standard_normal((N, M)),
     }
+
+
+def target_weight(W, moments, damp, alpha, beta):
+    return target_weights([W], moments, damp, alpha, [beta])[0]
 
 
 def moments_of(data, pieces=3):
@@ -44,6 +48,14 @@ def test_formula(data, alpha, beta):
     W = torch.tensor(data["W"], dtype=torch.float32)
     found = target_weight(W, moments_of(data), 0.01, alpha, beta)
     np.testing.assert_allclose(found.numpy(), formula(data, alpha, beta), rtol=2e-4, atol=2e-5)
+
+
+def test_several_linears_at_once(data):
+    W = torch.tensor(data["W"], dtype=torch.float32)
+    moments = moments_of(data)
+    both = target_weights([W[:5], W], moments, 0.01, 0.5, [0, 0.5])
+    torch.testing.assert_close(both[0], target_weight(W[:5], moments, 0.01, 0.5, 0))
+    torch.testing.assert_close(both[1], target_weight(W, moments, 0.01, 0.5, 0.5))
 
 
 def test_no_shares_give_the_weight_itself(data):
