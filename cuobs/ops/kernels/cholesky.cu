@@ -1,10 +1,9 @@
 // One tile of a Cholesky factorisation or of a triangular inverse, in registers: a block of threads
 // a matrix, 16 x 16 threads with E x E elements each, every 16th row and column.
 //
-//   factor_inverse(A, its strides, L, its strides, n, first, info)
+//   factor_inverse(A, its strides, n, first, info)
 //     A     REAL, (B, n, n), n <= TILE: the lower triangle is read; L^-1 of A = L L' replaces it,
 //           with zeros above
-//     L     REAL, (B, n, n), or null: the lower triangle is overwritten by L
 //     info  int, (B,): where 0, first + 1 + k if pivot k is not positive
 //   triangular_inverse(L, its strides, n)
 //     L     REAL, (B, n, n), n <= TILE: lower triangular, replaced by its inverse
@@ -18,7 +17,6 @@ constexpr int E = TILE / 16;
 // does so on a symmetric A, whose row k is also its column k, and else on a triangle.
 template <bool FACTOR>
 __device__ __forceinline__ void invert(REAL* A, const long long row, const long long column,
-                                       REAL* L, const long long L_row, const long long L_column,
                                        const int n, const int first, int* info) {
     __shared__ REAL across[2][TILE], down[2][TILE];
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -54,16 +52,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             __syncthreads();
             const REAL pivot = row_k[k];
             const REAL scale = FACTOR ? rsqrt(pivot) : 1 / pivot;
-            if (FACTOR) {
-                if (threadIdx.x == 0 && !(pivot > 0) && !*info) *info = first + k + 1;
-                if (L && tx == part) {
-#pragma unroll
-                    for (int i = block; i < E; i++) {
-                        const int y = ty + 16 * i;
-                        if (k <= y && y < n) L[y * L_row + k * L_column] = column_k[y] * scale;
-                    }
-                }
-            }
+            if (FACTOR && threadIdx.x == 0 && !(pivot > 0) && !*info) *info = first + k + 1;
             REAL v[E];
 #pragma unroll
             for (int j = 0; j < E; j++) {
@@ -98,14 +87,12 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
 
 extern "C" __global__ void __launch_bounds__(256)
 factor_inverse(REAL* A, const long long matrix, const long long row, const long long column,
-               REAL* L, const long long L_matrix, const long long L_row,
-               const long long L_column, const int n, const int first, int* info) {
-    invert<true>(A + blockIdx.x * matrix, row, column, L ? L + blockIdx.x * L_matrix : L, L_row,
-                 L_column, n, first, info + blockIdx.x);
+               const int n, const int first, int* info) {
+    invert<true>(A + blockIdx.x * matrix, row, column, n, first, info + blockIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 triangular_inverse(REAL* L, const long long matrix, const long long row, const long long column,
                    const int n) {
-    invert<false>(L + blockIdx.x * matrix, row, column, nullptr, 0, 0, n, 0, nullptr);
+    invert<false>(L + blockIdx.x * matrix, row, column, n, 0, nullptr);
 }
