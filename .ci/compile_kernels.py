@@ -1,0 +1,75 @@
+"""Compile every CUDA source with NVRTC, for each architecture and set of macros, without a GPU.
+
+The compiler and its headers come from PyPI, into a virtual environment of this step's own:
+
+    python .ci/compile_kernels.py [FOLDER]
+
+makes one in FOLDER (.ci/venv by default), installs what `[ctk]` of cuobs brings for each CUDA
+release that it supports, and compiles there. It fails when an install or a compilation does.
+"""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+EXTRAS = ("cuda12", "cuda13")
+
+
+def main(folder):
+    root = Path(__file__).resolve().parent.parent
+    for extra in EXTRAS:
+        home = Path(folder) / extra
+        venv.create(home, with_pip=True, clear=not (home / "bin" / "pip").exists())
+        pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, f"{root}[{extra}]"], check=True)
+        subprocess.run([home / "bin" / "python", __file__, "--here"], check=True, cwd=home)
+
+
+def compile_here():
+    """Compile with the NVRTC of this environment."""
+    from cupy.cuda import nvrtc
+
+    from cuobs.ops import kernels
+
+    include = [f"-I{path}" for path in _include_folders()]
+    seen, count = set(), 0
+    variants = sorted({(file, kernels.options(defines)) for file, defines in kernels.variants()})
+    for file, options in variants:
+        for architecture in ARCHITECTURES:
+            program = nvrtc.createProgram(kernels.source(file), file, (), ())
+            try:
+                nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))
+            except nvrtc.NVRTCError:
+                print(f"{file} {' '.join(options)} for {architecture}:", file=sys.stderr)
+                print(nvrtc.getProgramLog(program), file=sys.stderr)
+                raise SystemExit(1) from None
+            if not nvrtc.getCUBIN(program):
+                raise SystemExit(f"{file} for {architecture}: no machine code came out")
+            nvrtc.destroyProgram(program)
+            count += 1
+        seen.add(file)
+    missing = set(kernels.sources()) - seen
+    if missing:
+        raise SystemExit(f"no variants are listed for {', '.join(sorted(missing))}")
+    version = ".".join(map(str, nvrtc.getVersion()))
+    print(f"NVRTC {version}: {count} programs from {len(seen)} sources compile for "
+          f"{', '.join(ARCHITECTURES)}")
+
+
+def _include_folders():
+    """Where the packages put CUDA's headers."""
+    import nvidia
+
+    headers = [p for base in nvidia.__path__ for p in Path(base).rglob("cuda_fp16.h")]
+    if not headers:
+        raise SystemExit("no package has brought cuda_fp16.h")
+    return [path.parent for path in headers]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--here"]:
+        compile_here()
+    else:
+        main(*sys.argv[1:] or [Path(__file__).resolve().parent / "venv"])
