@@ -62,9 +62,9 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
     width = -(-G // splits) * c
     T = xp.zeros_like(W)
     weight = xp.empty_like(W)
-    for a, U in zip(range(0, W.shape[1], width), span_inverses(R, width), strict=True):
+    starts = range(0, W.shape[1], width)
+    for a, (U, C) in zip(starts, span_inverses(R, width), strict=True):
         span, right = slice(a, a + width), slice(a + width, None)
-        C = U.T @ U
         values = W[:, span].copy()
         gemm(T[:, span], U, values, beta=1)
         if choose_mask:

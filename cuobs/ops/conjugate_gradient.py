@@ -32,7 +32,7 @@ def masked_cg(
         Stop when each row's preconditioned residual norm is below this share of that of B.
     max_iterations : int
     settled : float
-        Stop, too, when an iteration lowers the energy by less than this share of what is left.
+        Stop, too, when an iteration lowers the energy by no more than this share of what is left.
     energy : float
         The energy tr(T A Tᵀ) of the targets T whose products T A are B: what is left is
         tr((X − T) A (X − T)ᵀ).
@@ -63,11 +63,9 @@ def masked_cg(
     for iteration in range(max_iterations):
         if iteration % CHECK_EVERY == 0:
             gain = float(gained.sum(dtype="float64"))
-            if iteration and gain - before < CHECK_EVERY * settled * (left - gain):
+            if iteration and gain - before <= CHECK_EVERY * settled * (left - gain):
                 break
             before = gain
-            if not int((rz > limit).sum()):
-                break
             if progress:
                 progress(iteration)
         xp.matmul(P, A, out=Q)
@@ -96,7 +94,7 @@ def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained):
     xp = namespace(Q)
     M, K = Q.shape
     if xp is not np:
-        kernel = kernels.kernel("conjugate_gradient.cu", "cg_step", **_defines(K, Q.dtype))
+        kernel = kernels.kernel_for("conjugate_gradient.cu", "cg_step", _defines, K, Q.dtype)
         kernel((M,), (THREADS,), (Q, inverse_diagonal, mask, X, residual, P, rz, limit,
                                   gained, np.int32(K)))
         return
@@ -116,7 +114,10 @@ def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained):
 
 def _dot(A, B):
     """Row-wise inner products."""
-    return namespace(A).einsum("mk,mk->m", A, B)
+    if namespace(A) is np:
+        return np.einsum("mk,mk->m", A, B)
+    # A product would run on tensor cores, and round.
+    return (A * B).sum(1)
 
 
 def _defines(K, dtype):

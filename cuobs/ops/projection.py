@@ -88,7 +88,7 @@ def _launch(name, args, B, layout):
     c = layout.blocks.shape[1]
     R, G = len(B) // layout.blocks.shape[0], B.shape[1] // c
     changed = xp.zeros((), np.uint64)
-    kernel = kernels.kernel("project.cu", name, **kernels.scope_defines(layout, B.dtype))
+    kernel = kernels.kernel_for("project.cu", name, kernels.scope_defines, layout, B.dtype)
     grid = -(-G // 32), min(-(-R // 16), 65535)
     kernel(grid, (32, 4), (*args, np.int32(R), np.int32(G), changed))
     return int(changed)

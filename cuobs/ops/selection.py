@@ -4,6 +4,8 @@ Arrays are place-major: w has shape (c, R, r, G) for R row groups of r rows and 
 c columns; what is known of a scope's n blocks has shape (n, R, G).
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from cuobs.arrays import namespace
@@ -225,12 +227,13 @@ def select(w, C, layout):
         The cost of that mask, and how much more the second-best costs.
     """
     xp = namespace(w)
-    if xp is np or not _has_kernel(layout):
+    kernel = None if xp is np else _kernel(layout, w.dtype)
+    if kernel is None:
         return choose(candidate_costs(w, C, layout), layout)
     _, R, _, G = w.shape
     blocks = xp.empty((layout.n_blocks, R, G), bool)
     best, gap = xp.empty((2, R, G), w.dtype)
-    _launch(w, C, layout, blocks, kernels.NULL, np.int64(0), best, gap)
+    _launch(kernel, w, C, blocks, kernels.NULL, np.int64(0), best, gap)
     return blocks, best, gap
 
 
@@ -245,24 +248,30 @@ def select_mask(w, C, layout, out):
     out : array of bool, shape (R r, G c)
         True = kept; rows may be those of a wider array. Overwritten.
     """
-    if namespace(w) is np or not _has_kernel(layout):
-        c, R, r, G = w.shape
+    kernel = None if namespace(w) is np else _kernel(layout, w.dtype)
+    if kernel is None:
         pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
         out[...] = ~expand(pruned, layout).reshape(out.shape)
         return
-    _launch(w, C, layout, kernels.NULL, out, kernels.strides(out)[0], kernels.NULL, kernels.NULL)
+    _launch(kernel, w, C, kernels.NULL, out, kernels.strides(out)[0], kernels.NULL, kernels.NULL)
 
 
-def _has_kernel(layout):
+@lru_cache(maxsize=64)
+def _kernel(layout, dtype):
+    """The kernel for a layout, or None where a scope is too large for one."""
+    if _unrolls(layout):
+        return kernels.kernel("select.cu", "select", **_defines(layout, dtype))
+
+
+def _unrolls(layout):
     return kernels.unrolls(layout) and len(layout.candidates) <= MAX_UNROLLED
 
 
-def _launch(w, C, layout, blocks, mask, mask_row, best, gap):
+def _launch(kernel, w, C, blocks, mask, mask_row, best, gap):
     _, R, _, G = w.shape
     if C.ndim == 3:
         C = C[:, :, None, None]
     C = namespace(w).broadcast_to(C, (len(w), *w.shape))
-    kernel = kernels.kernel("select.cu", "select", **_defines(layout, w.dtype))
     grid = -(-G // 32), min(-(-R // 16), 65535)
     kernel(grid, (32, 4), (w, *kernels.strides(w), C, *kernels.strides(C), np.int32(R),
                            np.int32(G), blocks, mask, mask_row, best, gap))
@@ -281,7 +290,7 @@ def _defines(layout, dtype):
 def variants():
     """What the kernels here compile for some patterns."""
     for layout, dtype in kernels.samples():
-        if _has_kernel(layout):
+        if _unrolls(layout):
             yield "select.cu", _defines(layout, dtype)
             c = layout.blocks.shape[1]
             yield "scope_blocks.cu", {"REAL": kernels.real(dtype), "PLACES": c}

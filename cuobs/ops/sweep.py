@@ -1,5 +1,7 @@
 """Left-to-right sweeps over the scopes of a weight."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from cuobs.arrays import namespace
@@ -71,8 +73,7 @@ def solve_scopes(W, C, mask, c):
     xp = namespace(W)
     M, n = W.shape
     if xp is not np and c <= kernels.MAX_PLACES:
-        kernel = kernels.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, W.dtype))
-        _launch(kernel, M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
+        _launch(_solve_kernel(c, W.dtype), M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
                 (W, C, mask), (np.int32(M), np.int32(n)))
         return
     # Rows last: every column is contiguous.
@@ -112,8 +113,8 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
     xp = namespace(W)
     M, n = W.shape
     r, c = layout.blocks.shape
-    if xp is not np and kernels.unrolls(layout):
-        kernel = kernels.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, W.dtype))
+    kernel = None if xp is np else _block_kernel(layout, W.dtype)
+    if kernel is not None:
         _launch(kernel, M // r, _warps(r), _shared(n, c, W.itemsize, 2 * r * _warps(r)),
                 (W, S, F), (xp.ascontiguousarray(scale), mask, kernels.strides(mask)[0],
                             np.int32(M // r), np.int32(n)))
@@ -151,7 +152,7 @@ def _keep_all(s, F):
 
 
 def span_inverses(R, width):
-    """Inverses of the diagonal blocks of an upper triangular matrix.
+    """For each diagonal block of an upper triangular matrix, its inverse U and C = UᵀU.
 
     Parameters
     ----------
@@ -161,7 +162,7 @@ def span_inverses(R, width):
 
     Returns
     -------
-    list of array, shape (width, width)
+    list of (array, array), both of shape (width, width)
     """
     xp = namespace(R)
     K = len(R)
@@ -173,9 +174,12 @@ def span_inverses(R, width):
         tiles = R[:whole, :whole].reshape(whole // width, width, whole // width, width)
         blocks = xp.ascontiguousarray(tiles.diagonal(0, 0, 2).transpose(2, 0, 1))
         eye = xp.broadcast_to(xp.eye(width, dtype=R.dtype), blocks.shape)
-        spans = list(solve_triangular(blocks, eye))
-    done = len(spans) * width
-    return spans + [upper_inverse(R[a : a + width, a : a + width]) for a in range(done, K, width)]
+        U = solve_triangular(blocks, eye)
+        spans = list(zip(U, U.transpose(0, 2, 1) @ U, strict=True))
+    for a in range(len(spans) * width, K, width):
+        U = upper_inverse(R[a : a + width, a : a + width])
+        spans.append((U, U.T @ U))
+    return spans
 
 
 def _warps(r):
@@ -193,8 +197,20 @@ def _launch(kernel, groups, warps, shared, matrices, rest):
     kernels.launch(kernel, (-(-groups // warps),), (32, warps), (*args, *rest), shared)
 
 
+@lru_cache(maxsize=64)
+def _block_kernel(layout, dtype):
+    """The kernel for a layout, or None where a scope is too large for one."""
+    if kernels.unrolls(layout):
+        return kernels.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, dtype))
+
+
 def _block_defines(layout, dtype):
     return kernels.scope_defines(layout, dtype) | {"WARPS": _warps(layout.blocks.shape[0])}
+
+
+@lru_cache(maxsize=64)
+def _solve_kernel(c, dtype):
+    return kernels.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, dtype))
 
 
 def _solve_defines(c, dtype):

@@ -5,7 +5,7 @@ float or double, the others are what the header comment of a file lists.
 """
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module, resources
 
 import numpy as np
@@ -39,6 +39,16 @@ def kernel(file, function, **defines):
         Which compiles itself once for each device it is launched on.
     """
     return _kernel(file, function, options(defines))
+
+
+@lru_cache(maxsize=1024)
+def kernel_for(file, function, define, *args):
+    """The kernel whose macros are ``define(*args)``, looked up by the arguments.
+
+    A method launches one kernel for many blocks of columns; to write its macros each time would
+    take longer than the launch.
+    """
+    return kernel(file, function, **define(*args))
 
 
 def options(defines):
