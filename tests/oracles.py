@@ -371,11 +371,11 @@ def true_obs(target, Hl, s, group, order="gap"):
     return W, ~gone, cost
 
 
-def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300, corrected=False):
+def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300, ahead=None):
     """ADMM; returns the mask and the number of steps.
 
-    With `corrected`, the inverse is renewed only when rho has doubled, and in between that of the
-    older rho corrects the last B by one residual.
+    With `ahead`, there is no new inverse for every rho: that of a rho so many times as large is
+    kept until rho is as many times larger than it, and corrects the last B by one residual.
     """
     scale = np.sqrt(np.diag(Hl))
     Ws = target * scale
@@ -384,17 +384,17 @@ def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300,
     G = Ws @ Hs
     V = np.zeros_like(Ws)
     mask = last = separable(Ws**2, s)
-    D = Ws * mask
-    B, inverse, inverse_rho = None, None, 0
+    B, D = Ws, Ws * mask
+    inverse_rho = 0
     for step in range(1, most + 1):
         right = G - V + rho * D
-        if inverse_rho != rho and not (corrected and 0 < inverse_rho and rho < 2 * inverse_rho):
-            inverse, inverse_rho = np.linalg.inv(Hs + rho * eye), rho
-            B = right @ inverse
-        elif corrected:
-            B = B + (right - B @ (Hs + rho * eye)) @ inverse
+        if ahead is None:
+            B = right @ np.linalg.inv(Hs + rho * eye)
         else:
-            B = right @ inverse
+            if rho > ahead * inverse_rho:
+                inverse_rho = ahead * rho
+                inverse = np.linalg.inv(Hs + inverse_rho * eye)
+            B = B + (right - B @ (Hs + rho * eye)) @ inverse
         mask = separable((B + V / rho) ** 2, s)
         D = (B + V / rho) * mask
         V = V + rho * (B - D)
