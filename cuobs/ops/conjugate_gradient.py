@@ -59,13 +59,14 @@ def masked_cg(
     rz = _dot(residual, P)
     gained = xp.zeros_like(rz)
     Q = xp.empty_like(B)
-    before = 0.0
     for iteration in range(max_iterations):
         if iteration % CHECK_EVERY == 0:
+            # Since the last look: beside the whole gain, the last ones would be lost in rounding.
             gain = float(gained.sum(dtype="float64"))
-            if iteration and gain - before <= CHECK_EVERY * settled * (left - gain):
+            gained.fill(0)
+            left -= gain
+            if iteration and gain <= CHECK_EVERY * settled * left:
                 break
-            before = gain
             if progress:
                 progress(iteration)
         xp.matmul(P, A, out=Q)
