@@ -58,6 +58,21 @@ __device__ __forceinline__ void store(T* p, const T (&in)[COUNT]) {
     }
 }
 
+// The same for a scope in rows that lie any number of elements apart.
+template <int COUNT, typename T>
+__device__ __forceinline__ void load_in_row(const T* p, const long long row, T (&out)[COUNT]) {
+    if (row % largest_access(COUNT, sizeof(T)) == 0) return load(p, out);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) out[i] = p[i];
+}
+
+template <int COUNT, typename T>
+__device__ __forceinline__ void store_in_row(T* p, const long long row, const T (&in)[COUNT]) {
+    if (row % largest_access(COUNT, sizeof(T)) == 0) return store(p, in);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) p[i] = in[i];
+}
+
 #ifdef N_BLOCKS
 __device__ constexpr int BLOCK_OF[ROWS * PLACES] = BLOCKS;
 

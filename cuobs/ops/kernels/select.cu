@@ -138,8 +138,8 @@ select(const REAL* __restrict__ w, const long long w_place, const long long w_gr
 #pragma unroll
                 for (int i = 0; i < PLACES; i++)
                     kept[i] = !(winner.pruned >> BLOCK_OF[row * PLACES + i] & 1);
-                store(mask + (group * (long long)ROWS + row) * mask_row + g * (long long)PLACES,
-                      kept);
+                store_in_row(mask + (group * (long long)ROWS + row) * mask_row + g * (long long)PLACES,
+                             mask_row, kept);
             }
         }
     }

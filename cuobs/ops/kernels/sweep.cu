@@ -145,7 +145,7 @@ solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const l
         for (int j = lane; j < n; j += 32) w[j] = W[row * W_row + j];
         for (int t = lane; t < n / PLACES; t += 32) {
             bool kept[PLACES];
-            load(mask + row * mask_row + t * PLACES, kept);
+            load_in_row(mask + row * mask_row + t * PLACES, mask_row, kept);
             unsigned set = 0;
 #pragma unroll
             for (int i = 0; i < PLACES; i++) set |= unsigned(!kept[i]) << i;
