@@ -112,9 +112,11 @@ def test_span_inverses(xp, rng, dtype, close, width):
     R = np.triu(definite(rng, 30))
     spans = sweep.span_inverses(xp.asarray(R, dtype), width)
     assert len(spans) == -(-30 // width)
-    for n, inverse in enumerate(spans):
+    for n, (inverse, C) in enumerate(spans):
         part = slice(n * width, (n + 1) * width)
-        close(inverse, np.linalg.inv(R[part, part]))
+        expected = np.linalg.inv(R[part, part])
+        close(inverse, expected)
+        close(C, expected.T @ expected)
 
 
 # Products and Gram matrices
