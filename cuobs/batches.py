@@ -9,11 +9,14 @@ from contextlib import nullcontext
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-# On the CPU a batch is kept small enough for a core's cache.
-CPU_ROWS = 8
+# On the CPU, row groups that make little of the time between products, and bytes for each worker.
+CPU_ROWS = 16
+CPU_BYTES = 2**29
 # On a GPU, row groups that keep it busy, and bytes that they may take unless told otherwise.
 GPU_ROWS = 256
 GPU_BYTES = 24 * 2**30
+# What CUDA, its libraries and what a product needs take beside the arrays.
+GPU_LIBRARIES = 2**29
 
 
 class Workspace(threading.local):
@@ -62,8 +65,8 @@ def run_batches(function, count, problem, bytes_per_row, unit=1):
         _run_on_device(function, count, problem, bytes_per_row, unit)
         return
     workers = settings.workers or os.cpu_count() or 1
-    fit = max(1, problem.free_bytes() // max(1, bytes_per_row))
-    rows = settings.batch_rows or max(1, min(CPU_ROWS, fit // workers, -(-count // workers)))
+    fit = min(problem.free_bytes() // workers, CPU_BYTES) // max(1, bytes_per_row)
+    rows = settings.batch_rows or max(1, min(CPU_ROWS, fit, -(-count // workers)))
     _share(function, count, rows, workers, settings)
 
 
@@ -75,9 +78,9 @@ def _run_on_device(function, count, problem, bytes_per_row, unit):
     if settings.memory_limit is None:
         free = min(free, GPU_BYTES)
     else:
-        free = min(free, settings.memory_limit - pool.used_bytes())
+        free = min(free, settings.memory_limit - pool.used_bytes() - GPU_LIBRARIES)
     rows = -(-(settings.batch_rows or GPU_ROWS) // unit) * unit
-    rows = min(_whole(min(rows, max(1, free // bytes_per_row)), unit), count)
+    rows = _whole(min(rows, max(1, free // bytes_per_row), count), unit)
     start = 0
     while start < count:
         stop = min(start + rows, count)
@@ -108,13 +111,13 @@ def _share(function, count, rows, workers, settings):
     """Spread ranges over threads, each with one BLAS thread: small products leave no room for two
     pools on the same cores."""
     ranges = [(a, min(a + rows, count)) for a in range(0, count, rows)]
-    with threadpool_limits(1) if workers > 1 else nullcontext():
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(function, *limits) for limits in ranges]
-            try:
-                for (_, stop), future in zip(ranges, futures, strict=True):
-                    future.result()
-                    settings.report(stop, count)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    one_each = threadpool_limits(1) if workers > 1 else nullcontext()
+    with one_each, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(function, *limits) for limits in ranges]
+        try:
+            for (_, stop), future in zip(ranges, futures, strict=True):
+                future.result()
+                settings.report(stop, count)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -63,10 +63,10 @@ def true_obs(problem, group=None, order="gap"):
         try:
             failed = _prune_rows(run, W[rows], mask[rows], cost[rows])
             # Where float16 is too short for a row, float32 is asked.
-            for group in (start + failed).tolist():
-                rows = slice(group, group + 1)
+            for first in (start + failed).tolist():
+                rows = slice(first, first + 1)
                 if run.C_factor is run.C or _prune_exactly(run, W[rows], mask[rows], cost[rows]):
-                    raise np.linalg.LinAlgError(f"row {group}")
+                    raise np.linalg.LinAlgError
         except MemoryError:
             run.space.clear()
             raise
@@ -161,7 +161,7 @@ def _plan(layout, group):
         Y = max(Y, p * n)
         if left > 0 and used + p > room:
             room = schur.room_for(used + p, n, area)
-            Z = max(Z, n * room)
+            Z = max(Z, n * (room + schur.ALIGN))
         used += p
     return {"Z0": Z, "Z1": Z, "Y": Y, "Z_P": Z_P} | ({} if alike else {"Zn": Y}), area
 

@@ -8,6 +8,7 @@ float16 where tensor cores are allowed: C is scaled to a unit diagonal, so that 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -287,11 +288,11 @@ def drop_scopes(chosen, scopes, w, D, factor):
     size, Z = chosen.shape[1], factor.Z
     left = n - size
     if namespace(w) is np:
+        is_open = np.ones((R, n), bool)
+        is_open[np.arange(R)[:, None], chosen] = False
         for group in range(R):
-            is_open = np.ones(n, bool)
-            is_open[chosen[group]] = False
-            holes = np.flatnonzero(~is_open[:left])
-            tail = left + np.flatnonzero(is_open[left:])
+            holes = chosen[group, : np.searchsorted(chosen[group], left)]
+            tail = left + is_open[group, left:].nonzero()[0]
             scopes[group, holes] = scopes[group, tail]
             w[:, group, :, holes] = w[:, group, :, tail]
             D[:, :, group, :, holes] = D[:, :, group, :, tail]
@@ -371,7 +372,7 @@ def append_factor(C, scopes, columns, Z_P, inverse, counts, factor, space):
 def _append_rows(factor, Zn, counts):
     """Append to Z the first counts[b] columns of Zn for each row b."""
     Z, starts = factor.Z, factor.starts
-    B, n, p = Zn.shape
+    B, n, _ = Zn.shape
     ends = starts + counts
     factor.used = int(ends.max())
     if namespace(Z) is np:
@@ -402,7 +403,7 @@ def update_scopes(w, D, Zn, y):
     y : array, shape (B, p)
     """
     xp = namespace(w)
-    c, R, r, n = w.shape
+    c, _, r, n = w.shape
     B, _, p = Zn.shape
     if xp is not np and c <= UNROLLED:
         _kernel("update_scopes", w.dtype, Zn.dtype, ROWS=r, PLACES=c)(
@@ -436,6 +437,7 @@ def room_for(used, n, area):
     return aligned(max(used, area // n))
 
 
+@lru_cache(maxsize=64)
 def pruned_columns(layout):
     """The most columns that a scope takes from one row, and whether it always takes as many."""
     n_pruned = layout.n_blocks - layout.keep
@@ -465,6 +467,8 @@ def _kernel(name, dtype, factor=None, layout=None, **sizes):
 
 
 def _defines(dtype, factor, layout=None, **sizes):
+    # Passes over the factor alone compute nothing in float16.
+    dtype = "float32" if dtype == np.float16 else dtype
     defines = {"REAL": kernels.real(dtype), "FACTOR": kernels.real(factor)} | sizes
     return defines if layout is None else defines | kernels.scope_defines(layout, dtype)
 
@@ -477,5 +481,3 @@ def variants():
         for factor in {dtype, "float16" if dtype == "float32" else dtype}:
             yield "schur.cu", _defines(dtype, factor)
             yield "schur.cu", _defines(dtype, factor, ROWS=r, PLACES=c)
-    yield "schur.cu", _defines("float16", "float16")
-    yield "schur.cu", _defines("float16", "float16", ROWS=1, PLACES=4)
