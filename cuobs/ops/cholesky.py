@@ -5,23 +5,17 @@ import scipy.linalg
 
 from cuobs.arrays import namespace
 from cuobs.ops import kernels
-from cuobs.ops.gemm import gemm, tensor_cores_allowed
+from cuobs.ops.gemm import gemm
 from cuobs.ops.gram import mirror_upper
 
 # Order of the matrices that a kernel holds in registers.
 TILE = {"float32": 128, "float64": 64}
-# Columns that the blocked factorisation finishes before it updates those to the right, and the
-# columns that one product updates.
-BLOCK = 512
-STRIP = 2048
 # Block rows of the Gram matrix of a triangle.
 BLOCK_ROWS = 8
 
 
 def cholesky(A):
     """Lower Cholesky factor of a matrix.
-
-    On a GPU where float32 may use tensor cores, they update the part not factored yet.
 
     Parameters
     ----------
@@ -43,8 +37,6 @@ def cholesky(A):
         L, info = scipy.linalg.get_lapack_funcs("potrf", (A,))(A.T, lower=False, overwrite_a=True)
         check_factored(np.array([info]))
         return L.T
-    if A.dtype == np.float32 and tensor_cores_allowed() and len(A) > BLOCK:
-        return _blocked_cholesky(xp.array(A, order="C"))
     import cupyx
 
     # CuPy looks at cuSOLVER's devInfo only when it is told to.
@@ -173,7 +165,7 @@ def cholesky_inverse(A, info=None):
     xp = namespace(A)
     noted = xp.zeros(len(A), np.int32) if info is None else info
     if xp is not np:
-        _factor(A, None, noted, 0)
+        _factor(A, noted, 0)
     else:
         potrf, trtri = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (A,))
         for b in range(len(A)):
@@ -186,48 +178,27 @@ def cholesky_inverse(A, info=None):
     return A
 
 
-def _factor(A, L, info, first, exact=False):
-    """L⁻¹ into a batch A, shape (B, n, n), and L into the lower triangle of another, or None."""
+def _factor(A, info, first):
+    """L⁻¹ into a batch A, shape (B, n, n)."""
     xp = namespace(A)
     B, n, _ = A.shape
     tile = TILE[A.dtype.name]
     if n <= tile:
-        _launch_factor(A, L, info, first)
+        _kernel("factor_inverse", A.dtype)(
+            (B,), (256,), (A, *kernels.strides(A), np.int32(n), np.int32(first), info)
+        )
         return
     # [[P, .], [Q, S]]: with P⁻¹ and L₂₁ = Q P⁻ᵀ, S − L₂₁ L₂₁ᵀ is left; then −S⁻¹ L₂₁ P⁻¹.
     m = -(-n // (2 * tile)) * tile
     left, below, right = A[:, :m, :m], A[:, m:, :m], A[:, m:, m:]
-    _factor(left, L if L is None else L[:, :m, :m], info, first, exact)
+    _factor(left, info, first)
     L21, product = xp.empty((2, B, n - m, m), A.dtype)
-    gemm(below, left.transpose(0, 2, 1), L21, exact=exact)
-    gemm(L21, L21.transpose(0, 2, 1), right, alpha=-1, beta=1, exact=exact)
-    _factor(right, L if L is None else L[:, m:, m:], info, first + m, exact)
-    gemm(L21, left, product, exact=exact)
-    gemm(right, product, below, alpha=-1, exact=exact)
+    gemm(below, left.transpose(0, 2, 1), L21)
+    gemm(L21, L21.transpose(0, 2, 1), right, alpha=-1, beta=1)
+    _factor(right, info, first + m)
+    gemm(L21, left, product)
+    gemm(right, product, below, alpha=-1)
     A[:, :m, m:] = 0
-    if L is not None:
-        L[:, m:, :m] = L21
-
-
-def _blocked_cholesky(A):
-    """The factor in place of A, on tensor cores where digits may be lost: in the updates."""
-    xp = namespace(A)
-    K = len(A)
-    info = xp.zeros(1, np.int32)
-    for a in range(0, K, BLOCK):
-        b = min(a + BLOCK, K)
-        inverse = A[None, a:b, a:b].copy()
-        _factor(inverse, A[None, a:b, a:b], info, a, exact=True)
-        if b == K:
-            break
-        panel = xp.empty((K - b, b - a), A.dtype)
-        gemm(A[b:, a:b], inverse[0].T, panel, exact=True)
-        A[b:, a:b] = panel
-        for s in range(b, K, STRIP):
-            e = min(s + STRIP, K)
-            gemm(panel[s - b :], panel[s - b : e - b].T, A[s:, s:e], alpha=-1, beta=1)
-    check_factored(info)
-    return xp.tril(A)
 
 
 def _diagonal_blocks(K, size):
@@ -241,14 +212,6 @@ def _stack(U, first, step, size, count):
     row, column = U.strides
     return namespace(U).lib.stride_tricks.as_strided(
         U[first:, first:], (count, size, size), (step * (row + column), row, column)
-    )
-
-
-def _launch_factor(A, L, info, first):
-    strides = kernels.strides(A)
-    lower = (kernels.NULL, *strides) if L is None else (L, *kernels.strides(L))
-    _kernel("factor_inverse", A.dtype)(
-        (len(A),), (256,), (A, *strides, *lower, np.int32(A.shape[1]), np.int32(first), info)
     )
 
 
