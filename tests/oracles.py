@@ -371,11 +371,11 @@ def true_obs(target, Hl, s, group, order="gap"):
     return W, ~gone, cost
 
 
-def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300, ahead=None):
+def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300, kept=None):
     """ADMM; returns the mask and the number of steps.
 
-    With `ahead`, there is no new inverse for every rho: that of a rho so many times as large is
-    kept until rho is as many times larger than it, and corrects the last B by one residual.
+    With `kept` (a, b), there is no new inverse for every rho: one is made for a rho a times as
+    large and kept until rho is b times as large as that; it corrects the last B by one residual.
     """
     scale = np.sqrt(np.diag(Hl))
     Ws = target * scale
@@ -388,11 +388,11 @@ def admm_mask(target, Hl, s, rho=0.1, growth=(1.3, 1.2, 1.1), every=3, most=300,
     inverse_rho = 0
     for step in range(1, most + 1):
         right = G - V + rho * D
-        if ahead is None:
+        if kept is None:
             B = right @ np.linalg.inv(Hs + rho * eye)
         else:
-            if rho > ahead * inverse_rho:
-                inverse_rho = ahead * rho
+            if rho > kept[1] * inverse_rho:
+                inverse_rho = kept[0] * rho
                 inverse = np.linalg.inv(Hs + inverse_rho * eye)
             B = B + (right - B @ (Hs + rho * eye)) @ inverse
         mask = separable((B + V / rho) ** 2, s)

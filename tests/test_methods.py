@@ -9,7 +9,7 @@ import pytest
 from layers import PATTERNS, TALL, TILE, layer, prune
 
 import cuobs
-from cuobs.methods.admm import AHEAD, SCHEDULES
+from cuobs.methods.admm import AHEAD, LIMIT, SCHEDULES
 
 SPLIT = ("obs-split", "obs-interleaved")
 
@@ -39,7 +39,7 @@ def reference(pattern, method, options=(), damp=0.01, moved=False, M=None):
     if method == "true-obs":
         return oracles.true_obs(target, Hl, s, **options)
     rho, growth = SCHEDULES[options.get("schedule", "default")]
-    mask, _ = oracles.admm_mask(target, Hl, s, rho, growth, every=1, ahead=AHEAD)
+    mask, _ = oracles.admm_mask(target, Hl, s, rho, growth, every=1, kept=(AHEAD, LIMIT))
     return oracles.exact(target, Hl, mask), mask, None
 
 
