@@ -11,6 +11,8 @@ release that it supports, and compiles there. It fails when an install or a comp
 import subprocess
 import sys
 import venv
+from functools import cache
+from multiprocessing import Pool
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -28,36 +30,50 @@ def main(folder):
 
 
 def compile_here():
-    """Compile with the NVRTC of this environment."""
+    """Compile with the NVRTC of this environment, a process a core."""
     from cupy.cuda import nvrtc
 
     from cuobs.ops import kernels
 
-    include = [f"-I{path}" for path in _include_folders()]
-    seen, count = set(), 0
     variants = sorted({(file, kernels.options(defines)) for file, defines in kernels.variants()})
-    for file, options in variants:
-        for architecture in ARCHITECTURES:
-            program = nvrtc.createProgram(kernels.source(file), file, (), ())
-            try:
-                nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))
-            except nvrtc.NVRTCError:
-                print(f"{file} {' '.join(options)} for {architecture}:", file=sys.stderr)
-                print(nvrtc.getProgramLog(program), file=sys.stderr)
-                raise SystemExit(1) from None
-            if not nvrtc.getCUBIN(program):
-                raise SystemExit(f"{file} for {architecture}: no machine code came out")
-            nvrtc.destroyProgram(program)
-            count += 1
-        seen.add(file)
-    missing = set(kernels.sources()) - seen
+    missing = set(kernels.sources()) - {file for file, _ in variants}
     if missing:
         raise SystemExit(f"no variants are listed for {', '.join(sorted(missing))}")
+    # Types do not depend on the architecture: double once is enough.
+    jobs = [
+        (file, options, architecture)
+        for file, options in variants
+        for architecture in ARCHITECTURES
+        if architecture == "sm_90" or "-DREAL=double" not in options
+    ]
+    with Pool() as pool:
+        faults = [fault for fault in pool.imap_unordered(compile_one, jobs, chunksize=4) if fault]
+    if faults:
+        raise SystemExit("\n".join(faults))
     version = ".".join(map(str, nvrtc.getVersion()))
-    print(f"NVRTC {version}: {count} programs from {len(seen)} sources compile for "
-          f"{', '.join(ARCHITECTURES)}")
+    print(f"NVRTC {version}: {len(jobs)} programs compile for {', '.join(ARCHITECTURES)}")
 
 
+def compile_one(job):
+    """What is wrong with one program, or an empty text."""
+    from cupy.cuda import nvrtc
+
+    from cuobs.ops import kernels
+
+    file, options, architecture = job
+    include = [f"-I{path}" for path in _include_folders()]
+    program = nvrtc.createProgram(kernels.source(file), file, (), ())
+    name = f"{file} {' '.join(options)} for {architecture}"
+    try:
+        nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))
+        return "" if nvrtc.getCUBIN(program) else f"{name}: no machine code came out"
+    except nvrtc.NVRTCError:
+        return f"{name}:\n{nvrtc.getProgramLog(program)}"
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
 def _include_folders():
     """Where the packages put CUDA's headers."""
     import nvidia

@@ -113,7 +113,7 @@ def samples():
     """(layout, dtype) of the named patterns and of some that a user may write."""
     from cuobs.pattern import parse, patterns
 
-    for text in (*patterns(), "1:4", "2:3", "4:8x1", "2:4x3", "8:16", "1:2",
+    for text in (*patterns(), "2:3", "8:16",
                  "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,2,4) keep=5"):
         for dtype in ("float32", "float64"):
             yield parse(text).compile(16, 48), dtype
