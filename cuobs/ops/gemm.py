@@ -73,7 +73,9 @@ def _multiply(A, B, out, alpha, beta, tf32):
     # cuBLAS counts columns first: row-major arrays are transposes there, and outᵀ = Bᵀ Aᵀ.
     op_A, ld_A, step_A, bytes_A, type_A = _operand(A, library)
     op_B, ld_B, step_B, bytes_B, type_B = _operand(B, library)
-    _, ld_out, step_out, bytes_out, type_out = _operand(out, library)
+    op_out, ld_out, step_out, bytes_out, type_out = _operand(out, library)
+    if op_out != library.plain:
+        raise ValueError(f"out: found strides {out.strides}, expected contiguous rows")
     handle = library.handle()
     library.set_pointer_mode(handle, library.host)
     for first in range(0, batch, CHUNK):
