@@ -4,10 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from cuobs import arrays
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread():
+    """Threads of BLAS only wait for each other on matrices as small as most of these."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
