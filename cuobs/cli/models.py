@@ -169,9 +169,9 @@ class _View:
         from cuobs.models.report import size, target_text
 
         settings = report.settings
-        click.echo(
-            f"method       {settings['method']}, {settings['pattern']}, damp {settings['damp']:g}"
-        )
+        pattern = cuobs.pattern.parse(settings["pattern_view"])
+        click.echo(f"method       {settings['method']}, damp {settings['damp']:g}")
+        click.echo(f"pattern      {settings['pattern']}: {common.keeps(pattern)}")
         dropped = ", first tokens left out" if settings["drop_first_token"] else ""
         click.echo(f"target       {target_text(settings)}{dropped}")
         click.echo(f"memory       about {size(report.memory_predicted)} on {settings['device']}")

@@ -161,7 +161,8 @@ def prune_model(
         given = torch.from_numpy(_array(attention_mask).astype(np.int64)).split(batch)
     follow = target != "pruned" or tune > 0
     settings = {
-        "pattern": str(pattern),
+        "pattern": pattern.label,
+        "pattern_view": str(pattern),
         "method": method,
         "target": target,
         "dense_share": dense_share,
