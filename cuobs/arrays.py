@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -217,6 +218,22 @@ def tensor_cores(xp, allowed):
         yield
     finally:
         linalg.set_compute_type(np.dtype("float32"), before)
+
+
+def one_blas_thread():
+    """A context in which NumPy's and SciPy's BLAS take one thread each.
+
+    Their pools fight over the same cores: one spins while it waits for work, the other computes.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@lru_cache(maxsize=1)
+def _blas():
+    import scipy.linalg  # noqa: F401
+
+    # Loaded libraries are looked up once; that takes longer than a small factorisation.
+    return ThreadpoolController()
 
 
 def synchronize(xp):

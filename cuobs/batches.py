@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+from cuobs.arrays import one_blas_thread
 
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
 CPU_ROWS = 16
@@ -111,7 +112,7 @@ def _share(function, count, rows, workers, settings):
     """Spread ranges over threads, each with one BLAS thread: small products leave no room for two
     pools on the same cores."""
     ranges = [(a, min(a + rows, count)) for a in range(0, count, rows)]
-    one_each = threadpool_limits(1) if workers > 1 else nullcontext()
+    one_each = one_blas_thread() if workers > 1 else nullcontext()
     with one_each, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, *limits) for limits in ranges]
         try:

@@ -1,13 +1,17 @@
 """Cholesky factors and triangular inverses."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import scipy.linalg
 
-from cuobs.arrays import namespace
+from cuobs.arrays import namespace, one_blas_thread
 from cuobs.ops import kernels
 from cuobs.ops.gemm import gemm
 from cuobs.ops.gram import mirror_upper
 
+# Orders between which the CPU factors a matrix by one thread.
+ONE_THREAD = (256, 4096)
 # Order of the matrices that a kernel holds in registers.
 TILE = {"float32": 128, "float64": 64}
 # Block rows of the Gram matrix of a triangle.
@@ -34,7 +38,9 @@ def cholesky(A):
     if xp is np:
         A = np.array(A, order="C")
         # LAPACK counts columns first, and so sees the transpose.
-        L, info = scipy.linalg.get_lapack_funcs("potrf", (A,))(A.T, lower=False, overwrite_a=True)
+        potrf = scipy.linalg.get_lapack_funcs("potrf", (A,))
+        with _threads_for(A):
+            L, info = potrf(A.T, lower=False, overwrite_a=True)
         check_factored(np.array([info]))
         return L.T
     import cupyx
@@ -42,6 +48,11 @@ def cholesky(A):
     # CuPy looks at cuSOLVER's devInfo only when it is told to.
     with cupyx.errstate(linalg="raise"):
         return xp.linalg.cholesky(A)
+
+
+def _threads_for(A):
+    """One thread of BLAS for a matrix that is done before two pools have settled their fight."""
+    return one_blas_thread() if ONE_THREAD[0] <= len(A) <= ONE_THREAD[1] else nullcontext()
 
 
 def check_factored(info):
@@ -103,8 +114,9 @@ def upper_inverse(R):
     """Inverse of an upper triangular matrix, shape (K, K), with zeros below."""
     xp = namespace(R)
     if xp is np:
-        inverse, _ = scipy.linalg.get_lapack_funcs("trtri", (R,))(R)
-        return inverse
+        trtri = scipy.linalg.get_lapack_funcs("trtri", (R,))
+        with _threads_for(R):
+            return trtri(R)[0]
     U = xp.array(R, order="C")
     K, tile = len(U), TILE[U.dtype.name]
     for a, size, count in _diagonal_blocks(K, tile):
