@@ -300,7 +300,7 @@ def drop_scopes(chosen, scopes, w, D, factor):
                 by_scope = Z[b].reshape(n, c, Z.shape[2])[:, :, : factor.used]
                 by_scope[holes] = by_scope[tail]
     else:
-        _kernel("drop_scopes", w.dtype, Z.dtype, ROWS=r, PLACES=c)(
+        _kernel("drop_scopes", w.dtype, Z.dtype, rows=r, places=c)(
             (size, R * r), (THREADS,),
             (chosen, np.int32(size), np.int32(n), scopes, _row(scopes), w, *kernels.strides(w), D,
              *kernels.strides(D), Z, *kernels.strides(Z)[:2], np.int32(factor.used)),
@@ -355,7 +355,7 @@ def append_factor(C, scopes, columns, Z_P, inverse, counts, factor, space):
             Zn[b, :, own:] = 0
     else:
         Y = space.array("Y", shape, Z.dtype, xp)
-        _kernel("gather_blocks", C.dtype, C.dtype, ROWS=B // R, PLACES=c)(
+        _kernel("gather_blocks", C.dtype, C.dtype, rows=B // R, places=c)(
             (-(-p // 64), B, -(-n * c // _width(C.dtype))), (THREADS,),
             (C, np.int64(len(C)), columns, np.int32(p), scopes, _row(scopes), np.int32(n), Y),
         )
@@ -406,7 +406,7 @@ def update_scopes(w, D, Zn, y):
     c, _, r, n = w.shape
     B, _, p = Zn.shape
     if xp is not np and c <= UNROLLED:
-        _kernel("update_scopes", w.dtype, Zn.dtype, ROWS=r, PLACES=c)(
+        _kernel("update_scopes", w.dtype, Zn.dtype, rows=r, places=c)(
             (-(-n * LANES // THREADS), B), (THREADS,),
             (Zn, *kernels.strides(Zn)[:2], np.int32(p), y, np.int32(n), w, *kernels.strides(w), D,
              *kernels.strides(D)),
@@ -462,15 +462,19 @@ def _width(dtype):
     return 64 if dtype == np.float64 else 128
 
 
-def _kernel(name, dtype, factor=None, layout=None, **sizes):
-    return kernels.kernel("schur.cu", name, **_defines(dtype, factor or dtype, layout, **sizes))
+def _kernel(name, dtype, factor=None, layout=None, rows=None, places=None):
+    return kernels.kernel_for(
+        "schur.cu", name, _defines, dtype, factor or dtype, layout, rows, places
+    )
 
 
-def _defines(dtype, factor, layout=None, **sizes):
+def _defines(dtype, factor, layout=None, rows=None, places=None):
     # Passes over the factor alone compute nothing in float16.
     dtype = "float32" if dtype == np.float16 else dtype
-    defines = {"REAL": kernels.real(dtype), "FACTOR": kernels.real(factor)} | sizes
-    return defines if layout is None else defines | kernels.scope_defines(layout, dtype)
+    if layout is not None:
+        return kernels.scope_defines(layout, dtype) | {"FACTOR": kernels.real(factor)}
+    defines = {"REAL": kernels.real(dtype), "FACTOR": kernels.real(factor)}
+    return defines if rows is None else defines | {"ROWS": rows, "PLACES": places}
 
 
 def variants():
@@ -480,4 +484,4 @@ def variants():
         yield "schur.cu", _defines(dtype, dtype, layout)
         for factor in {dtype, "float16" if dtype == "float32" else dtype}:
             yield "schur.cu", _defines(dtype, factor)
-            yield "schur.cu", _defines(dtype, factor, ROWS=r, PLACES=c)
+            yield "schur.cu", _defines(dtype, factor, rows=r, places=c)
