@@ -637,7 +637,7 @@ def test_append_factor(xp, rng, state, dtype, close, differ):
 @SINGLE
 def test_update_scopes(xp, rng, state, dtype, close):
     R, r, c, n = (state[name] for name in ("R", "r", "c", "n"))
-    B, p = R * r, 5
+    B, p = R * r, 8
     Zn, y = rng.standard_normal((B, n * c, p)), rng.standard_normal((B, p))
     w, D = (xp.array(state[name], dtype) for name in "wD")
     schur.update_scopes(w, D, xp.asarray(Zn, dtype), xp.asarray(y, dtype))
