@@ -1,10 +1,9 @@
-"""Batches of rows: as many as fit the free memory, shared by workers, halved when memory runs out."""
+"""Batches of rows: as many as fit the memory, shared by workers, halved when memory runs out."""
 
 import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 
@@ -109,11 +108,10 @@ def _whole(rows, unit):
 
 
 def _share(function, count, rows, workers, settings):
-    """Spread ranges over threads, each with one BLAS thread: small products leave no room for two
-    pools on the same cores."""
+    """Spread ranges over threads, each with one BLAS thread: on small products more of them wait
+    for each other longer than they compute."""
     ranges = [(a, min(a + rows, count)) for a in range(0, count, rows)]
-    one_each = one_blas_thread() if workers > 1 else nullcontext()
-    with one_each, ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, *limits) for limits in ranges]
         try:
             for (_, stop), future in zip(ranges, futures, strict=True):

@@ -142,7 +142,7 @@ def compare(
                 W, pattern, name, refine=refine, progress=progress, options=own, **chosen[name]
             )
         plan = plans[names[0]]
-        H = hessian_of(plan.layout.shape[1], X, hessian, plan.dtype, plan.xp, progress)
+        H = hessian_of(plan.layout.shape[1], X, hessian, plan.dtype, plan.xp, plan.settings)
         rows = []
         for name, plan in plans.items():
             if starting:

@@ -194,6 +194,11 @@ class Layout:
         return int(self.blocks.max()) + 1
 
     @cached_property
+    def elementwise(self):
+        """Whether each place of a scope of one row is a block of its own."""
+        return np.array_equal(self.blocks, np.arange(self.blocks.size)[None])
+
+    @cached_property
     def candidate_blocks(self):
         """The masks to choose from, by block: bool, shape (n_blocks, n), True = pruned.
 

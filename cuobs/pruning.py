@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian, check_activations, check_symmetric
+from cuobs.hessian import Hessian, check_symmetric
 from cuobs.loss import loss
 from cuobs.methods import methods
 from cuobs.methods.admm import SCHEDULES
@@ -164,7 +164,7 @@ def prune(
             options=dict(splits=splits, group=group, order=order, schedule=schedule),
         )  # fmt: skip
         began = time.perf_counter()
-        H = hessian_of(plan.layout.shape[1], X, hessian, dtype, plan.xp, progress)
+        H = hessian_of(plan.layout.shape[1], X, hessian, dtype, plan.xp, plan.settings)
         return plan.run(H, _since(began, plan.xp))
 
 
@@ -315,7 +315,7 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         if target is not None:
             target = validation.matrix("target", target, weight.shape)
         xp = arrays.choose(device, W, H)
-        H = hessian_of(weight.shape[1], None, H, dtype, xp)
+        H = hessian_of(weight.shape[1], None, H, dtype, xp, Settings())
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         with arrays.tensor_cores(xp, True):
             problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
@@ -324,7 +324,7 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         return arrays.hand_back(arrays.round_to(new, W), W)
 
 
-def hessian_of(K, X, hessian, dtype, xp, progress=None):
+def hessian_of(K, X, hessian, dtype, xp, settings):
     """The undamped Hessian, shape (K, K), on a namespace, from activations or as it came.
 
     Raises
@@ -336,8 +336,8 @@ def hessian_of(K, X, hessian, dtype, xp, progress=None):
         found = "neither" if X is None else "both"
         raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
     if hessian is None:
-        part = Hessian(K, dtype=dtype, device=arrays.device_name(xp))
-        part.update(X, progress)
+        part = Hessian(K, dtype, arrays.device_name(xp), settings.precision)
+        part.update(X, settings.progress)
         return part.matrix
     H = hessian.matrix if isinstance(hessian, Hessian) else hessian
     return arrays.asarray(check_symmetric(H, K), xp, dtype)

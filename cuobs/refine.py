@@ -39,10 +39,16 @@ def resolve(problem, mask, start=None):
     expected = ITERATIONS[dtype]
     energy = float((problem.W * G).sum(dtype="float64"))
     return masked_cg(
-        problem.H, G, mask, problem.W if start is None else start, tolerance=TOLERANCE[dtype], max_iterations=10 * K,
-        settled=SETTLED[dtype], energy=energy,
+        problem.H,
+        G,
+        mask,
+        problem.W if start is None else start,
+        tolerance=TOLERANCE[dtype],
+        max_iterations=10 * K,
+        settled=SETTLED[dtype],
+        energy=energy,
         progress=lambda done: problem.settings.report(min(done, expected), expected),
-    )  # fmt: skip
+    )
 
 
 def _factor_rows(problem, G, mask):

@@ -214,7 +214,7 @@ def _factor(A, info, first):
 
 
 def _diagonal_blocks(K, size):
-    """(first column, size, number) of the blocks that cover a diagonal: all whole ones, the rest."""
+    """(first column, size, number) of the blocks that cover a diagonal: the whole ones, the rest."""
     count, rest = divmod(K, size)
     return [(0, size, count)] * (count > 0) + [(count * size, rest, 1)] * (rest > 0)
 

@@ -416,7 +416,8 @@ def update_scopes(w, D, Zn, y):
         rows = Zn[b].astype(w.dtype, copy=False)
         w[:, b // r, b % r] -= (rows @ y[b]).reshape(n, c).T
         by_scope = rows.reshape(n, c, p)
-        D[:, :, b // r, b % r] -= xp.matmul(by_scope, by_scope.transpose(0, 2, 1)).transpose(1, 2, 0)
+        change = xp.matmul(by_scope, by_scope.transpose(0, 2, 1))
+        D[:, :, b // r, b % r] -= change.transpose(1, 2, 0)
 
 
 def make_room(factor, p, area, space):
@@ -428,7 +429,8 @@ def make_room(factor, p, area, space):
     xp = namespace(Z)
     # Two buffers take turns.
     factor.turn = 1 - factor.turn
-    factor.Z = space.array(f"Z{factor.turn}", (B, n, room_for(factor.used + p, n, area)), Z.dtype, xp)
+    room = room_for(factor.used + p, n, area)
+    factor.Z = space.array(f"Z{factor.turn}", (B, n, room), Z.dtype, xp)
     gather_factor(Z, None, factor.used, out=factor.Z[:, :, : factor.used])
 
 

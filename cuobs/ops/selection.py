@@ -33,6 +33,8 @@ def block_sums(scores, layout):
     """
     xp = namespace(scores)
     c, R, r, G = scores.shape
+    if layout.elementwise:
+        return scores[:, :, 0]
     sums = xp.zeros((layout.n_blocks, R, G), scores.dtype)
     for row in range(r):
         for place in range(c):
@@ -58,22 +60,25 @@ def prune_lowest(scores, n_pruned):
         order = xp.argsort(scores, axis=0, kind="stable")
         rank = xp.argsort(order, axis=0, kind="stable")
         return rank < n_pruned
-    rank = xp.zeros(scores.shape, np.int8)
+    # A block ranks after those before it, but for each of them that scores more.
+    rank = xp.empty(scores.shape, np.int8)
     for i in range(n):
+        rank[i] = i
         for j in range(i):
-            later = scores[i] < scores[j]
+            later = (scores[i] < scores[j]).view(np.int8)
             rank[j] += later
-            rank[i] += ~later
+            rank[i] -= later
     return rank < n_pruned
 
 
-def expand(blocks, layout, out=None):
+def expand(blocks, layout):
     """Blocks of scopes to elements: (n, R, G) to (R, r, G, c)."""
     xp = namespace(blocks)
     _, R, G = blocks.shape
     r, c = layout.blocks.shape
-    if out is None:
-        out = xp.empty((R, r, G, c), blocks.dtype)
+    if layout.elementwise:
+        return blocks.transpose(1, 2, 0)[:, None]
+    out = xp.empty((R, r, G, c), blocks.dtype)
     for row in range(r):
         for place in range(c):
             out[:, row, :, place] = blocks[layout.blocks[row, place]]

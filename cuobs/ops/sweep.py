@@ -128,14 +128,16 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
     for a in range(0, n, c):
         b = a + c
         f = F[a:b, a:b]
-        values = w[a:b] + _keep_all(s[a:b], f)
-        scores = (values * values * scale[a:b, None]).reshape(c, -1, r, 1)
-        blocks = prune_lowest(block_sums(scores, layout), n_pruned)
+        values = _keep_all(s[a:b], f)
+        values += w[a:b]
+        values *= values
+        values *= scale[a:b, None]
+        scores = block_sums(values.reshape(c, -1, r, 1), layout)
+        blocks = prune_lowest(scores, n_pruned)
         pruned[a:b] = expand(blocks, layout).reshape(M, c).T
         for j in range(a, b):
             e[j] = xp.where(pruned[j], w[j], -s[j])
-            for i in range(j + 1, b):
-                s[i] += F[j, i] * e[j]
+            s[j + 1 : b] += F[j, j + 1 : b, None] * e[j]
         if b < n:
             s[b:] += F[a:b, b:].T @ e[a:b]
     S[...] = e.T
@@ -145,9 +147,8 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
 def _keep_all(s, F):
     """The compensation that each column of a scope has when all before it are kept."""
     s = s.copy()
-    for j in range(len(s)):
-        for i in range(j + 1, len(s)):
-            s[i] -= F[j, i] * s[j]
+    for j in range(len(s) - 1):
+        s[j + 1 :] -= F[j, j + 1 :, None] * s[j]
     return s
 
 
