@@ -21,7 +21,7 @@ def sparsegpt(problem):
     K = W.shape[1]
     width = block_width(layout.blocks.shape[1])
     diagonal = R.diagonal()
-    F = xp.ascontiguousarray(R / diagonal)
+    F = xp.ascontiguousarray(R * (1 / diagonal))
     scale = diagonal**2
     # Block by block, from the compensation of the columns to the deviations from the target.
     S = xp.zeros_like(W)

@@ -101,13 +101,15 @@ def reversed_cholesky(H):
         H is not positive definite.
     """
     try:
-        return namespace(H).ascontiguousarray(cholesky(H[::-1, ::-1])[::-1, ::-1])
+        R = cholesky(H[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError:
         raise np.linalg.LinAlgError(
             "hessian: found a matrix that is not positive definite with this damping, expected "
             "a larger damp (0.01 is usual), more calibration tokens than columns, or "
             "dtype='float64'"
         ) from None
+    # cuBLAS takes no rows that run backwards; NumPy copies the part that it multiplies.
+    return R if namespace(R) is np else namespace(R).ascontiguousarray(R)
 
 
 def upper_inverse(R):
@@ -200,8 +202,9 @@ def _factor(A, info, first):
             (B,), (256,), (A, *kernels.strides(A), np.int32(n), np.int32(first), info)
         )
         return
-    # [[P, .], [Q, S]]: with P⁻¹ and L₂₁ = Q P⁻ᵀ, S − L₂₁ L₂₁ᵀ is left; then −S⁻¹ L₂₁ P⁻¹.
-    m = -(-n // (2 * tile)) * tile
+    # [[P, .], [Q, S]]: with P⁻¹ and L₂₁ = Q P⁻ᵀ, S − L₂₁ L₂₁ᵀ is left; then −S⁻¹ L₂₁ P⁻¹. P is
+    # of an order that does not change with a unit matrix appended to A.
+    m = tile << ((n - 1) // tile).bit_length() - 1
     left, below, right = A[:, :m, :m], A[:, m:, :m], A[:, m:, m:]
     _factor(left, info, first)
     L21, product = xp.empty((2, B, n - m, m), A.dtype)
@@ -214,7 +217,7 @@ def _factor(A, info, first):
 
 
 def _diagonal_blocks(K, size):
-    """(first column, size, number) of the blocks that cover a diagonal: the whole ones, the rest."""
+    """(first column, size, number) of the blocks that cover a diagonal: whole ones, the rest."""
     count, rest = divmod(K, size)
     return [(0, size, count)] * (count > 0) + [(count * size, rest, 1)] * (rest > 0)
 

@@ -120,36 +120,34 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
                             np.int32(M // r), np.int32(n)))
         return
     n_pruned = layout.n_blocks - layout.keep
-    # Rows last: every column is contiguous.
+    # Rows last: every column is contiguous. d = −s is how a column deviates if it is kept.
     w = xp.ascontiguousarray(W.T)
-    s = xp.array(S.T, order="C")
+    d = xp.ascontiguousarray(-S.T)
     e = xp.empty_like(w)
     pruned = xp.empty(w.shape, bool)
     for a in range(0, n, c):
         b = a + c
-        f = F[a:b, a:b]
-        values = _keep_all(s[a:b], f)
-        values += w[a:b]
+        values = w[a:b] - _keep_all(d[a:b], F[a:b, a:b])
         values *= values
         values *= scale[a:b, None]
         scores = block_sums(values.reshape(c, -1, r, 1), layout)
         blocks = prune_lowest(scores, n_pruned)
-        pruned[a:b] = expand(blocks, layout).reshape(M, c).T
+        pruned[a:b] = expand(blocks, layout).transpose(3, 0, 1, 2).reshape(c, M)
         for j in range(a, b):
-            e[j] = xp.where(pruned[j], w[j], -s[j])
-            s[j + 1 : b] += F[j, j + 1 : b, None] * e[j]
+            e[j] = xp.where(pruned[j], w[j], d[j])
+            d[j + 1 : b] -= F[j, j + 1 : b, None] * e[j]
         if b < n:
-            s[b:] += F[a:b, b:].T @ e[a:b]
+            d[b:] -= F[a:b, b:].T @ e[a:b]
     S[...] = e.T
     mask[...] = ~pruned.T
 
 
-def _keep_all(s, F):
-    """The compensation that each column of a scope has when all before it are kept."""
-    s = s.copy()
-    for j in range(len(s) - 1):
-        s[j + 1 :] -= F[j, j + 1 :, None] * s[j]
-    return s
+def _keep_all(d, F):
+    """How each column of a scope deviates when all before it are kept."""
+    d = d.copy()
+    for j in range(len(d) - 1):
+        d[j + 1 :] -= F[j, j + 1 :, None] * d[j]
+    return d
 
 
 def span_inverses(R, width):
