@@ -52,7 +52,8 @@ def run_batches(function, count, problem, bytes_per_row, unit=1):
     bytes_per_row : int
         Memory that one row group needs.
     unit : int
-        On a GPU ranges begin at multiples of so many row groups, where memory allows.
+        On a GPU ranges hold a multiple of so many row groups where memory allows, so that none is
+        computed in smaller company than another; they may overlap then.
 
     Raises
     ------
@@ -83,8 +84,9 @@ def _run_on_device(function, count, problem, bytes_per_row, unit):
     start = 0
     while start < count:
         stop = min(start + rows, count)
+        missing = -(stop - start) % unit if rows % unit == 0 else 0
         try:
-            function(start, stop)
+            function(max(0, start - missing), stop)
         except xp.cuda.memory.OutOfMemoryError:
             if rows == 1:
                 raise MemoryError(

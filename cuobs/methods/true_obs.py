@@ -1,5 +1,6 @@
 """True OBS: every row has its own inverse Hessian and its own order of scopes."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,7 +112,7 @@ def _prune_rows(run, W, mask, cost):
     D = xp.array(xp.broadcast_to(own, (c, *w.shape)), order="C")
     alike = schur.pruned_columns(layout)[1]
     factor = schur.Factor(
-        xp.empty((R * r, G * c, 0), dtype), starts=None if alike else np.zeros(R * r, np.int32)
+        xp.empty((R * r, G * c, 0), dtype), starts=None if alike else xp.zeros(R * r, np.int32)
     )
     cost[...] = 0
     cost = cost.reshape(R * r)
@@ -125,20 +126,19 @@ def _prune_rows(run, W, mask, cost):
         places, columns, weights, counts = schur.take_pruned(
             blocks, chosen, scopes, w, layout, mask
         )
-        ragged = schur.ragged(counts, factor, r)
         p = columns.shape[1]
         Z_P = space.array("Z_P", (R * r, p, factor.used), dtype, xp)
-        schur.gather_factor(factor.Z, places, factor.used, Z_P, ragged)
-        inverse = cholesky_inverse(schur.group_blocks(run.C, columns, Z_P, ragged), info)
-        y, inverse = schur.solve_group(inverse, weights, cost, dtype, ragged)
+        schur.gather_factor(factor.Z, places, factor.used, out=Z_P)
+        inverse = cholesky_inverse(schur.group_blocks(run.C, columns, Z_P), info)
+        y, inverse = schur.solve_group(inverse, weights, cost, dtype)
         if left <= 0:
             break
-        scopes, w, D = schur.drop_scopes(chosen, scopes, w, D, factor, ragged)
-        schur.make_room(factor, p, area, space, ragged)
+        scopes, w, D = schur.drop_scopes(chosen, scopes, w, D, factor)
+        schur.make_room(factor, p, area, space)
         Zn = schur.append_factor(
-            run.C_factor, scopes, columns, Z_P, inverse, factor, space, ragged
+            run.C_factor, scopes, columns, Z_P, inverse, counts, factor, space
         )
-        schur.update_scopes(w, D, Zn, y, ragged)
+        schur.update_scopes(w, D, Zn, y)
     return np.flatnonzero([] if info is None else arrays.to_numpy(info).reshape(R, r).any(1))
 
 

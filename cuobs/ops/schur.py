@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from cuobs.arrays import namespace, to_numpy
+from cuobs.arrays import namespace
 from cuobs.ops import kernels
-from cuobs.ops.cholesky import TILE, cholesky_inverse
-from cuobs.ops.gemm import CHUNK, gemm, tensor_cores_allowed
+from cuobs.ops.cholesky import cholesky_inverse
+from cuobs.ops.gemm import gemm, tensor_cores_allowed
 
 # A GPU moves runs of 16 bytes and multiplies fastest where lengths are multiples of this.
 ALIGN = 8
@@ -33,9 +33,9 @@ class Factor:
     ----------
     Z : array, shape (B, open columns, room)
     used : int
-        Columns of Z in use.
-    starts : ndarray of int, shape (B,), or None
-        Columns that each row has in use, if the rows differ.
+        Columns of Z in use; rows that have lost fewer hold zeros there.
+    starts : array of int, shape (B,), or None
+        Where the next columns of each row go, if the rows differ.
     turn : int
         Which of two buffers Z lies in.
     """
@@ -44,63 +44,6 @@ class Factor:
     used: int = 0
     starts: object = None
     turn: int = 0
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """How far the rows of a batch reach, where they lose different numbers of columns.
-
-    A GPU multiplies the rows of a chunk alike, as far as the one that reaches farthest; the
-    others hold zeros there. On the CPU every row is a chunk.
-
-    Attributes
-    ----------
-    chunks : list of slice
-        Of rows.
-    counts, widths : ndarray of int32, shape (B,)
-        Columns that a row loses in this group, and that its chunk does.
-    starts, depths : ndarray of int32, shape (B,)
-        Columns that a row has in Z so far, and that its chunk does.
-    """
-
-    chunks: list
-    counts: np.ndarray
-    widths: np.ndarray
-    starts: np.ndarray
-    depths: np.ndarray
-
-
-def ragged(counts, factor, r):
-    """The reach of rows that lose `counts` columns, or None where counts is None.
-
-    Parameters
-    ----------
-    counts : array of int, shape (B,), or None
-    factor : Factor
-    r : int
-        Rows of a row group; a chunk holds one row of each of several groups.
-    """
-    if counts is None:
-        return None
-    counts, starts = to_numpy(counts), to_numpy(factor.starts)
-    B = len(counts)
-    if namespace(factor.Z) is np:
-        return Ragged([slice(b, b + 1) for b in range(B)], counts, counts, starts, starts)
-    chunks = _chunks(B, r)
-    return Ragged(chunks, counts, _largest(counts, chunks), starts, _largest(starts, chunks))
-
-
-def _chunks(B, r):
-    step = CHUNK * r
-    return [slice(a + row, min(a + step, B), r) for a in range(0, B, step) for row in range(r)]
-
-
-def _largest(values, chunks):
-    """For each row, the largest value of its chunk."""
-    out = np.empty_like(values, np.int32)
-    for chunk in chunks:
-        out[chunk] = values[chunk].max()
-    return out
 
 
 def factor_dtype(xp, dtype):
@@ -174,16 +117,16 @@ def take_pruned(blocks, chosen, scopes, w, layout, mask):
         The same columns in the layout.
     weights : array, shape (B, p)
         Their weights, 0 where filled up.
-    counts : ndarray of int32, shape (B,), or None
-        Columns that each row loses, if the rows may differ. On a GPU with some that are filled
-        up, to a multiple of `ALIGN`.
+    counts : array of int32, shape (B,), or None
+        Columns that each row loses, if the rows may differ. On a GPU with zeros up to a multiple
+        of `ALIGN`.
     """
     xp = namespace(w)
     c, R, r, n = w.shape
     B, size = R * r, chosen.shape[1]
-    alike = pruned_columns(layout)[1]
+    most, alike = pruned_columns(layout)
     if xp is not np:
-        p = most_columns(layout, size, w.dtype)
+        p = aligned(size * most)
         places, columns = xp.empty((2, B, p), np.int32)
         weights = xp.empty((B, p), w.dtype)
         counts = xp.empty(B, np.int32)
@@ -195,8 +138,8 @@ def take_pruned(blocks, chosen, scopes, w, layout, mask):
         )
         if alike:
             return places, columns, weights, None
-        counts = aligned(counts.get())
-        p = _whole_tiles(int(counts.max()), w.dtype)
+        counts = (counts + (ALIGN - 1)) // ALIGN * ALIGN
+        p = int(counts.max())
         return *(xp.ascontiguousarray(a[:, :p]) for a in (places, columns, weights)), counts
     every = np.arange(R)[:, None]
     picked = blocks[:, every, chosen].transpose(1, 0, 2)
@@ -217,7 +160,7 @@ def take_pruned(blocks, chosen, scopes, w, layout, mask):
     return places, columns, weights, None if alike else counts
 
 
-def gather_factor(Z, places, used, out=None, ragged=None):
+def gather_factor(Z, places, used, out=None):
     """Z_P, the first `used` columns of Z at the columns P: shape (B, p, used); zeros where -1.
 
     Parameters
@@ -227,8 +170,6 @@ def gather_factor(Z, places, used, out=None, ragged=None):
     used : int
     out : array, shape (B, p, used), optional
         Rows contiguous. Overwritten.
-    ragged : Ragged, optional
-        Only so far do rows reach.
     """
     xp = namespace(Z)
     B, p = Z.shape[:2] if places is None else places.shape
@@ -237,12 +178,10 @@ def gather_factor(Z, places, used, out=None, ragged=None):
     if not used:
         return out
     if xp is not np:
-        widths, depths = _device(xp, ragged and (ragged.widths, ragged.depths), 2)
         _kernel("gather_factor", Z.dtype, Z.dtype)(
             (-(-p // 8), B), (THREADS,),
-            (Z, *kernels.strides(Z)[:2], kernels.NULL if places is None else places,
-             kernels.NULL if places is None else widths, np.int32(p), np.int32(used), depths, out,
-             *kernels.strides(out)[:2]),
+            (Z, *kernels.strides(Z)[:2], kernels.NULL if places is None else places, np.int32(p),
+             np.int32(used), out, *kernels.strides(out)[:2]),
         )
     elif places is None:
         out[...] = Z[:, :, :used]
@@ -254,7 +193,7 @@ def gather_factor(Z, places, used, out=None, ragged=None):
     return out
 
 
-def group_blocks(C, columns, Z_P, ragged=None):
+def group_blocks(C, columns, Z_P):
     """A = C_PP − Z_P Z_Pᵀ for the columns P of each row, with a unit diagonal where -1.
 
     Parameters
@@ -262,7 +201,6 @@ def group_blocks(C, columns, Z_P, ragged=None):
     C : array, shape (K, K)
     columns : array of int32, shape (B, p)
     Z_P : array, shape (B, p, used)
-    ragged : Ragged, optional
 
     Returns
     -------
@@ -277,41 +215,23 @@ def group_blocks(C, columns, Z_P, ragged=None):
         _kernel("group_blocks", C.dtype)(
             (tiles, tiles, B), (THREADS,), (C, np.int64(len(C)), columns, np.int32(p), A)
         )
-        for rows, width, depth in _reach(ragged, B, p, Z_P.shape[2]):
-            if width and depth:
-                part = Z_P[rows, :width, :depth]
-                gemm(part, part.transpose(0, 2, 1), A[rows, :width, :width], alpha=-1, beta=1)
+        if Z_P.shape[2]:
+            gemm(Z_P, Z_P.transpose(0, 2, 1), A, alpha=-1, beta=1)
         return A
     flat = C.ravel()
-    for rows, _, depth in _reach(ragged, B, p, Z_P.shape[2]):
-        for b in range(*rows.indices(B)):
-            wide = columns[b].astype(np.intp)
-            flat.take(wide[:, None] * len(C) + wide, out=A[b], mode="wrap")
-            if depth:
-                part = Z_P[b, :, :depth]
-                A[b] -= part @ part.T
-            if wide[-1] < 0:
-                filled = wide < 0
-                A[b, filled] = A[b, :, filled] = 0
-                A[b, filled, filled] = 1
+    for b in range(B):
+        wide = columns[b].astype(np.intp)
+        flat.take(wide[:, None] * len(C) + wide, out=A[b], mode="wrap")
+        if Z_P.shape[2]:
+            A[b] -= Z_P[b] @ Z_P[b].T
+        if wide[-1] < 0:
+            filled = wide < 0
+            A[b, filled] = A[b, :, filled] = 0
+            A[b, filled, filled] = 1
     return A
 
 
-def _reach(ragged, B, p, used):
-    """(rows, columns that they lose, columns that they have in Z) for each chunk of a batch."""
-    if ragged is None:
-        return [(slice(0, B), p, used)]
-    return [
-        (rows, int(ragged.widths[rows][0]), int(ragged.depths[rows][0])) for rows in ragged.chunks
-    ]
-
-
-def _device(xp, arrays, count):
-    """Host arrays of int32 for a kernel, or as many null pointers."""
-    return [kernels.NULL] * count if arrays is None else [xp.asarray(a) for a in arrays]
-
-
-def solve_group(inverse, weights, cost, dtype, ragged=None):
+def solve_group(inverse, weights, cost, dtype):
     """y = L⁻¹ w, and cost += y·y.
 
     Parameters
@@ -323,8 +243,6 @@ def solve_group(inverse, weights, cost, dtype, ragged=None):
         Overwritten.
     dtype : dtype
         Of the factor that L⁻¹ is to be multiplied with.
-    ragged : Ragged, optional
-        On a GPU what lies beyond a row's reach is not written.
 
     Returns
     -------
@@ -340,16 +258,14 @@ def solve_group(inverse, weights, cost, dtype, ragged=None):
     B, p = weights.shape
     y = xp.empty_like(weights)
     rounded = inverse if dtype == inverse.dtype else xp.empty(inverse.shape, dtype)
-    (widths,) = _device(xp, ragged and (ragged.widths,), 1)
     _kernel("solve_group", inverse.dtype, dtype)(
         (B,), (THREADS,),
-        (inverse, weights, np.int32(p), widths, y, cost,
-         kernels.NULL if rounded is inverse else rounded),
+        (inverse, weights, np.int32(p), y, cost, kernels.NULL if rounded is inverse else rounded),
     )
     return y, rounded
 
 
-def drop_scopes(chosen, scopes, w, D, factor, ragged=None):
+def drop_scopes(chosen, scopes, w, D, factor):
     """Forget the chosen scopes: those that are open at the end take their places.
 
     Parameters
@@ -362,7 +278,6 @@ def drop_scopes(chosen, scopes, w, D, factor, ragged=None):
         On a GPU its lower triangles alone. All these are overwritten.
     factor : Factor
         Overwritten.
-    ragged : Ragged, optional
 
     Returns
     -------
@@ -385,17 +300,16 @@ def drop_scopes(chosen, scopes, w, D, factor, ragged=None):
                 by_scope = Z[b].reshape(n, c, Z.shape[2])[:, :, : factor.used]
                 by_scope[holes] = by_scope[tail]
     else:
-        (depths,) = _device(namespace(w), ragged and (ragged.depths,), 1)
         _kernel("drop_scopes", w.dtype, Z.dtype, rows=r, places=c)(
             (size, R * r), (THREADS,),
             (chosen, np.int32(size), np.int32(n), scopes, _row(scopes), w, *kernels.strides(w), D,
-             *kernels.strides(D), Z, *kernels.strides(Z)[:2], np.int32(factor.used), depths),
+             *kernels.strides(D), Z, *kernels.strides(Z)[:2], np.int32(factor.used)),
         )
     factor.Z = Z[:, : left * c]
     return scopes[:, :left], w[..., :left], D[..., :left]
 
 
-def append_factor(C, scopes, columns, Z_P, inverse, factor, space, ragged=None):
+def append_factor(C, scopes, columns, Z_P, inverse, counts, factor, space):
     """Zn = L⁻¹ (C_P: − Z_P Zᵀ) on the open columns, appended to Z.
 
     Parameters
@@ -407,16 +321,16 @@ def append_factor(C, scopes, columns, Z_P, inverse, factor, space, ragged=None):
     Z_P : array, shape (B, p, used)
     inverse : array, shape (B, p, p)
         L⁻¹, of the factor's dtype.
+    counts : array of int32, shape (B,), or None
+        Columns of Zn that each row has, if they differ.
     factor : Factor
         With room for p more columns. Overwritten.
     space : Workspace
-    ragged : Ragged, optional
-        Of the same factor.
 
     Returns
     -------
     array, shape (B, c n, p)
-        Zn; not written beyond the columns that a row loses, if the rows differ.
+        Zn, zero where `columns` is -1.
     """
     xp = namespace(C)
     Z, used = factor.Z, factor.used
@@ -424,63 +338,57 @@ def append_factor(C, scopes, columns, Z_P, inverse, factor, space, ragged=None):
     R, n = scopes.shape
     c = Z.shape[1] // n
     shape = B, c * n, p
-    if ragged is None:
+    if counts is None:
         Zn = Z[:, :, used : used + p]
     else:
         Zn = space.array("Zn", shape, Z.dtype, xp)
-    reach = _reach(ragged, B, p, used)
     if xp is np:
         by_scope = C.reshape(len(C), -1, c)
-        for rows, width, depth in reach:
-            for b in range(*rows.indices(B)):
-                # Whole rows first: two takes read memory in order, one double index would not.
-                Y = by_scope[columns[b, :width]].take(scopes[b // (B // R)], axis=1)
-                Y = Y.reshape(width, n * c)
-                if depth:
-                    Y -= Z_P[b, :width, :depth] @ Z[b, :, :depth].T
-                np.matmul(Y.T, inverse[b, :width, :width].T, out=Zn[b, :, :width])
+        for b in range(B):
+            own = p if counts is None else counts[b]
+            # Whole rows first: two takes read memory in order, one double index would not.
+            Y = by_scope[columns[b, :own]].take(scopes[b // (B // R)], axis=1)
+            Y = Y.reshape(own, n * c)
+            if used:
+                Y -= Z_P[b, :own] @ Z[b, :, :used].T
+            np.matmul(Y.T, inverse[b, :own, :own].T, out=Zn[b, :, :own])
+            Zn[b, :, own:] = 0
     else:
         Y = space.array("Y", shape, Z.dtype, xp)
-        (widths,) = _device(xp, ragged and (ragged.widths,), 1)
         _kernel("gather_blocks", C.dtype, C.dtype, rows=B // R, places=c)(
             (-(-p // 64), B, -(-n * c // _width(C.dtype))), (THREADS,),
-            (C, np.int64(len(C)), columns, np.int32(p), widths, scopes, _row(scopes), np.int32(n),
-             Y),
+            (C, np.int64(len(C)), columns, np.int32(p), scopes, _row(scopes), np.int32(n), Y),
         )
-        for rows, width, depth in reach:
-            if not width:
-                continue
-            part = Y[rows, :, :width]
-            if depth:
-                gemm(Z[rows, :, :depth], Z_P[rows, :width, :depth].transpose(0, 2, 1), part,
-                     alpha=-1, beta=1)
-            gemm(part, inverse[rows, :width, :width].transpose(0, 2, 1), Zn[rows, :, :width])
-    if ragged is None:
+        if used:
+            gemm(Z[:, :, :used], Z_P.transpose(0, 2, 1), Y, alpha=-1, beta=1)
+        gemm(Y, inverse.transpose(0, 2, 1), Zn)
+    if counts is None:
         factor.used += p
     else:
-        _append_rows(factor, Zn, ragged)
+        _append_rows(factor, Zn, counts)
     return Zn
 
 
-def _append_rows(factor, Zn, ragged):
-    """Append to Z the columns of Zn that each row has, and zeros as far as its chunk reaches."""
-    xp, Z = namespace(factor.Z), factor.Z
+def _append_rows(factor, Zn, counts):
+    """Append to Z the first counts[b] columns of Zn for each row b."""
+    Z, starts = factor.Z, factor.starts
     B, n, _ = Zn.shape
-    ends = ragged.starts + ragged.counts
-    if xp is np:
+    ends = starts + counts
+    factor.used = int(ends.max())
+    if namespace(Z) is np:
         for b in range(B):
-            Z[b, :, ragged.starts[b] : ends[b]] = Zn[b, :, : ragged.counts[b]]
+            Z[b, :, starts[b] : ends[b]] = Zn[b, :, : counts[b]]
+            Z[b, :, ends[b] : factor.used] = 0
     else:
-        reach = ragged.starts, ragged.counts, ragged.depths, _largest(ends, ragged.chunks)
         _kernel("append_rows", Z.dtype, Z.dtype)(
             (-(-n // 8), B), (THREADS,),
-            (Zn, *kernels.strides(Zn)[:2], np.int32(n), *_device(xp, reach, 4), Z,
+            (Zn, *kernels.strides(Zn)[:2], np.int32(n), starts, counts, np.int32(factor.used), Z,
              *kernels.strides(Z)[:2]),
         )
-    factor.starts, factor.used = ends, int(ends.max())
+    factor.starts = ends
 
 
-def update_scopes(w, D, Zn, y, ragged=None):
+def update_scopes(w, D, Zn, y):
     """Take a group's elimination out of the weights and diagonal blocks of the open scopes.
 
     w −= Zn y, and D −= the diagonal blocks of Zn Znᵀ.
@@ -492,31 +400,27 @@ def update_scopes(w, D, Zn, y, ragged=None):
     D : array, shape (c, c, R, r, n)
         On a GPU its lower triangles alone. Overwritten.
     Zn : array, shape (B, c n, p)
-        On a GPU p is a multiple of `ALIGN`.
     y : array, shape (B, p)
-    ragged : Ragged, optional
     """
     xp = namespace(w)
     c, _, r, n = w.shape
     B, _, p = Zn.shape
     if xp is not np and c <= UNROLLED:
-        (counts,) = _device(xp, ragged and (ragged.counts,), 1)
         _kernel("update_scopes", w.dtype, Zn.dtype, rows=r, places=c)(
             (-(-n * LANES // THREADS), B), (THREADS,),
-            (Zn, *kernels.strides(Zn)[:2], np.int32(p), counts, y, np.int32(n), w,
-             *kernels.strides(w), D, *kernels.strides(D)),
+            (Zn, *kernels.strides(Zn)[:2], np.int32(p), y, np.int32(n), w, *kernels.strides(w), D,
+             *kernels.strides(D)),
         )
         return
     for b in range(B):
-        width = p if ragged is None else int(ragged.counts[b])
-        rows = Zn[b, :, :width].astype(w.dtype, copy=False)
-        w[:, b // r, b % r] -= (rows @ y[b, :width]).reshape(n, c).T
-        by_scope = rows.reshape(n, c, width)
+        rows = Zn[b].astype(w.dtype, copy=False)
+        w[:, b // r, b % r] -= (rows @ y[b]).reshape(n, c).T
+        by_scope = rows.reshape(n, c, p)
         change = xp.matmul(by_scope, by_scope.transpose(0, 2, 1))
         D[:, :, b // r, b % r] -= change.transpose(1, 2, 0)
 
 
-def make_room(factor, p, area, space, ragged=None):
+def make_room(factor, p, area, space):
     """Widen Z where p more columns do not fit, so that each row's Z has `area` elements or more."""
     Z = factor.Z
     B, n, room = Z.shape
@@ -527,7 +431,7 @@ def make_room(factor, p, area, space, ragged=None):
     factor.turn = 1 - factor.turn
     room = room_for(factor.used + p, n, area)
     factor.Z = space.array(f"Z{factor.turn}", (B, n, room), Z.dtype, xp)
-    gather_factor(Z, None, factor.used, out=factor.Z[:, :, : factor.used], ragged=ragged)
+    gather_factor(Z, None, factor.used, out=factor.Z[:, :, : factor.used])
 
 
 def room_for(used, n, area):
@@ -543,22 +447,6 @@ def pruned_columns(layout):
     counts.sort(axis=1)
     most, least = counts[:, -n_pruned:].sum(1).max(), counts[:, :n_pruned].sum(1).min()
     return int(most), bool(most == least)
-
-
-def most_columns(layout, size, dtype):
-    """Columns that `size` scopes take from one row at most, filled up as on a GPU."""
-    most, alike = pruned_columns(layout)
-    return aligned(size * most) if alike else _whole_tiles(aligned(size * most), dtype)
-
-
-def _whole_tiles(p, dtype):
-    """`p`, or above a tile the next whole number of tiles.
-
-    Where rows differ, factors are of these orders alone: a row then has the same bits in any
-    company.
-    """
-    tile = TILE[dtype.name]
-    return p if p <= tile else -(-p // tile) * tile
 
 
 def aligned(count):

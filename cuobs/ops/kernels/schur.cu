@@ -217,23 +217,21 @@ __device__ __forceinline__ void copy(const void* from, void* to, const int bytes
     for (int i = thread; i < bytes / 16; i += threads) target[i] = source[i];
 }
 
-// gather_factor(Z, its 2 strides, places, widths, count, used, depths, out, its 2 strides)
+// gather_factor(Z, its 2 strides, places, count, used, out, its 2 strides)
 //   Z       FACTOR, (B, n c, room);  places  int, (B, count), or null for 0, 1, 2 ...
 //   out     FACTOR, (B, count, used): rows of Z, zeros where places is -1
-//   widths, depths  int, (B,): used instead of count and `used`, or null
 // A warp a row of out; blocks (count / 8, B).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_factor(const FACTOR* __restrict__ Z, const long long Z_matrix, const long long Z_row,
-              const int* __restrict__ places, const int* __restrict__ widths, const int count,
-              const int used, const int* __restrict__ depths, FACTOR* __restrict__ out,
-              const long long out_matrix, const long long out_row) {
+              const int* __restrict__ places, const int count, const int used,
+              FACTOR* __restrict__ out, const long long out_matrix, const long long out_row) {
     const int lane = threadIdx.x % 32;
     const int i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     const long long b = blockIdx.y;
-    if (i >= (widths ? widths[b] : count)) return;
+    if (i >= count) return;
     const int place = places ? places[b * count + i] : i;
     FACTOR* to = out + b * out_matrix + i * out_row;
-    const int bytes = (depths ? depths[b] : used) * int(sizeof(FACTOR));
+    const int bytes = used * int(sizeof(FACTOR));
     if (place >= 0) {
         copy(Z + b * Z_matrix + place * Z_row, to, bytes, lane, 32);
     } else {
@@ -265,26 +263,23 @@ group_blocks(const REAL* __restrict__ C, const long long K, const int* __restric
     }
 }
 
-// solve_group(inverse, weights, p, widths, y, cost, rounded)
+// solve_group(inverse, weights, p, y, cost, rounded)
 //   inverse  REAL, (B, p, p): L^-1;  weights  REAL, (B, p)
 //   y        REAL, (B, p): L^-1 w;  cost  REAL, (B,), grows by y'y
 //   rounded  FACTOR, (B, p, p): L^-1, or null
-//   widths   int, (B,): the rows and columns of L^-1 that count, or null for p
 // A block a row; a warp a row of L^-1 at a time.
 extern "C" __global__ void __launch_bounds__(THREADS)
 solve_group(const REAL* __restrict__ inverse, const REAL* __restrict__ weights, const int p,
-            const int* __restrict__ widths, REAL* __restrict__ y, REAL* __restrict__ cost,
-            FACTOR* __restrict__ rounded) {
+            REAL* __restrict__ y, REAL* __restrict__ cost, FACTOR* __restrict__ rounded) {
     __shared__ REAL part[THREADS / 32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long b = blockIdx.x;
-    const int width = widths ? widths[b] : p;
     REAL energy = 0;
-    for (int i = warp; i < width; i += THREADS / 32) {
+    for (int i = warp; i < p; i += THREADS / 32) {
         const REAL* row = inverse + (b * p + i) * p;
         FACTOR* rounded_row = rounded ? rounded + (b * p + i) * p : nullptr;
         REAL sum = 0;
-        for (int k = lane; k < width; k += 32) {
+        for (int k = lane; k < p; k += 32) {
             const REAL value = k <= i ? row[k] : REAL(0);
             if (k <= i) sum += value * weights[b * p + k];
             if (rounded) rounded_row[k] = convert<FACTOR>(value);
@@ -305,10 +300,10 @@ solve_group(const REAL* __restrict__ inverse, const REAL* __restrict__ weights, 
 
 #ifdef PLACES
 // drop_scopes(chosen, size, n, scopes, scopes_row, w, its 4 strides, D, its 5 strides, Z, its 2
-//             strides, used, depths)
+//             strides, used)
 //   chosen  int, (R, size): positions of the scopes to forget, ascending
 //   scopes  int, (R, n);  w  REAL, (c, R, r, n);  D  REAL, (c, c, R, r, n), lower triangle
-//   Z       FACTOR, (B, n c, room): the first depths[b] of each row move, or `used` if null
+//   Z       FACTOR, (B, n c, room): the first `used` of each row move
 // The k-th forgotten scope among the first n - size gives its place to the k-th open one behind.
 // Blocks (size, B).
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -318,7 +313,7 @@ drop_scopes(const int* __restrict__ chosen, const int size, const int n, int* __
             REAL* __restrict__ D, const long long D_i, const long long D_j,
             const long long D_group, const long long D_row, const long long D_scope,
             FACTOR* __restrict__ Z, const long long Z_matrix, const long long Z_row,
-            const int used, const int* __restrict__ depths) {
+            const int used) {
     const int k = blockIdx.x, left = n - size;
     const long long b = blockIdx.y, group = b / ROWS, row = b % ROWS;
     chosen += group * size;
@@ -352,16 +347,15 @@ drop_scopes(const int* __restrict__ chosen, const int size, const int n, int* __
         if (j <= i) block[hole * D_scope] = block[tail * D_scope];
     }
     Z += b * Z_matrix;
-    const int lane = threadIdx.x % 32, bytes = (depths ? depths[b] : used) * int(sizeof(FACTOR));
+    const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < PLACES; i += THREADS / 32)
         copy(Z + ((long long)tail * PLACES + i) * Z_row, Z + ((long long)hole * PLACES + i) * Z_row,
-             bytes, lane, 32);
+             used * int(sizeof(FACTOR)), lane, 32);
 }
 
-// gather_blocks(C, K, columns, p, widths, scopes, scopes_row, n, out)
+// gather_blocks(C, K, columns, p, scopes, scopes_row, n, out)
 //   C        FACTOR, (K, K);  columns  int, (B, p);  scopes  int, (R, n)
 //   out      FACTOR, (B, n c, p): C at the open columns and at `columns`, 0 where -1
-//   widths   int, (B,): columns to write instead of p, or null
 // Tiles of WIDTH columns of C by 64 of P; blocks (p / 64, B, n c / WIDTH), so that those that run
 // together read the same columns of C.
 constexpr int VECTOR = largest_access(PLACES, 4);
@@ -370,15 +364,13 @@ constexpr int DEEP = 64;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_blocks(const FACTOR* __restrict__ C, const long long K, const int* __restrict__ columns,
-              const int p, const int* __restrict__ widths, const int* __restrict__ scopes,
-              const long long scopes_row, const int n, FACTOR* __restrict__ out) {
+              const int p, const int* __restrict__ scopes, const long long scopes_row, const int n,
+              FACTOR* __restrict__ out) {
     // Rows end between banks: two halves make one bank.
     __shared__ FACTOR tile[WIDTH][DEEP + (sizeof(FACTOR) == 2 ? 2 : 1)];
     const long long b = blockIdx.y;
     const int p_first = blockIdx.x * DEEP, q_first = blockIdx.z * WIDTH;
-    const int deep = min(DEEP, (widths ? widths[b] : p) - p_first);
-    const int wide = min(WIDTH, n * PLACES - q_first);
-    if (deep <= 0) return;
+    const int deep = min(DEEP, p - p_first), wide = min(WIDTH, n * PLACES - q_first);
     columns += b * p + p_first;
     scopes += b / ROWS * scopes_row;
     // Two columns of P by 16 pieces of a row of C a warp.
@@ -407,9 +399,8 @@ gather_blocks(const FACTOR* __restrict__ C, const long long K, const int* __rest
     }
 }
 
-// update_scopes(Zn, its 2 strides, p, counts, y, n, w, its 4 strides, D, its 5 strides)
+// update_scopes(Zn, its 2 strides, p, y, n, w, its 4 strides, D, its 5 strides)
 //   Zn      FACTOR, (B, n c, p);  y  REAL, (B, p)
-//   counts  int, (B,): columns of Zn that count instead of p, or null
 //   w       REAL, (c, R, r, n): w -= Zn y
 //   D       REAL, (c, c, R, r, n): the lower triangles lose those of Zn Zn'
 // LANES neighbouring threads a scope; blocks (n / SCOPES_A_BLOCK, B).
@@ -421,8 +412,7 @@ constexpr int HELD = PLACES > 8 ? 4 : 16 / sizeof(FACTOR);
 #if PLACES <= 16
 extern "C" __global__ void __launch_bounds__(THREADS)
 update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
-              const int p, const int* __restrict__ counts, const REAL* __restrict__ y, const int n,
-              REAL* __restrict__ w,
+              const int p, const REAL* __restrict__ y, const int n, REAL* __restrict__ w,
               const long long w_place, const long long w_group, const long long w_row,
               const long long w_scope, REAL* __restrict__ D, const long long D_i,
               const long long D_j, const long long D_group, const long long D_row,
@@ -436,8 +426,7 @@ update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const lo
     for (int e = 0; e < SUMS; e++) sum[e] = 0;
     if (scope < n) {
         const FACTOR* first = Zn + b * Zn_matrix + scope * PLACES * Zn_row;
-        const int count = counts ? counts[b] : p;
-        for (int k = lane * HELD; k < count; k += LANES * HELD) {
+        for (int k = lane * HELD; k < p; k += LANES * HELD) {
             FACTOR z[PLACES][HELD];
             REAL weight[HELD];
 #pragma unroll
@@ -483,23 +472,22 @@ update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const lo
 #endif
 #endif
 
-// append_rows(Zn, its 2 strides, count, starts, advances, before, after, Z, its 2 strides)
-//   Zn      FACTOR, (B, count, p);  Z  FACTOR, (B, count, room)
-//   starts, advances  int, (B,): row b takes the first advances[b] columns of Zn at starts[b]
-//   before, after     int, (B,): how far rows of Z have been filled with zeros, and are to be
+// append_rows(Zn, its 2 strides, count, p, starts, advances, used, Z, its 2 strides)
+//   Zn      FACTOR, (B, count, p);  starts, advances  int, (B,)
+//   Z       FACTOR, (B, count, room): row b takes the first advances[b] columns of Zn at
+//           starts[b], and zeros from there to `used`
 // A warp a row of Z; blocks (count / 8, B).
 extern "C" __global__ void __launch_bounds__(THREADS)
 append_rows(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
             const int count, const int* __restrict__ starts, const int* __restrict__ advances,
-            const int* __restrict__ before, const int* __restrict__ after, FACTOR* __restrict__ Z,
-            const long long Z_matrix, const long long Z_row) {
+            const int used, FACTOR* __restrict__ Z, const long long Z_matrix,
+            const long long Z_row) {
     const int lane = threadIdx.x % 32;
     const int i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     const long long b = blockIdx.y;
     if (i >= count) return;
     const int start = starts[b], end = start + advances[b];
-    FACTOR* row = Z + b * Z_matrix + i * Z_row;
-    copy(Zn + b * Zn_matrix + i * Zn_row, row + start, advances[b] * int(sizeof(FACTOR)), lane, 32);
-    for (int k = max(end, before[b]) + lane; k < after[b]; k += 32)
-        row[k] = convert<FACTOR>(0.0f);
+    FACTOR* to = Z + b * Z_matrix + i * Z_row;
+    copy(Zn + b * Zn_matrix + i * Zn_row, to + start, advances[b] * int(sizeof(FACTOR)), lane, 32);
+    for (int k = end + lane; k < used; k += 32) to[k] = convert<FACTOR>(0.0f);
 }
