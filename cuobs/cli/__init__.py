@@ -3,7 +3,7 @@
 import click
 
 import cuobs
-from cuobs.cli import common, compare, hessian, info, listing, prune, verify
+from cuobs.cli import common, compare, hessian, info, listing, models, prune, verify
 
 
 @click.group(cls=common.Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,6 +18,6 @@ def main():
 
 for _command in (
     prune.prune, compare.compare, hessian.hessian, verify.verify, listing.patterns,
-    listing.methods, info.info,
+    listing.methods, info.info, *models.COMMANDS,
 ):  # fmt: skip
     main.add_command(_command)

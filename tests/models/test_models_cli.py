@@ -2,25 +2,17 @@
 
 import re
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from small_models import make_tokens
 
-from cuobs.cli import common
-from cuobs.cli.models import COMMANDS
+from cuobs.cli import main
 from cuobs.models import load_masks
 
 
 @pytest.fixture
 def cuobs():
-    @click.group(cls=common.Commands)
-    def main():
-        pass
-
-    for command in COMMANDS:
-        main.add_command(command)
     return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
 
 
