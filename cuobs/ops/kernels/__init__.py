@@ -10,7 +10,8 @@ from importlib import import_module, resources
 
 import numpy as np
 
-OPTIONS = ("--std=c++17",)
+# NVRTC of CUDA 12 takes a lambda for a host function unless it is told otherwise.
+OPTIONS = ("--std=c++17", "-default-device")
 NULL = np.uint64(0)
 # Columns of a scope and elements in all up to which kernels are unrolled over one.
 MAX_PLACES, MAX_ELEMENTS = 16, 64
