@@ -21,14 +21,16 @@ def sparsegpt(problem):
     K = W.shape[1]
     width = block_width(layout.blocks.shape[1])
     diagonal = R.diagonal()
-    F = xp.ascontiguousarray(R * (1 / diagonal))
     scale = diagonal**2
     # Block by block, from the compensation of the columns to the deviations from the target.
     S = xp.zeros_like(W)
     mask = xp.empty(W.shape, bool)
     for a in range(0, K, width):
         b = min(a + width, K)
-        sparsegpt_block(W[:, a:b], S[:, a:b], F[a:b, a:b], scale[a:b], layout, mask[:, a:b])
-        gemm(S[:, a:b], F[a:b, b:], S[:, b:], beta=1)
+        F = xp.ascontiguousarray(R[a:b, a:] / diagonal[a:])
+        sparsegpt_block(
+            W[:, a:b], S[:, a:b], F[:, : b - a], scale[a:b], layout, mask[:, a:b]
+        )
+        gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1)
         problem.settings.report(b, K)
     return Pruned(mask, (W - S) * mask)
