@@ -123,12 +123,14 @@ class Problem:
         return self.W.dtype
 
     def check_definite(self):
-        """Raise LinAlgError where the damping is too small to make H safely positive definite.
+        """Raise LinAlgError where H is not positive definite for want of damping.
 
         Methods that factor H find out by themselves; this is for those that only multiply by it.
+        It is factored where the damping could drown in rounding, which grows like √K (Higham, Mary,
+        "A new approach to probabilistic rounding error analysis", 2019).
         """
         smallest = float((self.H.diagonal() - self.diagonal).min())
-        noise = len(self.H) * self.xp.finfo(self.dtype).eps * float(self.diagonal.max())
+        noise = len(self.H) ** 0.5 * self.xp.finfo(self.dtype).eps * float(self.diagonal.mean())
         if smallest < noise:
             self.R  # noqa: B018
 

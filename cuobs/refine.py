@@ -6,7 +6,7 @@ from cuobs.batches import run_batches
 from cuobs.ops.conjugate_gradient import masked_cg
 from cuobs.ops.masked_solve import masked_factor_solve
 
-# Relative residuals to stop at.
+# Residuals to stop at, by the norm of the target; both with columns scaled to a unit diagonal of H.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 # Share of the damped loss that an iteration must still gain: about ten times as much is left then.
 SETTLED = {"float32": 5e-4, "float64": 0.0}
@@ -30,28 +30,31 @@ def resolve(problem, mask, start=None):
     array, shape (M, K)
     """
     dtype = problem.dtype.name
+    xp, target, H = problem.xp, problem.W, problem.H
     M, K = mask.shape
-    G = problem.W @ problem.H
     kept = int(mask.sum()) / M
     # A row's own factor costs kept³/3, an iteration of all rows K² each; both twice that in FLOP.
-    if problem.xp is np and kept**3 / 3 < ITERATIONS[dtype] * K**2:
-        return _factor_rows(problem, G, mask)
+    if xp is np and kept**3 / 3 < ITERATIONS[dtype] * K**2:
+        return _factor_rows(problem, mask)
     expected = ITERATIONS[dtype]
-    energy = float((problem.W * G).sum(dtype="float64"))
+    X = xp.where(mask, target if start is None else start, 0)
+    away = target - X
+    residual = away @ H
     return masked_cg(
-        problem.H,
-        G,
+        H,
+        residual,
         mask,
-        problem.W if start is None else start,
-        tolerance=TOLERANCE[dtype],
+        X,
+        limit=TOLERANCE[dtype] ** 2 * (target**2 * H.diagonal()).sum(1),
         max_iterations=10 * K,
         settled=SETTLED[dtype],
-        energy=energy,
+        left=float((away * residual).sum(dtype="float64")),
         progress=lambda done: problem.settings.report(min(done, expected), expected),
     )
 
 
-def _factor_rows(problem, G, mask):
+def _factor_rows(problem, mask):
+    G = problem.W @ problem.H
     out = np.zeros_like(problem.W)
 
     def solve(begin, end):

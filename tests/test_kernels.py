@@ -271,26 +271,30 @@ def test_ridge_right_side(cp, rng, shape, with_B, dtype):
     close(found, expected, dtype, single=1e-6, double=1e-14)
 
 
-@REAL
+@pytest.mark.parametrize("dtype, operand", [("float32", "float16"), ("float32", "float32"),
+                                            ("float64", "float64")])
 @pytest.mark.parametrize("M, K", [(1, 1), (1, 300), (5, 511), (33, 513), (3, 1700)])
-def test_cg_step(cp, rng, M, K, dtype):
+def test_cg_step(cp, rng, M, K, dtype, operand):
     mask = rng.random((M, K)) < 0.5
     Q, X, residual, P = (rng.standard_normal((M, K)).astype(dtype) for _ in range(4))
     residual *= mask
-    P *= mask
+    P = P.astype(operand) * mask
     Q += 2 * P  # a positive curvature
-    inverse_diagonal = rng.uniform(0.5, 2, K).astype(dtype)
-    rz = (residual**2 * inverse_diagonal).sum(1)
+    Q[::4] *= -1  # and a negative one
+    rr = (residual**2).sum(1)
     limit = np.where(np.arange(M) % 3 == 2, 1e9, 0).astype(dtype)  # every third has converged
     gained, before = np.ones(M, dtype), P.copy()
-    cpu = Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained
-    gpu = [cp.array(a) for a in cpu]
+    cpu = Q, mask, X, residual, P.astype(dtype), rr, limit, gained
+    gpu = [cp.array(a) for a in (*cpu[:4], P, *cpu[5:])]
     conjugate_gradient.cg_step(*cpu)
     conjugate_gradient.cg_step(*gpu)
-    runs = limit == 0
-    P[~runs] = before[~runs]  # the twin's P of a row that has converged is never used
-    for n in (3, 4, 5, 6, 8):
+    for n in (2, 3, 5, 7):
         close(gpu[n], cpu[n], dtype)
+    # The twin's P of a row that has converged is never used.
+    runs = (limit == 0) & (rr > 0)
+    assert gpu[4].dtype == operand
+    close(gpu[4][runs].astype(dtype), cpu[4][runs], dtype, single=1e-3)
+    np.testing.assert_array_equal(gpu[4][~runs].get(), before[~runs])
 
 
 @REAL
@@ -300,13 +304,32 @@ def test_masked_cg(cp, rng, M, K, dtype):
     B = rng.standard_normal((M, K)).astype(dtype)
     mask = rng.random((M, K)) < 0.5
     mask[0] = False
-    options = {"tolerance": {"float32": 1e-5, "float64": 1e-13}[dtype], "max_iterations": 500}
-    expected = conjugate_gradient.masked_cg(A, B, mask, **options)
-    found = conjugate_gradient.masked_cg(*map(cp.asarray, (A, B, mask)), **options)
+    limit = ({"float32": 1e-5, "float64": 1e-13}[dtype] ** 2 * (B * B).sum(1)).astype(dtype)
+    expected = conjugate_gradient.masked_cg(A, B, mask, limit=limit, max_iterations=500)
+    given = map(cp.asarray, (A, B, mask))
+    found = conjugate_gradient.masked_cg(*given, limit=cp.asarray(limit), max_iterations=500)
     close(found, expected, dtype)
-    start = rng.standard_normal((M, K)).astype(dtype)
-    again = conjugate_gradient.masked_cg(*map(cp.asarray, (A, B, mask, start)), **options)
-    close(again, expected, dtype)
+
+
+@pytest.mark.parametrize("M, K", [(1, 40), (40, 130), (7, 600)])
+def test_masked_cg_on_tensor_cores(cp, rng, M, K):
+    """In float16 it comes to the least energy, whatever the scale of a row or a column."""
+    scale, size = 10.0 ** rng.uniform(-4, 4, K), 10.0 ** rng.integers(-6, 6, (M, 1))
+    A, T = definite(rng, K), rng.standard_normal((M, K))
+    mask = rng.random((M, K)) < 0.5
+    least = np.array([
+        t[~kept] @ np.linalg.solve(np.linalg.inv(A)[np.ix_(~kept, ~kept)], t[~kept])
+        for t, kept in zip(T, mask, strict=True)
+    ])
+    with arrays.tensor_cores(cp, True):
+        found = conjugate_gradient.masked_cg(
+            cp.asarray(A * scale * scale[:, None], "float32"),
+            cp.asarray(size * (T @ A) * scale, "float32"), cp.asarray(mask),
+            limit=cp.zeros(M, "float32"), max_iterations=60,
+        )
+    away = arrays.to_numpy(found).astype("float64") / size * scale - T
+    energy = np.einsum("mk,kl,ml->m", away, A, away, optimize=True)
+    assert (energy >= 0.999 * least).all() and (energy <= 1.002 * least).all()
 
 
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (1, 64, 1), (5, 1, 3), (33, 17, 65), (128, 7, 1)])

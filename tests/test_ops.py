@@ -221,17 +221,18 @@ def test_masked_cg(xp, rng, dtype, close, M, K):
     for i, m in enumerate(mask):
         expected[i, m] = np.linalg.solve(A[np.ix_(m, m)], B[i, m])
     start = rng.standard_normal(B.shape)
-    tolerance = {"float32": 1e-6, "float64": 1e-14}[dtype]
-    for X in None, start, expected:
-        given = None if X is None else xp.asarray(X, dtype)
+    limit = {"float32": 1e-6, "float64": 1e-14}[dtype] ** 2 * (B**2 / A.diagonal()).sum(1)
+    for X in None, start * mask, expected:
+        residual = B if X is None else B - X @ A
+        given = [None if a is None else xp.asarray(a, dtype) for a in (A, residual, X)]
+        before = [None if a is None else a.copy() for a in given]
         found = conjugate_gradient.masked_cg(
-            xp.asarray(A, dtype), xp.asarray(B, dtype), xp.asarray(mask), given,
-            tolerance=tolerance, max_iterations=300,
+            *given[:2], xp.asarray(mask), given[2], limit=xp.asarray(limit, dtype),
+            max_iterations=300,
         )
         close(found, expected)
         assert not host(found)[~mask].any()
-        if X is start:
-            np.testing.assert_array_equal(host(given), start.astype(dtype))
+        assert all(a is None or (a == b).all() for a, b in zip(given, before, strict=True))
 
 
 def test_masked_cg_stops(xp, rng):
@@ -239,12 +240,12 @@ def test_masked_cg_stops(xp, rng):
     mask = np.ones(B.shape, bool)
     count = []
     args = xp.asarray(A), xp.asarray(B), xp.asarray(mask)
+    limit = 1e-6 * (B**2 / A.diagonal()).sum(1)
     found = conjugate_gradient.masked_cg(
-        *args, tolerance=1e-3, max_iterations=300, progress=count.append)
-    residual = np.sqrt((((B - host(found) @ A) ** 2) / A.diagonal()).sum(1))
-    assert (residual <= 1.01e-3 * np.sqrt((B**2 / A.diagonal()).sum(1))).all()
+        *args, limit=xp.asarray(limit), max_iterations=300, progress=count.append)
+    assert ((((B - host(found) @ A) ** 2) / A.diagonal()).sum(1) <= 1.01 * limit).all()
     assert count == sorted(count) and count[-1] < 50
-    few = conjugate_gradient.masked_cg(*args, tolerance=0, max_iterations=2)
+    few = conjugate_gradient.masked_cg(*args, limit=xp.zeros(4), max_iterations=2)
     assert np.abs(host(few) @ A - B).max() > 1e-6
 
 
@@ -252,13 +253,14 @@ def test_masked_cg_stops_when_the_energy_has_settled(xp, rng):
     """Long before the residual asks for it, and at an energy that close to the least."""
     A, T = definite(rng, 200), rng.standard_normal((5, 200))
     mask = rng.random(T.shape) < 0.5
-    energy = float(np.einsum("mk,kl,ml", T, A, T, optimize=True))
+    residual, energy = T @ A, float(np.einsum("mk,kl,ml", T, A, T, optimize=True))
+    limit = 1e-24 * (residual**2 / A.diagonal()).sum(1)
     count, losses = {}, {}
     for settled in 0.0, 1e-3:
         count[settled] = []
         X = host(conjugate_gradient.masked_cg(
-            *map(xp.asarray, (A, T @ A, mask)), tolerance=1e-12, max_iterations=500,
-            settled=settled, energy=energy, progress=count[settled].append))
+            *map(xp.asarray, (A, residual, mask)), limit=xp.asarray(limit), max_iterations=500,
+            settled=settled, left=energy, progress=count[settled].append))
         losses[settled] = np.einsum("mk,kl,ml", X - T, A, X - T, optimize=True)
     assert len(count[1e-3]) < len(count[0.0]) / 2
     assert losses[0.0] <= losses[1e-3] <= 1.02 * losses[0.0]

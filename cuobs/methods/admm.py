@@ -1,9 +1,10 @@
 """ADMM: mask and weights together, by alternating directions."""
 
+import math
 from typing import NamedTuple
 
 from cuobs.ops.cholesky import inverse
-from cuobs.ops.gemm import gemm
+from cuobs.ops.gemm import gemm, tensor_operand
 from cuobs.ops.projection import project_mask, project_update, ridge_right_side
 from cuobs.problem import Pruned
 
@@ -58,8 +59,10 @@ def admm(problem, schedule="default"):
     xp, layout = problem.xp, problem.layout
     scale = xp.sqrt(problem.H.diagonal())
     H = problem.H / scale / scale[:, None]
+    scale /= _unit(problem.W * scale)
     W = problem.W * scale
     G = W @ H
+    H_operand = tensor_operand(H)
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
     B, D, V, right = W.copy(), W * mask, xp.zeros_like(W), xp.empty_like(W)
@@ -69,10 +72,10 @@ def admm(problem, schedule="default"):
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
             inverted = AHEAD * rho
-            A = inverse(_shifted(H, inverted))
+            A = tensor_operand(inverse(_shifted(H, inverted)))
         ridge_right_side(D, V, G, rho, right, B)
-        gemm(B, H, right, alpha=-1, beta=1)
-        gemm(right, A, B, beta=1)
+        gemm(tensor_operand(B), H_operand, right, alpha=-1, beta=1)
+        gemm(tensor_operand(right), A, B, beta=1)
         share = project_update(B, V, D, mask, rho, layout) / n_pruned
         problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
@@ -80,6 +83,12 @@ def admm(problem, schedule="default"):
         rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
     project_mask(B, mask, layout)
     return Pruned(mask, B / scale)
+
+
+def _unit(W):
+    """The power of two in whose terms W suits float16: far from its largest and smallest number."""
+    largest = float(abs(W).max())
+    return 2.0 ** (math.frexp(largest)[1] - 10) if largest else 1.0
 
 
 def _shifted(H, rho):

@@ -30,7 +30,7 @@ def obs_ordered(problem, group=None, order="largest"):
     xp, layout = problem.xp, problem.layout
     (R, r), (G, c) = layout.rows.shape, layout.columns.shape
     M = R * r
-    group = group or default_group(G)
+    group, tolerance = group or default_group(G), TOLERANCE[problem.dtype.name]
     W, C = problem.W.copy(), problem.C.copy()
     left = np.arange(G)
     weight = xp.empty_like(W)
@@ -50,8 +50,10 @@ def obs_ordered(problem, group=None, order="largest"):
         C_group, cross = rows[:, columns], rows[:, others]
         # tf32 is too short for this tolerance.
         with tensor_cores(xp, False):
-            multipliers = masked_cg(C_group, w, ~kept, tolerance=TOLERANCE[problem.dtype.name],
-                                    max_iterations=20 * len(columns))
+            limit = tolerance**2 * (w * w / C_group.diagonal() * ~kept).sum(1)
+            multipliers = masked_cg(
+                C_group, w, ~kept, limit=limit, max_iterations=20 * len(columns)
+            )
             deviation = multipliers @ C_group
         cost += xp.einsum("mk,mk->m", multipliers, w)
         final = xp.asarray(_columns(left[chosen], c))

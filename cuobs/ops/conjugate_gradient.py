@@ -4,6 +4,7 @@ import numpy as np
 
 from cuobs.arrays import namespace
 from cuobs.ops import kernels
+from cuobs.ops.gemm import gemm, tensor_operand
 
 # Iterations between looks at how far it is; on a GPU each look waits for it.
 CHECK_EVERY = 2
@@ -11,31 +12,30 @@ THREADS = 512
 
 
 def masked_cg(
-    A, B, mask, X=None, *, tolerance, max_iterations, settled=0.0, energy=0.0, progress=None
+    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, left=0.0, progress=None
 ):
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
-    Preconditioned by diag(A). One product (M, K) x (K, K) an iteration serves all rows; rows that
-    have converged stop changing.
+    With columns scaled to a unit diagonal of A. One product (M, K) x (K, K) an iteration serves
+    all rows; rows that have converged stop changing.
 
     Parameters
     ----------
     A : array, shape (K, K)
         Symmetric positive definite.
-    B : array, shape (M, K)
-        Right-hand sides.
+    residual : array, shape (M, K)
+        B − X A, the right-hand sides less what X makes of them. Not changed, like all of these.
     mask : array of bool, shape (M, K)
         True = in S.
     X : array, shape (M, K), optional
-        Where to start; zeros by default. Not changed.
-    tolerance : float
-        Stop when each row's preconditioned residual norm is below this share of that of B.
+        Where to start, 0 outside S; zeros by default.
+    limit : array, shape (M,)
+        Stop when each row's Σ residual² / diag(A) over S is at or below it.
     max_iterations : int
     settled : float
         Stop, too, when an iteration lowers the energy by no more than this share of what is left.
-    energy : float
-        The energy tr(T A Tᵀ) of the targets T whose products T A are B: what is left is
-        tr((X − T) A (X − T)ᵀ).
+    left : float
+        The energy at the start: tr((X − T) A (X − T)ᵀ) where B = T A.
     progress : callable, optional
         Called with the number of iterations done.
 
@@ -48,17 +48,18 @@ def masked_cg(
     .. [1] Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
     """
     xp = namespace(A)
-    B, mask = xp.ascontiguousarray(B), xp.ascontiguousarray(mask)
-    inverse_diagonal = 1 / A.diagonal()
-    X = xp.zeros_like(B) if X is None else xp.where(mask, X, 0)
-    limit = tolerance**2 * _dot(B * mask * inverse_diagonal, B)
-    residual = B - X @ A
-    left = energy - float(_dot(X, B + residual).sum(dtype="float64"))
-    residual *= mask
-    P = residual * inverse_diagonal
-    rz = _dot(residual, P)
-    gained = xp.zeros_like(rz)
-    Q = xp.empty_like(B)
+    mask = xp.ascontiguousarray(mask)
+    scale = xp.sqrt(A.diagonal())
+    operand = A / scale
+    operand /= scale[:, None]
+    operand = tensor_operand(operand)
+    X = xp.zeros_like(residual) if X is None else X * scale
+    residual = xp.where(mask, residual / scale, 0)
+    rr = _squares(residual)
+    P = residual * xp.sqrt(A.shape[0] / xp.where(rr > 0, rr, 1))[:, None]
+    P = P.astype(operand.dtype, copy=False)
+    gained = xp.zeros_like(rr)
+    Q = xp.empty_like(residual)
     for iteration in range(max_iterations):
         if iteration % CHECK_EVERY == 0:
             # Since the last look: beside the whole gain, the last ones would be lost in rounding.
@@ -69,24 +70,25 @@ def masked_cg(
                 break
             if progress:
                 progress(iteration)
-        xp.matmul(P, A, out=Q)
-        cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained)
+        gemm(P, operand, Q)
+        cg_step(Q, mask, X, residual, P, rr, limit, gained)
+    X /= scale
     return X
 
 
-def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained):
-    """The rest of an iteration, after the product Q = P A.
+def cg_step(Q, mask, X, residual, P, rr, limit, gained):
+    """The rest of an iteration, after the product Q = P A with a unit diagonal of A.
 
     Parameters
     ----------
     Q : array, shape (M, K)
         May be overwritten.
-    inverse_diagonal : array, shape (K,)
     mask : array of bool, shape (M, K)
     X, residual, P : array, shape (M, K)
-        Overwritten. P and the residual are 0 outside the mask.
-    rz : array, shape (M,)
-        The squared preconditioned norm of each row's residual. Overwritten.
+        Overwritten. The residual and P are 0 outside the mask; P, the direction in terms of the
+        residual's root mean square, may be of float16.
+    rr : array, shape (M,)
+        The squared norm of each row's residual. Overwritten.
     limit : array, shape (M,)
         Rows at or below it stay as they are.
     gained : array, shape (M,)
@@ -95,38 +97,44 @@ def cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained):
     xp = namespace(Q)
     M, K = Q.shape
     if xp is not np:
-        kernel = kernels.kernel_for("conjugate_gradient.cu", "cg_step", _defines, K, Q.dtype)
-        kernel((M,), (THREADS,), (Q, inverse_diagonal, mask, X, residual, P, rz, limit,
-                                  gained, np.int32(K)))
+        kernel = kernels.kernel_for(
+            "conjugate_gradient.cu", "cg_step", _defines, K, Q.dtype, P.dtype
+        )
+        kernel((M,), (THREADS,), (Q, mask, X, residual, P, rr, limit, gained, np.int32(K)))
         return
     Q *= mask
-    active = rz > limit
-    curvature = _dot(P, Q)
-    step = np.where(active, rz / np.where(curvature > 0, curvature, 1), 0)
-    gained += step * rz
+    curvature = np.einsum("mk,mk->m", P, Q)
+    active = (rr > limit) & (curvature > 0)
+    step = np.where(active, np.sqrt(K * rr) / np.where(active, curvature, 1), 0)
+    gained += step * np.sqrt(K * rr)
     X += step[:, None] * P
     residual -= step[:, None] * Q
-    Z = np.multiply(residual, inverse_diagonal, out=Q)
-    rz_new = _dot(residual, Z)
-    P *= np.where(active, rz_new / np.where(rz > 0, rz, 1), 0)[:, None]
-    P += Z
-    rz[:] = rz_new
+    # Where the curvature is not positive, a row has come as far as the digits go, and ends.
+    after = np.where(active | (rr <= limit), _squares(residual), 0)
+    P *= np.sqrt(after / np.where(rr > 0, rr, 1))[:, None]
+    P += residual * np.sqrt(K / np.where(after > 0, after, 1))[:, None]
+    rr[:] = after
 
 
-def _dot(A, B):
-    """Row-wise inner products."""
+def _squares(A):
+    """Squared norms of rows."""
     if namespace(A) is np:
-        return np.einsum("mk,mk->m", A, B)
+        return np.einsum("mk,mk->m", A, A)
     # A product would run on tensor cores, and round.
-    return (A * B).sum(1)
+    return (A * A).sum(1)
 
 
-def _defines(K, dtype):
-    return {"REAL": kernels.real(dtype), "ITEMS": -(-K // THREADS)}
+def _defines(K, dtype, operand):
+    width = 1 if K % 4 else 4
+    return {
+        "REAL": kernels.real(dtype), "OPERAND": kernels.real(operand), "WIDTH": width,
+        "ITEMS": -(-K // (THREADS * width)),
+    }
 
 
 def variants():
     """What the kernels here compile for some widths."""
-    for K in (100, 1024, 1536, 9728, 20000):
+    for K in (100, 511, 1536, 9728, 20000):
         for dtype in ("float32", "float64"):
-            yield "conjugate_gradient.cu", _defines(K, dtype)
+            for operand in {dtype, "float16" if dtype == "float32" else dtype}:
+                yield "conjugate_gradient.cu", _defines(K, dtype, operand)

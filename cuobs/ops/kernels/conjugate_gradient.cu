@@ -1,14 +1,19 @@
 // One step of conjugate gradients on the kept columns of every row, one block a row, after the
-// product Q = P A. Rows that have converged are left as they are.
+// product Q = P A. Rows that have converged are left as they are; a row in which the curvature P·Q
+// is not positive has come as far as the digits go, and ends.
 //
-//   cg_step(Q, inverse_diagonal, mask, X, residual, P, rz, limit, gained, K)
-//     Q, X, residual, P   REAL, (M, K); P and residual are 0 outside the mask
-//     inverse_diagonal    REAL, (K,)
-//     mask                bool, (M, K), true = kept
-//     rz, limit           REAL, (M,): residual' Z by row with Z = residual / diag(A), and where to stop
-//     gained              REAL, (M,): raised by what the step takes off a row's energy
+//   cg_step(Q, mask, X, residual, P, rr, limit, gained, K)
+//     Q, X, residual   REAL, (M, K); the residual is 0 outside the mask
+//     P                OPERAND, (M, K): the direction, by the root mean square of the residual
+//     mask             bool, (M, K), true = kept
+//     rr, limit        REAL, (M,): the squared norm of each row's residual, and where to stop
+//     gained           REAL, (M,): raised by what the step takes off a row's energy
 //
-// Macros: REAL; ITEMS, columns a thread holds: THREADS * ITEMS >= K.
+// Macros: REAL; OPERAND, __half or REAL; WIDTH, neighbours that a thread takes at once, which divides
+// K; ITEMS, how many times: THREADS * WIDTH * ITEMS >= K.
+#include <cuda_fp16.h>
+
+#include "scope.cuh"
 
 constexpr int THREADS = 512;
 
@@ -25,44 +30,67 @@ __device__ __forceinline__ REAL block_sum(REAL value) {
     return value;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-cg_step(const REAL* __restrict__ Q, const REAL* __restrict__ inverse_diagonal,
-        const bool* __restrict__ mask, REAL* __restrict__ X, REAL* __restrict__ residual,
-        REAL* __restrict__ P, REAL* __restrict__ rz, const REAL* __restrict__ limit,
-        REAL* __restrict__ gained, const int K) {
-    const REAL before = rz[blockIdx.x];
+extern "C" __global__ void __launch_bounds__(THREADS, ITEMS * WIDTH * sizeof(REAL) <= 96 ? 2 : 1)
+cg_step(const REAL* __restrict__ Q, const bool* __restrict__ mask, REAL* __restrict__ X,
+        REAL* __restrict__ residual, OPERAND* __restrict__ P, REAL* __restrict__ rr,
+        const REAL* __restrict__ limit, REAL* __restrict__ gained, const int K) {
+    const REAL before = rr[blockIdx.x];
     if (before <= limit[blockIdx.x]) return;
     const long long row = blockIdx.x * (long long)K;
-    REAL p[ITEMS], q[ITEMS], curvature = 0;
+    REAL p[ITEMS][WIDTH], r[ITEMS][WIDTH], curvature = 0;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
-        const int j = n * THREADS + threadIdx.x;
-        p[n] = j < K ? P[row + j] : REAL(0);
-        q[n] = j < K ? Q[row + j] : REAL(0);
-        curvature += p[n] * q[n];
+        const int j = (n * THREADS + threadIdx.x) * WIDTH;
+        OPERAND rounded[WIDTH];
+        bool kept[WIDTH];
+        if (j < K) {
+            load(P + row + j, rounded);
+            load(mask + row + j, kept);
+            load(Q + row + j, r[n]);
+        }
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            p[n][i] = j < K ? REAL(rounded[i]) : REAL(0);
+            r[n][i] = j < K && kept[i] ? r[n][i] : REAL(0);
+            curvature += p[n][i] * r[n][i];
+        }
     }
     curvature = block_sum(curvature);
-    const REAL step = before / (curvature > 0 ? curvature : REAL(1));
+    if (!(curvature > 0)) {
+        if (threadIdx.x == 0) rr[blockIdx.x] = 0;
+        return;
+    }
+    const REAL step = sqrt(K * before) / curvature;
     REAL after = 0;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
-        const int j = n * THREADS + threadIdx.x;
-        if (j < K) {
-            X[row + j] += step * p[n];
-            const REAL r = mask[row + j] ? residual[row + j] - step * q[n] : REAL(0);
-            residual[row + j] = r;
-            q[n] = r * inverse_diagonal[j];
-            after += r * q[n];
+        const int j = (n * THREADS + threadIdx.x) * WIDTH;
+        if (j >= K) break;
+        REAL x[WIDTH], left[WIDTH];
+        load(X + row + j, x);
+        load(residual + row + j, left);
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            x[i] += step * p[n][i];
+            r[n][i] = left[i] - step * r[n][i];
+            after += r[n][i] * r[n][i];
         }
+        store(X + row + j, x);
+        store(residual + row + j, r[n]);
     }
     after = block_sum(after);
+    const REAL unit = after > 0 ? sqrt(K / after) : REAL(0), momentum = sqrt(after / before);
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
-        const int j = n * THREADS + threadIdx.x;
-        if (j < K) P[row + j] = q[n] + after / before * p[n];
+        const int j = (n * THREADS + threadIdx.x) * WIDTH;
+        if (j >= K) break;
+        OPERAND rounded[WIDTH];
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) rounded[i] = OPERAND(unit * r[n][i] + momentum * p[n][i]);
+        store(P + row + j, rounded);
     }
     if (threadIdx.x == 0) {
-        rz[blockIdx.x] = after;
-        gained[blockIdx.x] += step * before;
+        rr[blockIdx.x] = after;
+        gained[blockIdx.x] += step * sqrt(K * before);
     }
 }
