@@ -133,16 +133,31 @@ class Problem:
         noise = len(self.H) ** 0.5 * self.xp.finfo(self.dtype).eps * float(self.diagonal.mean())
         if smallest < noise:
             self.R  # noqa: B018
+            self.check_factored()
 
     def by_scope(self, array):
         """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
         (R, r), (G, c) = self.layout.rows.shape, self.layout.columns.shape
         return array.reshape(R, r, G, c).transpose(3, 0, 1, 2)
 
+    def check_factored(self):
+        """Raise LinAlgError where `R` is no factor, since H is not positive definite.
+
+        A GPU is asked here only, and not while it factors: a method launches its work meanwhile.
+        """
+        cholesky.check_hessian(self._info)
+
+    @cached_property
+    def _info(self):
+        return self.xp.zeros(1, np.int32)
+
     @cached_property
     def R(self):
         """The reversed Cholesky factor: upper triangular, H = R Rᵀ."""
-        return cholesky.reversed_cholesky(self.H)
+        R = cholesky.reversed_cholesky(self.H, self._info)
+        if self.xp is np:
+            self.check_factored()
+        return R
 
     @cached_property
     def R_inverse(self):
@@ -152,7 +167,9 @@ class Problem:
     @cached_property
     def C(self):
         """The inverse of the damped Hessian."""
-        return self.R_inverse.T @ self.R_inverse
+        inverse = self.R_inverse
+        self.check_factored()
+        return inverse.T @ inverse
 
     @cached_property
     def scope_blocks(self):

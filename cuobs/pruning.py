@@ -196,6 +196,7 @@ class Plan:
             if self.exact:
                 problem.check_definite()
             pruned = self.method.function(problem, **self.options)
+            problem.check_factored()
             new = pruned.weight
             if self.exact:
                 new = resolve(problem, pruned.mask, new)

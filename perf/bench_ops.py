@@ -70,7 +70,8 @@ def test_gram(clock, problem):
 
     def check(_):
         some = problem.X[:, :: K // 16].astype(np.float64)
-        assert _close(H[:: K // 16, :: K // 16], some.T @ some, 1e-4)
+        # Tensor cores cut sums off instead of rounding them, and here a sum is of all tokens.
+        assert _close(H[:: K // 16, :: K // 16], some.T @ some, 1e-3)
 
     limit = "fp16" if problem.X.dtype == np.float16 else "fp32"
     clock(lambda: gram.add_gram(problem.X, H), check, flop=N * K * (K + 1), limit=limit)
@@ -219,17 +220,22 @@ def test_masked_cg(clock, damped, half):
     M, K = damped.W.shape
     B = damped.W @ H
     solve = _tensor(conjugate_gradient.masked_cg, xp)
-    limit = 1e-6 * (B * B / H.diagonal()).sum(1)
-    converged = solve(H, B, mask, limit=limit, max_iterations=300)
-    gradient = (converged @ H - B) * mask
-    assert float(xp.linalg.norm(gradient)) <= 1e-2 * float(xp.linalg.norm(B))
+
+    def energy(X):
+        away = damped.W - X
+        return float(((away @ H) * away).sum(dtype="float64"))
+
+    start = energy(0)
+    best = energy(solve(H, B, mask, limit=1e-6 * (B * B / H.diagonal()).sum(1),
+                        max_iterations=300))
+    assert best < energy(damped.W * mask) < start
 
     def check(X):
         assert not X[~mask].any()
-        assert _close(X, converged, 0.5)
+        assert energy(X) - best <= 0.1 * (start - best)
 
     clock(
-        lambda: solve(H, B, mask, limit=xp.zeros_like(limit), max_iterations=10),
+        lambda: solve(H, B, mask, limit=xp.zeros(M, np.float32), max_iterations=10),
         check,
         flop=10 * 2 * M * K**2,
         limit="fp16",
@@ -241,8 +247,10 @@ def test_cg_step(clock, damped, half):
     xp, (M, K) = damped.xp, damped.W.shape
     residual = damped.W * half
     rr, limit, gained = (residual * residual).sum(1), *xp.zeros((2, M), np.float32)
-    P, X = residual / xp.sqrt(rr / K)[:, None], xp.zeros_like(residual)
-    Q = P @ damped.H
+    P = residual / xp.sqrt(rr / K)[:, None]
+    Q, X = P @ damped.H, xp.zeros_like(residual)
+    P = _tensor(gemm.tensor_operand, xp)(P)
+    start = P.copy(), rr.copy()
     first = [arrays.to_numpy(a[:64]).astype(np.float64) for a in (P, Q, residual, rr, half)]
 
     def check(_):
@@ -251,11 +259,12 @@ def test_cg_step(clock, damped, half):
         assert _close(X[:64], step * p, 1e-4)
         assert _close(residual[:64], (r - step * q) * kept, 1e-4)
 
-    clock(
-        lambda: conjugate_gradient.cg_step(Q, half, X, residual, P, rr, limit, gained),
-        check,
-        traffic=7 * Q.nbytes + Q.size,
-    )
+    def call():
+        # A second step along the same Q would find no curvature.
+        P[...], rr[...] = start
+        conjugate_gradient.cg_step(Q, half, X, residual, P, rr, limit, gained)
+
+    clock(call, check, traffic=5 * Q.nbytes + Q.size + 4 * P.nbytes)
 
 
 def test_cholesky_inverse_batch(clock, damped):

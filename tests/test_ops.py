@@ -86,6 +86,12 @@ def test_not_positive_definite_is_noticed(xp):
         cholesky.cholesky_inverse(xp.asarray(np.stack([np.eye(3), bad, -np.eye(3), np.eye(3)])))
     with pytest.raises(np.linalg.LinAlgError, match="hessian: .*damp"):
         cholesky.reversed_cholesky(xp.asarray(bad))
+    for factor in cholesky.cholesky, cholesky.reversed_cholesky:
+        info = xp.zeros(1, np.int32)
+        factor(xp.asarray(bad), info)
+        assert int(info[0]) == 2
+        factor(xp.asarray(np.eye(3)), info)
+        assert int(info[0]) == 0
 
 
 @SINGLE

@@ -18,12 +18,15 @@ TILE = {"float32": 128, "float64": 64}
 BLOCK_ROWS = 8
 
 
-def cholesky(A):
+def cholesky(A, info=None):
     """Lower Cholesky factor of a matrix.
 
     Parameters
     ----------
     A : array, shape (K, K)
+    info : array of int32, shape (1,), optional
+        Instead of raising, note here a pivot that is not positive, for `check_factored`. A GPU is
+        then not waited for.
 
     Returns
     -------
@@ -35,19 +38,33 @@ def cholesky(A):
         A is not positive definite.
     """
     xp = namespace(A)
+    noted = xp.zeros(1, np.int32) if info is None else info
+    # LAPACK and cuSOLVER count columns first, and so see the transpose.
     if xp is np:
         A = np.array(A, order="C")
-        # LAPACK counts columns first, and so sees the transpose.
         potrf = scipy.linalg.get_lapack_funcs("potrf", (A,))
         with _threads_for(A):
-            L, info = potrf(A.T, lower=False, overwrite_a=True)
-        check_factored(np.array([info]))
-        return L.T
-    import cupyx
+            L, noted[0] = potrf(A.T, lower=False, overwrite_a=True)
+        L = L.T
+    else:
+        L = xp.array(A, order="C")
+        _potrf(L, noted)
+        L = xp.tril(L)
+    if info is None:
+        check_factored(noted)
+    return L
 
-    # CuPy looks at cuSOLVER's devInfo only when it is told to.
-    with cupyx.errstate(linalg="raise"):
-        return xp.linalg.cholesky(A)
+
+def _potrf(A, info):
+    """The lower factor of a matrix on a GPU, into its lower triangle."""
+    from cupy.cuda.device import get_cusolver_handle
+    from cupy_backends.cuda.libs import cublas, cusolver
+
+    letter = {"float32": "s", "float64": "d"}[A.dtype.name]
+    shape = get_cusolver_handle(), cublas.CUBLAS_FILL_MODE_UPPER, len(A), A.data.ptr, len(A)
+    size = getattr(cusolver, f"{letter}potrf_bufferSize")(*shape)
+    work = namespace(A).empty(size, A.dtype)
+    getattr(cusolver, f"{letter}potrf")(*shape, work.data.ptr, size, info.data.ptr)
 
 
 def _threads_for(A):
@@ -81,7 +98,17 @@ def check_factored(info):
     )
 
 
-def reversed_cholesky(H):
+def check_hessian(info):
+    """`check_factored` of a damped Hessian, with what to do about it."""
+    if int(info[0]):
+        raise np.linalg.LinAlgError(
+            "hessian: found a matrix that is not positive definite with this damping, expected "
+            "a larger damp (0.01 is usual), more calibration tokens than columns, or "
+            "dtype='float64'"
+        )
+
+
+def reversed_cholesky(H, info=None):
     """Upper triangular R with H = R Rᵀ.
 
     It is the Cholesky factor of H with rows and columns reversed, so that R[a:, a:] belongs to
@@ -90,6 +117,8 @@ def reversed_cholesky(H):
     Parameters
     ----------
     H : array, shape (K, K)
+    info : array of int32, shape (1,), optional
+        As in `cholesky`, for `check_hessian`.
 
     Returns
     -------
@@ -100,14 +129,10 @@ def reversed_cholesky(H):
     numpy.linalg.LinAlgError
         H is not positive definite.
     """
-    try:
-        R = cholesky(H[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError:
-        raise np.linalg.LinAlgError(
-            "hessian: found a matrix that is not positive definite with this damping, expected "
-            "a larger damp (0.01 is usual), more calibration tokens than columns, or "
-            "dtype='float64'"
-        ) from None
+    noted = namespace(H).zeros(1, np.int32) if info is None else info
+    R = cholesky(H[::-1, ::-1], noted)[::-1, ::-1]
+    if info is None:
+        check_hessian(noted)
     # cuBLAS takes no rows that run backwards; NumPy copies the part that it multiplies.
     return R if namespace(R) is np else namespace(R).ascontiguousarray(R)
 

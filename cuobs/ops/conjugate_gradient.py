@@ -66,7 +66,7 @@ def masked_cg(
             gain = float(gained.sum(dtype="float64"))
             gained.fill(0)
             left -= gain
-            if iteration and gain <= CHECK_EVERY * settled * left:
+            if iteration and not gain > CHECK_EVERY * settled * left:
                 break
             if progress:
                 progress(iteration)
