@@ -14,6 +14,8 @@ from cuobs.ops.gram import mirror_upper
 ONE_THREAD = (256, 4096)
 # Order of the matrices that a kernel holds in registers.
 TILE = {"float32": 128, "float64": 64}
+# Order of the tiles that a kernel transposes.
+TRANSPOSED = 32
 # Block rows of the Gram matrix of a triangle.
 BLOCK_ROWS = 8
 
@@ -39,32 +41,35 @@ def cholesky(A, info=None):
     """
     xp = namespace(A)
     noted = xp.zeros(1, np.int32) if info is None else info
-    # LAPACK and cuSOLVER count columns first, and so see the transpose.
     if xp is np:
+        # LAPACK counts columns first, and so sees the transpose.
         A = np.array(A, order="C")
         potrf = scipy.linalg.get_lapack_funcs("potrf", (A,))
         with _threads_for(A):
             L, noted[0] = potrf(A.T, lower=False, overwrite_a=True)
         L = L.T
     else:
-        L = xp.array(A, order="C")
-        _potrf(L, noted)
-        L = xp.tril(L)
+        L = xp.tril(_potrf(A, noted).T)
     if info is None:
         check_factored(noted)
     return L
 
 
 def _potrf(A, info):
-    """The lower factor of a matrix on a GPU, into its lower triangle."""
+    """Lᵀ of a matrix A = L Lᵀ on a GPU, with anything below the diagonal."""
     from cupy.cuda.device import get_cusolver_handle
     from cupy_backends.cuda.libs import cublas, cusolver
 
+    xp = namespace(A)
+    A = xp.array(A, order="C")
     letter = {"float32": "s", "float64": "d"}[A.dtype.name]
-    shape = get_cusolver_handle(), cublas.CUBLAS_FILL_MODE_UPPER, len(A), A.data.ptr, len(A)
+    # To cuSOLVER, which counts columns first, it is the lower triangle; with that it is much faster
+    # than with the upper one.
+    shape = get_cusolver_handle(), cublas.CUBLAS_FILL_MODE_LOWER, len(A), A.data.ptr, len(A)
     size = getattr(cusolver, f"{letter}potrf_bufferSize")(*shape)
-    work = namespace(A).empty(size, A.dtype)
+    work = xp.empty(size, A.dtype)
     getattr(cusolver, f"{letter}potrf")(*shape, work.data.ptr, size, info.data.ptr)
+    return A
 
 
 def _threads_for(A):
@@ -129,12 +134,20 @@ def reversed_cholesky(H, info=None):
     numpy.linalg.LinAlgError
         H is not positive definite.
     """
-    noted = namespace(H).zeros(1, np.int32) if info is None else info
-    R = cholesky(H[::-1, ::-1], noted)[::-1, ::-1]
+    xp = namespace(H)
+    noted = xp.zeros(1, np.int32) if info is None else info
+    if xp is np:
+        R = cholesky(H[::-1, ::-1], noted)[::-1, ::-1]
+    else:
+        # cuBLAS takes no rows that run backwards.
+        reverse, R = _potrf(H[::-1, ::-1], noted), xp.empty(H.shape, H.dtype)
+        tiles = -(-len(H) // TRANSPOSED)
+        _kernel("reverse_transpose", H.dtype)(
+            (tiles, tiles), (TRANSPOSED, 8), (reverse, R, np.int32(len(H)))
+        )
     if info is None:
         check_hessian(noted)
-    # cuBLAS takes no rows that run backwards; NumPy copies the part that it multiplies.
-    return R if namespace(R) is np else namespace(R).ascontiguousarray(R)
+    return R
 
 
 def upper_inverse(R):

@@ -1,5 +1,5 @@
-// One tile of a Cholesky factorisation or of a triangular inverse, in registers: a block of threads
-// a matrix, 16 x 16 threads with E x E elements each, every 16th row and column.
+// Around Cholesky factorisations. A tile of one, or of a triangular inverse, in registers: a block
+// of threads a matrix, 16 x 16 threads with E x E elements each, every 16th row and column.
 //
 //   factor_inverse(A, its strides, n, first, info)
 //     A     REAL, (B, n, n), n <= TILE: the lower triangle is read; L^-1 of A = L L' replaces it,
@@ -7,6 +7,8 @@
 //     info  int, (B,): where 0, first + 1 + k if pivot k is not positive
 //   triangular_inverse(L, its strides, n)
 //     L     REAL, (B, n, n), n <= TILE: lower triangular, replaced by its inverse
+//   reverse_transpose(U, R, n)    32 x 8 threads a tile of 32 x 32
+//     U, R  REAL, (n, n): R is the upper triangle of U' with rows and columns in reverse order
 //
 // Macros: REAL, TILE (a multiple of 16).
 
@@ -95,4 +97,21 @@ extern "C" __global__ void __launch_bounds__(256)
 triangular_inverse(REAL* L, const long long matrix, const long long row, const long long column,
                    const int n) {
     invert<false>(L + blockIdx.x * matrix, row, column, n, 0, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+reverse_transpose(const REAL* __restrict__ U, REAL* __restrict__ R, const int n) {
+    constexpr int SIDE = 32;
+    __shared__ REAL tile[SIDE][SIDE + 1];
+    const int i0 = blockIdx.y * SIDE, j0 = blockIdx.x * SIDE;
+    // R_ij is U' at (n - 1 - i, n - 1 - j): rows of U are columns of R.
+    for (int k = threadIdx.y; k < SIDE && j0 + SIDE > i0; k += blockDim.y) {
+        const int i = i0 + threadIdx.x, j = j0 + k;
+        if (i < n && j < n) tile[k][threadIdx.x] = U[(n - 1 - j) * (long long)n + (n - 1 - i)];
+    }
+    __syncthreads();
+    for (int k = threadIdx.y; k < SIDE; k += blockDim.y) {
+        const int i = i0 + k, j = j0 + threadIdx.x;
+        if (i < n && j < n) R[i * (long long)n + j] = i <= j ? tile[threadIdx.x][k] : REAL(0);
+    }
 }
