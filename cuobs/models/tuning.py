@@ -37,9 +37,10 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
     Returns
     -------
     before, after : float
-        ‖output − goal‖ / ‖goal‖ over the tokens that count, at the first and after the last step.
+        ‖output − goal‖ / ‖goal‖ over the tokens that count. Where the last step has not lowered
+        it, the block stays as it was.
     """
-    home = block
+    home, first = block, {n: m.weight.data.clone() for n, m in linears(block).items() if n in masks}
     if next(block.parameters()).dtype != torch.float32:
         block = copy.deepcopy(block).float()
     modules = linears(block)
@@ -71,11 +72,12 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
                 optimizer.step()
                 schedule.step()
     after = _error(block, batches)
+    better = after < before
     for name, module in linears(home).items():
         module.weight.requires_grad_(False)
         if name in masks:
-            module.weight.data.copy_(modules[name].weight.data)
-    return before, after
+            module.weight.data.copy_(modules[name].weight.data if better else first[name])
+    return before, after if better else before
 
 
 def _counting(hidden, indices):

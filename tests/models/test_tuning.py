@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from small_models import make_model, make_tokens
@@ -82,6 +83,30 @@ def test_bfloat16_learns_in_float32_and_stays_bfloat16(halves):
     )
     assert after < before
     assert all(p.dtype == torch.bfloat16 for p in block.parameters())
+
+
+def test_padding_is_finite_and_takes_no_part(family):
+    tokens, mask = make_tokens(), np.ones((8, 24), int)
+    mask[::2, :5] = 0
+    other = np.where(mask == 0, 3, tokens)
+    found = []
+    for ids in (tokens, other):
+        model = make_model(family)
+        report = prune_model(model, ids, attention_mask=mask, tune=2, device="cpu")
+        assert all(after <= before for before, after in (b.tuned for b in report.blocks))
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_that_do_harm_are_taken_back(halves):
+    block, masks, hidden, goals, calls = halves
+    start = {name: p.clone() for name, p in block.named_parameters()}
+    before, after = tune_block(
+        block, masks, hidden, goals, calls, [None, None], passes=1, rate=100.0
+    )
+    assert after == before
+    assert all(torch.equal(start[name], p) for name, p in block.named_parameters())
 
 
 def test_tuned_model_is_nearer_to_the_dense_one():
