@@ -1,6 +1,7 @@
 """cuobs prune-model, eval-model, speedup: they need the extra ``model``, imported when called."""
 
-import time
+import os
+import sys
 
 import click
 
@@ -12,6 +13,8 @@ TARGETS = ("mixed", "pruned", "dense")
 
 def _share(ctx, parameter, value):
     """A share, or two of them, first and last block: 0.5 or 0.25,0.75."""
+    if value is None:
+        return None
     try:
         parts = [float(v) for v in value.split(",")]
     except ValueError:
@@ -46,10 +49,10 @@ def _share(ctx, parameter, value):
     show_default=True,
     help="What a layer is to give: its outputs in the dense model, in the pruned one, or between.",
 )
-@click.option("--dense-share", default="0.5", callback=_share, show_default=True, metavar="A",
-              help="Of a mixed target; two, as 0.25,0.75, go from the first block to the last.")
-@click.option("--residual-share", default="0.5", callback=_share, show_default=True, metavar="B",
-              help="Of a mixed target: of what the residual stream has lost.")
+@click.option("--dense-share", callback=_share, metavar="A", help="Of a mixed target; two, as "
+              "0.25,0.75, go from the first block to the last.  [0.5]")
+@click.option("--residual-share", callback=_share, metavar="B",
+              help="Of a mixed target: of what the residual stream has lost.  [0.5]")
 @click.option("--drop-first-token/--keep-first-token", default=True, show_default=True,
               help="Leave the first token of a window out of the sums.")
 @click.option("--skip", metavar="REGEX", help="Linears that stay as they are.")
@@ -80,13 +83,18 @@ def prune_model(
         reports.check_picture(plot)
         common.files.check_output(plot)
     view = _View()
-    report = models.prune_folder(
-        src, dst, calibration,
-        samples=samples, sequence_length=sequence_length, seed=seed, attention_mask=attention_mask,
-        evaluate=evaluate, save_masks=masks, shard_size=shard_size, resume=resume,
-        say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
-        **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
-    )  # fmt: skip
+    try:
+        report = models.prune_folder(
+            src, dst, calibration,
+            samples=samples, sequence_length=sequence_length, seed=seed,
+            attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
+            shard_size=shard_size, resume=resume,
+            say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
+            **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
+        raise
     if plot:
         reports.picture(report, plot)
     click.echo()
@@ -141,6 +149,8 @@ COMMANDS = [prune_model, eval_model, speedup]
 
 def _models():
     """`cuobs.models`, or one sentence that says what to install."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would fill a log
     import cuobs.models
 
     return cuobs.models
@@ -150,7 +160,6 @@ class _View:
     """What a run shows: lines on standard output, a line that changes on a terminal."""
 
     def __init__(self):
-        self._began = None
         self._bar = None
 
     def say(self, line):
@@ -175,7 +184,6 @@ class _View:
         dropped = ", first tokens left out" if settings["drop_first_token"] else ""
         click.echo(f"target       {target_text(settings)}{dropped}")
         click.echo(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
-        self._began = time.monotonic()
 
     def block(self, report, blocks):
         from cuobs.models.report import size
@@ -195,6 +203,8 @@ class _View:
             seconds = sum(fresh) / len(fresh) * (blocks - len(report.blocks))
             left = f"  {common._duration(seconds)} left"
         how = "read back" if block.resumed else f"{block.seconds:.1f} s"
+        drift = "" if block.drift is None else f"  drift {block.drift:.1%}"
         click.echo(
-            f"block {block.index + 1}/{blocks}  {losses}  {how}{left}  {size(report.memory_peak)}"
+            f"block {block.index + 1}/{blocks}  {losses}{drift}  {how}{left}  "
+            f"{size(report.memory_peak)} at most"
         )

@@ -3,8 +3,9 @@
 import os
 
 import numpy as np
+import torch
 
-from cuobs import files
+from cuobs import files, validation
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 
@@ -12,6 +13,43 @@ ARRAYS = (".npy", ".npz", ".safetensors")
 def is_tokens(spec):
     """Whether a source names an array of tokens and not a text."""
     return files.split(spec)[0].lower().endswith(ARRAYS)
+
+
+def check_tokens(model, tokens):
+    """Tokens as an array of int64, refused where the model can't read them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokens : array of int, shape (windows, length)
+
+    Returns
+    -------
+    ndarray of int64, shape (windows, length)
+    """
+    array = np.asarray(tokens.cpu() if torch.is_tensor(tokens) else tokens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"tokens: found dtype {array.dtype}, expected integers")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"tokens: found shape {array.shape}, expected (windows, length)")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if array.min() < 0 or array.max() >= vocabulary:
+        raise ValueError(
+            f"tokens: found {array.min()} to {array.max()}, expected 0 to {vocabulary - 1}, "
+            "the model's vocabulary"
+        )
+    longest = longest_window(model)
+    if longest and array.shape[1] > longest:
+        raise ValueError(
+            f"tokens: found windows of {array.shape[1]}, expected at most {longest}, the model's "
+            "longest"
+        )
+    return array.astype(np.int64)
+
+
+def longest_window(model):
+    """Tokens that the model was made for, None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokens(spec, samples=None, length=None):
@@ -30,8 +68,9 @@ def load_tokens(spec, samples=None, length=None):
     -------
     ndarray of int64, shape (windows, length)
     """
+    _check_cut(samples, length)
     tokens = files.load(spec)
-    if tokens.dtype.kind not in "iu":
+    if tokens.dtype.kind not in "biu":  # an attention mask may be bool
         raise TypeError(f"{spec}: found dtype {tokens.dtype}, expected integers")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"{spec}: found shape {tokens.shape}, expected (windows, length)")
@@ -61,6 +100,7 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
     -------
     ndarray of int64, shape (windows, length)
     """
+    _check_cut(samples, length)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: found no such file, expected a text or tokens.npz:key")
     with open(path, "rb") as file:
@@ -76,3 +116,10 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
         chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
         windows = windows[np.sort(chosen)]
     return windows
+
+
+def _check_cut(samples, length):
+    if samples is not None:
+        validation.integer("samples", samples)
+    if length is not None:
+        validation.integer("sequence_length", length, low=2)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
 
 import cuobs
@@ -25,6 +26,8 @@ BLOCKS = "cuobs_blocks"
 STAGING = "cuobs_staging"
 REPORT = "cuobs_report.json"
 MASKS = "cuobs_masks.safetensors"
+# What a killed run may leave of a file that was being written.
+LEFTOVER = ".cuobs_"
 
 # What a checkpoint's folder holds besides weights is copied, these aside.
 WEIGHTS = (
@@ -51,7 +54,10 @@ def find_source(src):
         if os.path.exists(os.path.join(src, MARKER)):
             raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
         with open(config) as file:
-            content = json.load(file)
+            try:
+                content = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{config}: found no JSON ({error})") from None
         if "quantization_config" in content:
             raise ValueError(
                 f"{src}: found a quantization_config, expected weights in floating point"
@@ -69,14 +75,34 @@ def load_model(src):
     """A causal language model from a checkpoint's folder or a GGUF, on the CPU, in its own dtype.
 
     Nothing is fetched from anywhere.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It is no model that transformers opens, or lacks some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
     folder, gguf = find_source(src)
     extra = {} if gguf is None else {"gguf_file": gguf}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, **extra
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, **extra
+        )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and what it calls may raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"{src}: found a model that does not open ({reason}), expected a causal language model "
+            "of transformers"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers
+        raise ValueError(
+            f"{src}: found no {missing[0]} ({len(missing)} tensors are missing), expected all "
+            "weights"
+        )
     if gguf is not None:
         # The weights are floats now; a config that still names GGUF would be refused.
         model.config.__dict__.pop("quantization_config", None)
@@ -103,9 +129,10 @@ def load_tokenizer(src):
 def check_destination(src, dst, resume):
     """Refuse a folder that must not be written, before any work."""
     dst = os.fspath(dst)
-    folder, _ = find_source(src)
-    if os.path.realpath(dst) == os.path.realpath(folder):
-        raise ValueError(f"{dst}: found the source itself, expected another folder")
+    folder, gguf = find_source(src)
+    source, place = os.path.realpath(folder), os.path.realpath(dst)
+    if place == source or gguf is None and place.startswith(source + os.sep):
+        raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
     unfinished = os.path.exists(os.path.join(dst, MARKER))
     if os.path.exists(dst) and not os.path.isdir(dst):
         raise FileExistsError(f"{dst}: found a file, expected a new folder")
@@ -113,7 +140,8 @@ def check_destination(src, dst, resume):
         raise FileExistsError(
             f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
         )
-    if not unfinished and os.path.isdir(dst) and os.listdir(dst):
+    present = os.path.isdir(dst) and [n for n in os.listdir(dst) if not n.startswith(LEFTOVER)]
+    if not unfinished and present:
         what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
         raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
     os.makedirs(dst, exist_ok=True)
@@ -138,7 +166,7 @@ def begin(folder, identity, resume):
         There is a run and ``resume`` is not given.
     """
     identity = json.loads(json.dumps({"cuobs": cuobs.__version__, **identity}))
-    os.makedirs(os.path.join(folder, BLOCKS), exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     marker = os.path.join(folder, MARKER)
     if os.path.exists(marker):
         if not resume:
@@ -151,17 +179,18 @@ def begin(folder, identity, resume):
                     f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
                     "the run began with"
                 )
-        return
-    files.write_text(marker, json.dumps(identity, indent=2) + "\n")
+    else:
+        files.write_text(marker, json.dumps(identity, indent=2) + "\n")
+    os.makedirs(os.path.join(folder, BLOCKS), exist_ok=True)
 
 
 def digest(block):
-    """A fingerprint of the weights of the linears of a block, as they are now."""
+    """A fingerprint of all weights of a block, as they are now."""
     result = hashlib.sha256()
-    for name, module in linears(block).items():
-        weight = module.weight.detach().cpu().contiguous()
-        result.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        result.update(weight.view(torch.uint8).numpy().tobytes())
+    for name, tensor in block.state_dict().items():
+        tensor = tensor.cpu().contiguous()
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(tensor.flatten().view(torch.uint8).numpy())
     return result.hexdigest()
 
 
@@ -174,8 +203,10 @@ def save_block(folder, index, prefix, block, masks, report, before):
         tensors[f"{prefix}.{name}.weight"] = weight
         tensors[f"{prefix}.{name}.mask"] = pack(mask)
     metadata = {"before": before, "report": json.dumps(asdict(report))}
-    with files.replacing(_block_path(folder, index), force=True) as file:
+    path = _block_path(folder, index)
+    with files.replacing(path, force=True) as file:
         file.write(save(tensors, metadata))
+    _sync(os.path.dirname(path))
 
 
 def load_block(folder, index, prefix, block, before):
@@ -251,7 +282,7 @@ def load_masks(path):
         }
 
 
-def finish(src, dst, model, report, masks=None, shard_size="5GB"):
+def finish(src, dst, model, report, masks=None, shard_size=5 * 10**9):
     """Write the pruned model and all that belongs to it, then take the marker away.
 
     Parameters
@@ -260,21 +291,33 @@ def finish(src, dst, model, report, masks=None, shard_size="5GB"):
     model : transformers.PreTrainedModel
     report : ModelReport
     masks : dict of tensor, optional
-    shard_size : str
-        The largest file of weights, as transformers writes it.
+    shard_size : int
+        Bytes of the largest file of weights.
     """
     staging = os.path.join(dst, STAGING)
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, max_shard_size=shard_size)
+    if find_source(src)[1] is None:
+        # The source's own file is copied; one that contradicts itself could not be written.
+        model.generation_config = type(model.generation_config)()
+    try:
+        model.save_pretrained(staging, max_shard_size=shard_size)
+    except SafetensorError as error:
+        raise OSError(f"{dst}: found that the weights can't be written ({error})") from None
     _copy_others(src, staging)
     if masks is not None:
         save_masks(os.path.join(staging, MASKS), masks)
     files.write_text(os.path.join(staging, REPORT), report.to_json(), force=True)
     for name in os.listdir(staging):
         _sync(os.path.join(staging, name))
+    for name in os.listdir(dst):  # an earlier try may have left others, of another size
+        if name.startswith((LEFTOVER, "model")) and name.endswith((".tmp", *WEIGHTS)):
+            os.unlink(os.path.join(dst, name))
     # The config comes last: without it nothing opens the folder as a model.
     for name in sorted(os.listdir(staging), key=lambda n: n == "config.json"):
-        os.replace(os.path.join(staging, name), os.path.join(dst, name))
+        path = os.path.join(dst, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        os.replace(os.path.join(staging, name), path)
     os.rmdir(staging)
     _sync(dst)
     os.unlink(os.path.join(dst, MARKER))
@@ -289,12 +332,14 @@ def _copy_others(src, staging):
         with contextlib.suppress(ValueError):
             load_tokenizer(src).save_pretrained(staging)
         return
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        ours = name in (REPORT, MASKS)
-        if os.path.isfile(path) and not ours and not name.startswith("."):
-            if not name.endswith(WEIGHTS):
-                shutil.copyfile(path, os.path.join(staging, name))
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        wanted = [n for n in names if n not in (REPORT, MASKS) and not n.endswith(WEIGHTS)]
+        for name in wanted:
+            if not name.startswith("."):
+                target = os.path.join(staging, os.path.relpath(place, folder), name)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.copyfile(os.path.join(place, name), target)
 
 
 def _block_path(folder, index):

@@ -2,8 +2,9 @@
 
 import math
 
-import numpy as np
 import torch
+
+from cuobs.models.calibration import check_tokens
 
 # Tokens whose logits are held at once: each is a row of the vocabulary in float32.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -20,7 +21,7 @@ def perplexity(model, tokens, device=None, progress=None):
     model : transformers.PreTrainedModel
         Moved to ``device`` meanwhile.
     tokens : array of int, shape (windows, length)
-    device : torch.device, optional
+    device : torch.device or str, optional
         The model's own by default.
     progress : callable, optional
         Called with (done, total) windows.
@@ -29,15 +30,12 @@ def perplexity(model, tokens, device=None, progress=None):
     -------
     float
     """
-    if not torch.is_tensor(tokens):
-        tokens = torch.from_numpy(np.array(tokens, np.int64))
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"tokens: found shape {tuple(tokens.shape)}, expected (windows, length of at least 2)"
-        )
+    tokens = torch.from_numpy(check_tokens(model, tokens))
+    if tokens.shape[1] < 2:
+        raise ValueError("tokens: found windows of 1, expected at least 2")
     home = next(model.parameters()).device
-    device = home if device is None else device
-    batch = max(1, BATCH_TOKENS[device.type] // tokens.shape[1])
+    device = torch.device(home if device is None else device)
+    batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
     training = model.training
     model.eval().to(device)
     total = 0.0

@@ -3,8 +3,11 @@
 import os
 from functools import partial
 
+import torch
+
+from cuobs import arrays, validation
 from cuobs.models import checkpoint
-from cuobs.models.calibration import is_tokens, load_tokens, tokenize
+from cuobs.models.calibration import is_tokens, load_tokens, longest_window, tokenize
 from cuobs.models.evaluate import perplexity
 from cuobs.models.prune import choose_device, prune_model
 
@@ -28,6 +31,7 @@ def prune_folder(
     device="auto",
     say=None,
     progress=None,
+    starting=None,
     **options,
 ):
     """Prune the model of a folder (or a GGUF) into another folder.
@@ -55,13 +59,15 @@ def prune_folder(
         Go on with an unfinished run, with the same arguments.
     save_masks : bool
         Write ``cuobs_masks.safetensors`` too.
-    shard_size : str
-        The largest file of weights.
+    shard_size : int or str
+        The largest file of weights: bytes, or a size like "5GB".
     device : {"auto", "cpu", "cuda"}
     say : callable, optional
         Called with lines of text: the protocol, what will be done, and what was found.
     progress : callable, optional
         Called with (label, done, total) while a text is evaluated.
+    starting : callable, optional
+        See `prune_model`; called before the dense model is evaluated.
     **options
         Of `prune_model`.
 
@@ -70,6 +76,16 @@ def prune_folder(
     ModelReport
     """
     say = say or (lambda line: None)
+    validation.integer("samples", samples)
+    if sequence_length is not None:
+        validation.integer("sequence_length", sequence_length, low=2)
+    validation.integer("seed", seed, low=0)
+    try:
+        shard_bytes = arrays.parse_size(shard_size)
+    except ValueError:
+        raise ValueError(
+            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
+        ) from None
     checkpoint.check_destination(src, dst, resume)
     place = choose_device(device)
     model = checkpoint.load_model(src)
@@ -80,11 +96,13 @@ def prune_folder(
     def windows(spec, samples, length):
         if is_tokens(spec):
             return load_tokens(spec, samples, length)
-        return tokenize(spec, tokenizer, length or _longest(model), samples, seed)
+        return tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
 
     tokens = windows(calibration, samples, sequence_length)
     length = tokens.shape[1]
-    texts = {os.path.basename(spec): windows(spec, None, length) for spec in evaluate}
+    names = [os.path.basename(spec) for spec in evaluate]
+    names = names if len(set(names)) == len(names) else [os.fspath(spec) for spec in evaluate]
+    texts = {n: windows(spec, None, length) for n, spec in zip(names, evaluate, strict=True)}
     mask = None
     if attention_mask is not None:
         mask = load_tokens(attention_mask, samples, length)
@@ -109,15 +127,26 @@ def prune_folder(
             say(f"{label}: {found[name]:.2f}")
         return found
 
-    before = measure("dense")
+    before = {}
+
+    def checked(report):
+        if starting:
+            starting(report)
+        before.update(measure("dense"))
+
     masks = {} if save_masks else None
-    report = prune_model(
-        model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
-        protocol=protocol, masks=masks, device=device, **options,
-    )  # fmt: skip
-    after = measure("pruned")
+    try:
+        report = prune_model(
+            model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
+            protocol=protocol, masks=masks, device=device, starting=checked, **options,
+        )  # fmt: skip
+        after = measure("pruned")
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "the device is full; fewer samples, shorter windows or fewer batch_tokens take less"
+        ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
-    checkpoint.finish(src, dst, model, report, masks, shard_size)
+    checkpoint.finish(src, dst, model, report, masks, shard_bytes)
     return report
 
 
@@ -137,12 +166,12 @@ def evaluate_folder(folder, text, sequence_length=None, *, device="auto", progre
     else:
         tokenizer = checkpoint.load_tokenizer(folder)
         model = checkpoint.load_model(folder)
-        tokens = tokenize(text, tokenizer, sequence_length or _longest(model))
+        length = _default_length(model) if sequence_length is None else sequence_length
+        tokens = tokenize(text, tokenizer, length)
     step = progress and partial(progress, "perplexity")
     return perplexity(model, tokens, place, step), tokens
 
 
-def _longest(model):
+def _default_length(model):
     """Tokens of a window of a text: 2048, or what the model allows."""
-    config = model.config.get_text_config()
-    return min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", DEFAULT_LENGTH))
+    return min(DEFAULT_LENGTH, longest_window(model) or DEFAULT_LENGTH)

@@ -17,6 +17,7 @@ import cuobs
 from cuobs import validation
 from cuobs.models import checkpoint, memory
 from cuobs.models.blocks import capture, run, run_until, windows_of
+from cuobs.models.calibration import check_tokens
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.structure import (
     find_blocks,
@@ -45,8 +46,8 @@ def prune_model(
     pattern="2:4",
     method="admm",
     target="mixed",
-    dense_share=0.5,
-    residual_share=0.5,
+    dense_share=None,
+    residual_share=None,
     drop_first_token=True,
     skip=None,
     damp=0.01,
@@ -82,12 +83,12 @@ def prune_model(
         What a layer is to give: "pruned" its dense weights' outputs for the inputs that the pruned
         model feeds it, as is usual; "dense" the outputs that it has in the dense model; "mixed"
         something between, see the shares.
-    dense_share : float or (float, float)
-        Of a mixed target: 0 is "pruned", 1 is "dense". A pair goes evenly from the first block to
-        the last.
-    residual_share : float or (float, float)
-        Of a mixed target: the share of what the residual stream has lost that layers which write
-        into it are to make up for.
+    dense_share : float or (float, float), optional
+        Of a mixed target, 0.5 by default: 0 is "pruned", 1 is "dense". A pair goes evenly from the
+        first block to the last.
+    residual_share : float or (float, float), optional
+        Of a mixed target, 0.5 by default: the share of what the residual stream has lost that
+        layers which write into it are to make up for.
     drop_first_token : bool
         Leave the first token of each window out of the sums; its activations are huge and unlike
         all others.
@@ -114,8 +115,8 @@ def prune_model(
     masks : dict, optional
         Filled with the mask of each pruned linear by name, in the form of its weight, True = kept.
     starting : callable, optional
-        Called with a `ModelReport` that holds no blocks yet: what will be done, and the memory
-        that it is predicted to take.
+        Called when all is checked, with a `ModelReport` that holds no blocks yet: what will be
+        done, and the memory that it is predicted to take.
     on_block : callable, optional
         Called with (report, blocks) after each block, the number of all blocks and the
         `ModelReport` so far.
@@ -132,10 +133,13 @@ def prune_model(
         An argument is wrong, the model has no blocks of linears or is a mixture of experts, or its
         activations are not finite.
     """
-    began = time.perf_counter()
     tokens, keep = _check_tokens(model, tokens, attention_mask, drop_first_token)
     shares = _check_shares(target, dense_share, residual_share)
     validation.integer("tune", tune, low=0)
+    if not 0 < tune_rate < float("inf"):
+        raise ValueError(f"tune_rate: found {tune_rate!r}, expected a positive number")
+    if batch_tokens is not None:
+        validation.integer("batch_tokens", batch_tokens)
     device = choose_device(device)
     name, blocks = find_blocks(model)
     shared = shared_weights(model, name, blocks)
@@ -147,8 +151,10 @@ def prune_model(
         (m for i, b in enumerate(blocks) for n, m in linears(b).items() if (i, n) not in left), None
     )
     if first is None:
-        reason = next(iter(left.values()))
-        raise ValueError(f"pattern: found no linear that could be pruned ({reason})")
+        reasons = "; ".join(dict.fromkeys(left.values()))
+        raise ValueError(
+            f"model: found no linear that could be pruned ({reasons}), expected at least one"
+        )
     prepare(
         np.ones(oriented(first).shape, np.float32), pattern, method,
         damp=damp, device=device.type, options=own, **options,
@@ -165,8 +171,8 @@ def prune_model(
         "pattern_view": str(pattern),
         "method": method,
         "target": target,
-        "dense_share": dense_share,
-        "residual_share": residual_share,
+        "dense_share": shares[0],
+        "residual_share": shares[1],
         "drop_first_token": drop_first_token,
         "skip": skip,
         "damp": damp,
@@ -189,12 +195,13 @@ def prune_model(
         blocks[0], *tokens.shape, width, batch,
         dense=follow, tune=tune > 0, device=device, element=element,
     )  # fmt: skip
-    if starting:
-        starting(report)
     if checkpoint_folder is not None:
         identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
         checkpoint.begin(checkpoint_folder, identity, resume)
+    if starting:
+        starting(report)
 
+    began = time.perf_counter()
     training = model.training
     model.eval()
     memory.reset(device)
@@ -452,17 +459,7 @@ def _synchronize(device):
 
 def _check_tokens(model, tokens, attention_mask, drop_first_token):
     """Tokens as a tensor (windows, length), and which of them count."""
-    array = _array(tokens)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"tokens: found dtype {array.dtype}, expected integers")
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"tokens: found shape {array.shape}, expected (windows, length)")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if array.min() < 0 or array.max() >= vocabulary:
-        raise ValueError(
-            f"tokens: found {array.min()} to {array.max()}, expected 0 to {vocabulary - 1}, "
-            "the model's vocabulary"
-        )
+    array = check_tokens(model, tokens)
     keep = np.ones(array.shape, bool)
     if attention_mask is not None:
         keep = _array(attention_mask) != 0
@@ -474,16 +471,20 @@ def _check_tokens(model, tokens, attention_mask, drop_first_token):
         keep[np.arange(len(keep)), keep.argmax(axis=1)] = False
     if not keep.any():
         raise ValueError("tokens: found none that count, expected longer windows")
-    return torch.from_numpy(array.astype(np.int64)), torch.from_numpy(keep)
+    return torch.from_numpy(array), torch.from_numpy(keep)
 
 
 def _check_shares(target, dense_share, residual_share):
     """The shares as pairs (first block, last block)."""
     validation.name_of("target", target, TARGETS)
-    if TARGETS[target] is not None:
-        return [(share, share) for share in TARGETS[target]]
     pairs = []
-    for name, value in ("dense_share", dense_share), ("residual_share", residual_share):
+    given = {"dense_share": dense_share, "residual_share": residual_share}
+    for (name, value), fixed in zip(given.items(), TARGETS[target] or (None, None), strict=True):
+        if fixed is not None and value is not None:
+            raise ValueError(
+                f"{name}: found {value!r} with target={target!r}, expected it with 'mixed' alone"
+            )
+        value = fixed if fixed is not None else 0.5 if value is None else value
         pair = value if isinstance(value, tuple | list) else (value, value)
         try:
             pair = tuple(float(v) for v in pair)

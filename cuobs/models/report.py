@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 
+import cuobs
 from cuobs import files
 from cuobs.plotting import check_picture
 
@@ -119,7 +120,7 @@ class ModelReport:
 
     def to_json(self):
         """The report as text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({"cuobs": cuobs.__version__, **asdict(self)}, indent=2) + "\n"
 
 
 def summary(report):
@@ -155,7 +156,8 @@ def target_text(settings):
 
 
 def _share(value):
-    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple | list) else f"{value:g}"
+    first, last = value
+    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
 
 
 def size(n):

@@ -33,5 +33,12 @@ def test_progress_and_mode():
 
 
 def test_bad_tokens():
-    with pytest.raises(ValueError, match="tokens: found shape"):
-        perplexity(make_model("llama"), make_tokens(3, 1))
+    model = make_model("llama")
+    for tokens, match in (
+        (make_tokens(3, 1), "tokens: found windows of 1"),
+        (make_tokens(3, 65), "found windows of 65, expected at most 64"),
+        (make_tokens()[0], "tokens: found shape"),
+        (make_tokens() + 90, "expected 0 to 96, the model's vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            perplexity(model, tokens)

@@ -138,8 +138,8 @@ def test_text_is_tokenised_and_drawn(source, tmp_path):
 
 
 def test_padded_calibration(source, tmp_path, calibration):
-    mask = np.ones((16, 24), int)
-    mask[::2, :5] = 0
+    mask = np.ones((16, 24), bool)
+    mask[::2, :5] = False
     np.save(tmp_path / "mask.npy", mask)
     prune_folder(
         source, tmp_path / "out", calibration, attention_mask=str(tmp_path / "mask.npy"),
@@ -223,6 +223,75 @@ def test_stopped_before_the_last_file_is_in_place(source, tmp_path, calibration,
     assert {n for n in whole if whole[n] != mine.get(n)} == {"cuobs_report.json"}
 
 
+@pytest.mark.parametrize("when", ["block", "weights"])
+def test_full_disk_loses_one_block_at_most(source, tmp_path, calibration, when):
+    """A limit on the size of files stands for a disk that has no room for one more."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = {"device": "cpu", "method": "sparsegpt"}
+    prune_folder(source, tmp_path / "whole", calibration, **arguments)
+
+    def fill(report, blocks):
+        if len(report.blocks) == (1 if when == "block" else blocks):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    out = tmp_path / "out"
+    try:
+        with pytest.raises(OSError, match="can't be written"):
+            prune_folder(source, out, calibration, on_block=fill, **arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / MARKER).exists() and not (out / "config.json").exists()
+    report = prune_folder(source, out, calibration, resume=True, **arguments)
+    resumed = [block.resumed for block in report.blocks]
+    assert resumed == ([True, False, False] if when == "block" else [True] * 3)
+    whole, mine = contents(tmp_path / "whole"), contents(out)
+    assert whole.keys() == mine.keys()
+    assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
+
+
+def test_shards_of_an_earlier_size_are_gone(source, tmp_path, calibration, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+
+    def failing(a, b):
+        if str(b) == str(out / "config.json"):
+            raise OSError(28, "No space left on device", b)
+        return replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="No space left"):
+            prune_folder(source, out, calibration, device="cpu", shard_size="20KB")
+    (out / ".cuobs_report.json.0123.tmp").write_text("{")
+    (out / "notes.txt").write_text("mine")
+    prune_folder(source, out, calibration, device="cpu", shard_size="1GB", resume=True)
+    names = {path.name for path in out.iterdir()}
+    assert {n for n in names if n.startswith(("model", "."))} == {"model.safetensors"}
+    assert "notes.txt" in names
+
+
+def test_what_a_kill_left_of_a_file_is_no_obstacle(source, tmp_path, calibration):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{MARKER}.0123.tmp").write_text("{")
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_resume_refuses_another_norm(source, tmp_path, calibration):
+    """Not only the linears of a block decide its result."""
+    def stop(report, blocks):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(2)
+    model.save_pretrained(source, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="another model's weights"):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
+
+
 def test_resume_refuses_another_source(source, tmp_path, calibration):
     def stop(report, blocks):
         raise KeyboardInterrupt
@@ -260,6 +329,67 @@ def test_destinations_that_are_refused(source, tmp_path, calibration):
     prune_folder(source, tmp_path / "out", calibration, device="cpu")
     with pytest.raises(FileExistsError, match="found a finished model"):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
+
+
+def test_destination_inside_the_source_is_refused(source, tmp_path, calibration):
+    before = contents(source)
+    with pytest.raises(ValueError, match="outside it"):
+        prune_folder(source, source / "out", calibration, device="cpu")
+    assert contents(source) == before and not (source / "out").exists()
+
+
+def test_files_and_folders_beside_the_weights_are_kept(source, tmp_path, calibration):
+    # A contradiction that transformers reads but may refuse to write.
+    generation = json.dumps({"temperature": 0.9, "top_p": 0.6, "do_sample": False})
+    (source / "generation_config.json").write_text(generation)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"many weights")
+    os.chmod(source, 0o555)
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
+    out = tmp_path / "out"
+    assert (out / "generation_config.json").read_text() == generation
+    assert (out / "additional_chat_templates" / "tool.jinja").read_text() == "{{ messages }}"
+    assert not (out / "original").exists()
+
+
+def test_texts_of_the_same_name_are_both_evaluated(source, tmp_path, calibration):
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "text.npy", make_tokens(4, seed=seed))
+    texts = [str(tmp_path / folder / "text.npy") for folder in "ab"]
+    report = prune_folder(
+        source, tmp_path / "out", calibration, device="cpu", method="wanda", evaluate=texts
+    )
+    assert list(report.perplexity) == texts
+    assert report.perplexity[texts[0]] != report.perplexity[texts[1]]
+
+
+def test_damaged_sources_are_refused(source, tmp_path, calibration):
+    shards = sorted(source.glob("model-*.safetensors"))
+    whole = shards[0].read_bytes()
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            prune_folder(source, tmp_path / "out", calibration, device="cpu")
+        assert not list((tmp_path / "out").iterdir())
+
+    shards[0].write_bytes(whole[:-100])
+    refused("found a model that does not open")
+    shards[0].unlink()
+    refused("found a model that does not open")
+    shards[0].write_bytes(whole)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for name in [n for n, shard in content["weight_map"].items() if shard == shards[0].name]:
+        del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    shards[0].unlink()
+    refused("tensors are missing")
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: found no JSON"):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu")
 
 
 def test_quantized_source_is_refused(source, tmp_path, calibration):

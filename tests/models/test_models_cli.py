@@ -1,6 +1,8 @@
 """prune-model, eval-model and speedup from the command line."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     text = result.output
-    order = ["8 windows of 24 tokens", "text, dense: ", "memory ", "block 1/3", "block 3/3",
+    order = ["8 windows of 24 tokens", "memory ", "text, dense: ", "block 1/3", "block 3/3",
              "text, pruned: ", "peak memory"]  # fmt: skip
     places = [text.index(part) for part in order]
     assert places == sorted(places)
@@ -65,6 +67,7 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         patch.setattr(models._View, "block", interrupted)
         result = cuobs(*command)
         assert result.exit_code == 130
+        assert "--resume goes on" in result.output
     result = cuobs(*command)
     assert result.exit_code == 0
     assert result.output.count("read back") == 1
@@ -80,6 +83,14 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         (["--device", "tpu"], "device: found 'tpu'"),
         (["--plot", "loss.jpg"], "loss.jpg"),
         (["--sequence-length", "25"], "expected at least 25"),
+        (["--sequence-length", "0"], "sequence_length: found 0"),
+        (["--samples", "0"], "samples: found 0"),
+        (["--seed", "-1"], "seed: found -1"),
+        (["--shard-size", "big"], "shard_size: found 'big'"),
+        (["--tune-rate", "0"], "tune_rate: found 0"),
+        (["--batch-tokens", "0"], "batch_tokens: found 0"),
+        (["--skip", "proj"], "no linear that could be pruned (skipped)"),
+        (["--eval", "none.txt"], "none.txt: found no such file"),
     ],
 )
 def test_bad_input(cuobs, source, tokens_file, tmp_path, change, match):
@@ -90,6 +101,43 @@ def test_bad_input(cuobs, source, tokens_file, tmp_path, change, match):
     assert result.exit_code == 2
     assert match in result.output
     assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_bad_input_is_refused_before_the_dense_model_is_evaluated(
+    cuobs, source, tokens_file, tmp_path
+):
+    result = cuobs(
+        "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
+        "--eval", f"{tokens_file}:text", "--damp", "-1", "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "damp" in result.output and "perplexity" not in result.output
+
+
+def test_nothing_but_the_report_in_a_pipe(source, tokens_file, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from cuobs.cli import main; main()", "prune-model", source,
+         tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
+         "--eval", f"{tokens_file}:text", "--device", "cpu"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+    assert done.stdout.endswith(f"written  {tmp_path / 'out'}\n")
+
+
+def test_full_device_is_one_sentence(cuobs, source, tokens_file, tmp_path, monkeypatch):
+    import torch
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("cuobs.models.folder.prune_model", full)
+    result = cuobs("prune-model", source, tmp_path / "out", "--calibration",
+                   f"{tokens_file}:calibration", "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 2
+    assert "fewer samples" in result.output and "Traceback" not in result.output
 
 
 def test_speedup_without_a_device(cuobs):

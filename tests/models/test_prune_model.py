@@ -154,6 +154,15 @@ def test_mixed_target_keeps_closer_to_the_dense_model():
     assert drift["mixed"] < float((states[0] - states[1]).norm() / states[0].norm())
 
 
+def test_settings_name_the_shares_of_a_target(tokens):
+    found = {}
+    for target in ("pruned", "dense", "mixed"):
+        _, report = pruned(make_model("llama"), tokens, method="wanda", target=target)
+        found[target] = report.settings["dense_share"], report.settings["residual_share"]
+    assert found == {"pruned": ((0, 0), (0, 0)), "dense": ((1, 1), (0, 0)),
+                     "mixed": ((0.5, 0.5), (0.5, 0.5))}  # fmt: skip
+
+
 def test_shares_by_depth(tokens):
     _, report = pruned(make_model("llama"), tokens, dense_share=(0.2, 0.8), residual_share=(1, 0))
     shares = [
@@ -290,6 +299,10 @@ def test_training_mode_is_restored(tokens):
         ({"refine": "no"}, ValueError, "refine"),
         ({"target": "half"}, ValueError, "target.*nearest"),
         ({"dense_share": -1}, ValueError, "dense_share: found -1"),
+        ({"target": "pruned", "residual_share": 0.5}, ValueError, "with target='pruned'"),
+        ({"tune_rate": float("nan")}, ValueError, "tune_rate: found nan"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens: found 0"),
+        ({"tokens": make_tokens(2, 65)}, ValueError, "tokens: found windows of 65"),
         ({"residual_share": (1, 2, 3)}, ValueError, "residual_share"),
         ({"skip": "("}, ValueError, "skip.*regular expression"),
         ({"damp": -0.1}, ValueError, "damp"),
