@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from sparsegpt_columns import sparsegpt_columns
 
+import cuobs
 from cuobs import arrays, pattern
 from cuobs.ops import (
     cholesky,
     conjugate_gradient,
     gemm,
-    gram,
     masked_solve,
     projection,
     selection,
@@ -64,17 +64,17 @@ def _tensor(function, xp):
 
 
 def test_gram(clock, problem):
-    """XᵀX; the flop are those of one triangle."""
+    """XᵀX in the pieces that a Hessian takes; the flop are those of one triangle."""
     N, K = problem.X.shape
-    H = problem.xp.zeros((K, K), np.float32)
+    h = cuobs.Hessian(K, device=arrays.device_name(problem.xp))
 
     def check(_):
         some = problem.X[:, :: K // 16].astype(np.float64)
-        # Tensor cores cut sums off instead of rounding them, and here a sum is of all tokens.
-        assert _close(H[:: K // 16, :: K // 16], some.T @ some, 1e-3)
+        # Tensor cores cut sums off instead of rounding them.
+        assert _close(h.matrix[:: K // 16, :: K // 16], some.T @ some, 1e-3)
 
     limit = "fp16" if problem.X.dtype == np.float16 else "fp32"
-    clock(lambda: gram.add_gram(problem.X, H), check, flop=N * K * (K + 1), limit=limit)
+    clock(lambda: h.update(problem.X), check, flop=N * K * (K + 1), limit=limit)
 
 
 def test_reversed_cholesky(clock, damped, rng):
