@@ -4,6 +4,9 @@ from cuobs.ops.gemm import gemm
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
 
+# Blocks of columns that are finished before all to their right are updated by one product.
+BLOCKS = 4
+
 
 def sparsegpt(problem):
     """Column by column: prune by w²/U_ii², compensate to the right, freeze what is kept.
@@ -25,12 +28,16 @@ def sparsegpt(problem):
     # Block by block, from the compensation of the columns to the deviations from the target.
     S = xp.zeros_like(W)
     mask = xp.empty(W.shape, bool)
-    for a in range(0, K, width):
-        b = min(a + width, K)
+    for a in range(0, K, BLOCKS * width):
+        b = min(a + BLOCKS * width, K)
         F = xp.ascontiguousarray(R[a:b, a:] / diagonal[a:])
-        sparsegpt_block(
-            W[:, a:b], S[:, a:b], F[:, : b - a], scale[a:b], layout, mask[:, a:b]
-        )
+        for i in range(a, b, width):
+            j = min(i + width, b)
+            own = F[i - a : j - a, i - a : b - a]
+            sparsegpt_block(
+                W[:, i:j], S[:, i:j], own[:, : j - i], scale[i:j], layout, mask[:, i:j]
+            )
+            gemm(S[:, i:j], own[:, j - i :], S[:, j:b], beta=1)
         gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1)
         problem.settings.report(b, K)
     return Pruned(mask, (W - S) * mask)
