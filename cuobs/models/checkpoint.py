@@ -255,9 +255,10 @@ def unpack(packed, columns):
 def save_masks(path, masks):
     """Write masks by the name of their linear, packed, with the number of columns of each."""
     tensors = {f"{name}.mask": pack(mask) for name, mask in masks.items()}
-    columns = {f"{name}.mask": str(mask.shape[1]) for name, mask in masks.items()}
+    columns = {f"{name}.mask": mask.shape[1] for name, mask in masks.items()}
     with files.replacing(path, force=True) as file:
-        file.write(save(tensors, columns))
+        # One entry: safetensors writes several in no fixed order.
+        file.write(save(tensors, {"columns": json.dumps(columns, sort_keys=True)}))
 
 
 def load_masks(path):
@@ -275,9 +276,9 @@ def load_masks(path):
     """
     path = os.path.join(path, MASKS) if os.path.isdir(path) else path
     with safe_open(path, "pt") as stored:
-        columns = stored.metadata() or {}
+        columns = json.loads(stored.metadata()["columns"])
         return {
-            key.removesuffix(".mask"): unpack(stored.get_tensor(key), int(columns[key]))
+            key.removesuffix(".mask"): unpack(stored.get_tensor(key), columns[key])
             for key in stored.keys()
         }
 
@@ -307,8 +308,12 @@ def finish(src, dst, model, report, masks=None, shard_size=5 * 10**9):
     if masks is not None:
         save_masks(os.path.join(staging, MASKS), masks)
     files.write_text(os.path.join(staging, REPORT), report.to_json(), force=True)
+    mode = os.stat(os.path.join(staging, REPORT)).st_mode
     for name in os.listdir(staging):
-        _sync(os.path.join(staging, name))
+        path = os.path.join(staging, name)
+        if name.endswith(WEIGHTS):
+            os.chmod(path, mode)  # safetensors makes files that their owner alone may read
+        _sync(path)
     for name in os.listdir(dst):  # an earlier try may have left others, of another size
         if name.startswith((LEFTOVER, "model")) and name.endswith((".tmp", *WEIGHTS)):
             os.unlink(os.path.join(dst, name))

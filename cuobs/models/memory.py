@@ -1,5 +1,7 @@
 """Memory that pruning a model takes: predicted before it starts, measured as it goes."""
 
+import contextlib
+import ctypes
 import resource
 import sys
 
@@ -7,8 +9,11 @@ import torch
 
 from cuobs.models.structure import linears
 
+# A process that has imported PyTorch and transformers and holds no model.
+LIBRARIES = 400 * 2**20
 
-def predict(block, windows, length, width, batch, *, dense, tune, device, element):
+
+def predict(block, windows, length, width, batch, *, dense, tune, device, element, model):
     """Bytes that will be in use at the peak.
 
     Parameters
@@ -24,9 +29,11 @@ def predict(block, windows, length, width, batch, *, dense, tune, device, elemen
     tune : bool
         Whether blocks are tuned.
     device : torch.device
-        On the CPU the process as it is now counts too.
+        On the CPU the process as it is now counts too, and the whole model.
     element : int
         Bytes of an element of the hidden states.
+    model : int
+        Bytes of all weights. Those that are mapped from a file come into memory as they are used.
 
     Returns
     -------
@@ -45,7 +52,7 @@ def predict(block, windows, length, width, batch, *, dense, tune, device, elemen
     if tune:
         total += 16 * weights + activations * 2
     if device.type == "cpu":
-        total += resident()
+        total += max(resident(), LIBRARIES + model)
     return int(total)
 
 
@@ -80,6 +87,13 @@ def make_room(device):
         torch.cuda.empty_cache()
         if "cupy" in sys.modules:
             sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+
+
+def trim(device):
+    """On the CPU, give back what the C library keeps: it would grow with every block."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset(device):

@@ -194,6 +194,7 @@ def prune_model(
     report.memory_predicted = memory.predict(
         blocks[0], *tokens.shape, width, batch,
         dense=follow, tune=tune > 0, device=device, element=element,
+        model=sum(p.numel() * p.element_size() for p in model.parameters()),
     )  # fmt: skip
     if checkpoint_folder is not None:
         identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
@@ -261,6 +262,7 @@ def prune_model(
                 masks.update({f"{prefix}.{n}": mask.cpu() for n, mask in block_masks.items()})
             entry.calls[index] = None
             block.to(home)
+            memory.trim(device)
             report.blocks.append(found)
             report.seconds = time.perf_counter() - began
             report.memory_peak = memory.peak(device)

@@ -64,6 +64,7 @@ def test_folder_opens_everywhere_and_is_pruned(source, tmp_path, calibration):
             assert (out / name).read_bytes() == (source / name).read_bytes(), name
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and "sparsity_config" not in config
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     dense = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -158,7 +159,8 @@ CHILD = """
     print("started", flush=True)
     prune_folder(
         sys.argv[1], sys.argv[2], sys.argv[3], device="cpu", resume=True, method="sparsegpt",
-        tune=4, shard_size="20KB", on_block=lambda report, blocks: print("block", flush=True),
+        tune=4, shard_size="20KB", save_masks=True,
+        on_block=lambda report, blocks: print("block", flush=True),
     )
 """
 
@@ -166,7 +168,8 @@ CHILD = """
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
     source = make_source(tmp_path / "source", num_hidden_layers=6)
-    arguments = {"device": "cpu", "method": "sparsegpt", "tune": 4, "shard_size": "20KB"}
+    arguments = {"device": "cpu", "method": "sparsegpt", "tune": 4, "shard_size": "20KB",
+                 "save_masks": True}  # fmt: skip
     prune_folder(source, tmp_path / "whole", calibration, **arguments)
     out = tmp_path / "out"
     child = subprocess.Popen(
