@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 from small_models import make_model
 
 from cuobs.models import BlockReport, prune_model
-from cuobs.models.memory import predict
+from cuobs.models.memory import peak, predict, reset, resident, trim
 from cuobs.models.report import picture, size, summary
 
 
@@ -60,3 +61,17 @@ def test_more_windows_need_more_memory():
     assert alone < few
     here = predict(block, 64, 1024, 32, 8, **{**common, "device": torch.device("cpu")})
     assert here - few >= 10**9  # the whole model, in memory or still mapped from its file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures")
+def test_peak_of_one_run_is_not_that_of_the_one_before():
+    cpu = torch.device("cpu")
+    reset(cpu)
+    start = peak(cpu)
+    large = torch.ones(50 * 2**20)
+    assert peak(cpu) - start > 150 * 2**20
+    del large
+    trim(cpu)
+    reset(cpu)
+    assert peak(cpu) - resident() < 50 * 2**20
+    assert peak(cpu) - start < 100 * 2**20
