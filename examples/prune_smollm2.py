@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
     parser.add_argument("--run", nargs="+", default=TABLE, help="a method and its options, quoted")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
-    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, what is usual and the default")
+    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, two runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
     args = parser.parse_args()
