@@ -205,7 +205,10 @@ def stream_of(*arrays):
 
 @contextlib.contextmanager
 def tensor_cores(xp, allowed):
-    """Whether float32 products of CuPy's matmul may run on tensor cores, in tf32."""
+    """Whether float32 products of CuPy's matmul and of `cuobs.ops.gemm` may run on tensor cores.
+
+    There they are done in tf32, or in float16 where a caller asks for it.
+    """
     if xp is np:
         yield
         return

@@ -5,6 +5,9 @@ import math
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_symmetric
 
+# Share of the whole energy that rounding may take off none at all.
+ROUNDING = 1e-3
+
 
 def relative_loss(W, W_pruned, H):
     """Relative output error ‖X(Wp − W)ᵀ‖ / ‖XWᵀ‖ in the Frobenius norm, by the undamped H.
@@ -41,8 +44,10 @@ def relative_loss(W, W_pruned, H):
 
 def loss(W, W_pruned, H):
     """`relative_loss` of arrays on one namespace and of one dtype."""
-    whole = output_energy(W, H)
-    return math.sqrt(max(output_energy(W_pruned - W, H), 0.0) / whole) if whole > 0 else 0.0
+    whole, lost = output_energy(W, H), output_energy(W_pruned - W, H)
+    if lost < -ROUNDING * abs(whole):
+        raise ValueError("hessian: found outputs of negative energy, expected XᵀX, which has none")
+    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
 
 
 def output_energy(D, H):

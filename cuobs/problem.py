@@ -17,7 +17,7 @@ from cuobs.ops.selection import factor_scope_blocks
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, as opposed to what to compute: nothing here changes a mask.
+    """How to run, as opposed to what to compute: nothing but rounding depends on it.
 
     Attributes
     ----------
@@ -122,26 +122,21 @@ class Problem:
         """The compute dtype."""
         return self.W.dtype
 
-    def check_definite(self):
-        """Raise LinAlgError where H is not positive definite for want of damping.
-
-        Methods that factor H find out by themselves; this is for those that only multiply by it.
-        It is factored where the damping could drown in rounding, which grows like √K (Higham, Mary,
-        "A new approach to probabilistic rounding error analysis", 2019).
-        """
-        smallest = float((self.H.diagonal() - self.diagonal).min())
-        noise = len(self.H) ** 0.5 * self.xp.finfo(self.dtype).eps * float(self.diagonal.mean())
-        if smallest < noise:
-            self.R  # noqa: B018
-            self.check_factored()
-
     def by_scope(self, array):
         """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
         (R, r), (G, c) = self.layout.rows.shape, self.layout.columns.shape
         return array.reshape(R, r, G, c).transpose(3, 0, 1, 2)
 
+    def check_definite(self):
+        """Raise LinAlgError where H is not positive definite.
+
+        Methods that only multiply by H would not find out.
+        """
+        self.R  # noqa: B018
+        self.check_factored()
+
     def check_factored(self):
-        """Raise LinAlgError where `R` is no factor, since H is not positive definite.
+        """Raise LinAlgError where `R` was asked for and is no factor.
 
         A GPU is asked here only, and not while it factors: a method launches its work meanwhile.
         """
@@ -153,7 +148,10 @@ class Problem:
 
     @cached_property
     def R(self):
-        """The reversed Cholesky factor: upper triangular, H = R Rᵀ."""
+        """The reversed Cholesky factor: upper triangular, H = R Rᵀ.
+
+        On a GPU anything where H is not positive definite, until `check_factored` says so.
+        """
         R = cholesky.reversed_cholesky(self.H, self._info)
         if self.xp is np:
             self.check_factored()

@@ -48,7 +48,7 @@ def resolve(problem, mask, start=None):
         limit=TOLERANCE[dtype] ** 2 * (target**2 * H.diagonal()).sum(1),
         max_iterations=10 * K,
         settled=SETTLED[dtype],
-        left=float((away * residual).sum(dtype="float64")),
+        energy=float((away * residual).sum(dtype="float64")),
         progress=lambda done: problem.settings.report(min(done, expected), expected),
     )
 

@@ -266,7 +266,7 @@ def test_masked_cg_stops_when_the_energy_has_settled(xp, rng):
         count[settled] = []
         X = host(conjugate_gradient.masked_cg(
             *map(xp.asarray, (A, residual, mask)), limit=xp.asarray(limit), max_iterations=500,
-            settled=settled, left=energy, progress=count[settled].append))
+            settled=settled, energy=energy, progress=count[settled].append))
         losses[settled] = np.einsum("mk,kl,ml", X - T, A, X - T, optimize=True)
     assert len(count[1e-3]) < len(count[0.0]) / 2
     assert losses[0.0] <= losses[1e-3] <= 1.02 * losses[0.0]

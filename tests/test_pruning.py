@@ -153,13 +153,18 @@ def test_a_device_that_is_not_there(small):
 @pytest.mark.parametrize("method, options", [
     (name, options) for name, options in ALL if name not in ("magnitude", "wanda")
 ])
-def test_not_positive_definite(method, options, dtype):
-    """20 tokens, 32 columns and no damping: says so and what to do, whatever the method."""
+def test_not_positive_definite(xp, method, options, dtype):
+    """20 tokens, 32 columns and no damping, or no Gram matrix: says so, whatever the method."""
     W, H = layers.random_layer(8, 32, tokens=20)
+    if xp is np:  # elsewhere rounding may leave a singular matrix a little definite
+        with pytest.raises(np.linalg.LinAlgError, match="not positive definite.*damp"):
+            prune(xp, W, H, dtype, method=method, damp=0.0, **options)
+    indefinite = np.full((32, 32), 2.0)
+    np.fill_diagonal(indefinite, 1.0)
     with pytest.raises(np.linalg.LinAlgError, match="not positive definite.*damp"):
-        cuobs.prune(W, hessian=H, method=method, damp=0.0, dtype=dtype, device="cpu", **options)
+        prune(xp, W, indefinite, dtype, method=method, **options)
     assert issubclass(np.linalg.LinAlgError, ValueError)
-    result = prune(np, W, H, method=method, dtype=dtype, **options)
+    result = prune(xp, W, H, method=method, dtype=dtype, **options)
     assert np.isfinite(result.weight).all()
 
 
@@ -395,6 +400,33 @@ def test_reconstruct_not_positive_definite():
     W, H = layers.random_layer(8, 32, tokens=20)
     with pytest.raises(np.linalg.LinAlgError, match="not positive definite.*damp"):
         cuobs.reconstruct(W, np.ones(W.shape, bool), H, damp=0.0, **CPU)
+
+
+@pytest.mark.parametrize("method, options", [
+    ("admm", {}), ("sparsegpt", {"refine": "exact"}), ("obs-ordered", {}),
+])
+def test_a_weight_nearly_zero(xp, method, options):
+    """What float32 can square comes out as its size says: nothing overflows or is given up."""
+    W, H = layers.random_layer(8, 64)
+    whole = prune(xp, W, H, "float32", method=method, **options)
+    small = prune(xp, 1e-15 * W, H, "float32", method=method, **options)
+    np.testing.assert_allclose(1e15 * small.weight, whole.weight, rtol=0, atol=0.02)
+    assert abs(small.loss - whole.loss) < 1e-3
+
+
+def test_a_row_nearly_zero(xp):
+    W, H = layers.random_layer(8, 64)
+    size = 10.0 ** -np.arange(0, 16, 2)[:, None]
+    whole = prune(xp, W, H, "float32", method="sparsegpt", refine="exact")
+    mixed = prune(xp, size * W, H, "float32", method="sparsegpt", refine="exact")
+    np.testing.assert_allclose(mixed.weight / size, whole.weight, rtol=0, atol=0.02)
+
+
+def test_a_hessian_that_is_none():
+    """No output has a negative energy: where one does, a loss would say nothing."""
+    W, H = np.array([[1.0, 1.0]]), np.array([[1.0, 2.0], [2.0, 1.0]])
+    with pytest.raises(ValueError, match="hessian: found outputs of negative energy"):
+        cuobs.relative_loss(W, np.array([[2.0, 0.0]]), H)
 
 
 def test_relative_loss(xp):

@@ -49,7 +49,7 @@ def admm(problem, schedule="default"):
     ----------
     problem : Problem
     schedule : {"default", "slow"}
-        "slow" takes two to three times the steps for a loss about 0.7% lower.
+        "slow" takes more steps, half as many again to twice, for a loss 0.3 to 1.6% lower.
 
     References
     ----------
@@ -86,9 +86,12 @@ def admm(problem, schedule="default"):
 
 
 def _unit(W):
-    """The power of two in whose terms W suits float16: far from its largest and smallest number."""
+    """The power of two in whose terms W suits float16: far from its largest and smallest number.
+
+    Rows whose weights are below 1e-8 of the largest keep fewer digits there.
+    """
     largest = float(abs(W).max())
-    return 2.0 ** (math.frexp(largest)[1] - 10) if largest else 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - 10, -60) if largest else 1.0
 
 
 def _shifted(H, rho):

@@ -48,7 +48,7 @@ def obs_ordered(problem, group=None, order="largest"):
         w = W[:, columns]
         rows = C[columns]
         C_group, cross = rows[:, columns], rows[:, others]
-        # tf32 is too short for this tolerance.
+        # tf32 and float16 are too short for this tolerance.
         with tensor_cores(xp, False):
             limit = tolerance**2 * (w * w / C_group.diagonal() * ~kept).sum(1)
             multipliers = masked_cg(

@@ -12,7 +12,7 @@ THREADS = 512
 
 
 def masked_cg(
-    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, left=0.0, progress=None
+    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, energy=0.0, progress=None
 ):
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
@@ -28,14 +28,14 @@ def masked_cg(
     mask : array of bool, shape (M, K)
         True = in S.
     X : array, shape (M, K), optional
-        Where to start, 0 outside S; zeros by default.
+        Where to start; zeros by default.
     limit : array, shape (M,)
         Stop when each row's Σ residual² / diag(A) over S is at or below it.
     max_iterations : int
     settled : float
         Stop, too, when an iteration lowers the energy by no more than this share of what is left.
-    left : float
-        The energy at the start: tr((X − T) A (X − T)ᵀ) where B = T A.
+    energy : float
+        What it is at the start: tr((X − T) A (X − T)ᵀ) where B = T A.
     progress : callable, optional
         Called with the number of iterations done.
 
@@ -48,26 +48,28 @@ def masked_cg(
     .. [1] Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
     """
     xp = namespace(A)
-    mask = xp.ascontiguousarray(mask)
+    # A copy: a kernel reads several at once, from places that a caller's view need not start at.
+    mask = xp.array(mask, order="C")
     scale = xp.sqrt(A.diagonal())
     operand = A / scale
     operand /= scale[:, None]
     operand = tensor_operand(operand)
-    X = xp.zeros_like(residual) if X is None else X * scale
     residual = xp.where(mask, residual / scale, 0)
+    X = xp.zeros_like(residual) if X is None else xp.where(mask, X * scale, 0)
     rr = _squares(residual)
-    P = residual * xp.sqrt(A.shape[0] / xp.where(rr > 0, rr, 1))[:, None]
+    P = residual * (len(A) ** 0.5 / xp.sqrt(xp.where(rr > 0, rr, 1)))[:, None]
     P = P.astype(operand.dtype, copy=False)
     gained = xp.zeros_like(rr)
     Q = xp.empty_like(residual)
     for iteration in range(max_iterations):
         if iteration % CHECK_EVERY == 0:
-            # Since the last look: beside the whole gain, the last ones would be lost in rounding.
-            gain = float(gained.sum(dtype="float64"))
-            gained.fill(0)
-            left -= gain
-            if iteration and not gain > CHECK_EVERY * settled * left:
-                break
+            if iteration:
+                # Since the last look: beside the whole gain, these would be lost in rounding.
+                gain = float(gained.sum(dtype="float64"))
+                gained.fill(0)
+                energy -= gain
+                if not gain > CHECK_EVERY * settled * energy:
+                    break
             if progress:
                 progress(iteration)
         gemm(P, operand, Q)
@@ -104,16 +106,19 @@ def cg_step(Q, mask, X, residual, P, rr, limit, gained):
         return
     Q *= mask
     curvature = np.einsum("mk,mk->m", P, Q)
-    active = (rr > limit) & (curvature > 0)
-    step = np.where(active, np.sqrt(K * rr) / np.where(active, curvature, 1), 0)
-    gained += step * np.sqrt(K * rr)
+    runs = rr > limit
+    active = runs & (curvature > 0)
+    # Roots apart: K / rr would overflow for a residual of 1e-18.
+    root, size = rr.dtype.type(K**0.5), np.sqrt(rr)
+    step = np.where(active, root * size / np.where(active, curvature, 1), 0)
+    gained += step * root * size
     X += step[:, None] * P
     residual -= step[:, None] * Q
     # Where the curvature is not positive, a row has come as far as the digits go, and ends.
-    after = np.where(active | (rr <= limit), _squares(residual), 0)
-    P *= np.sqrt(after / np.where(rr > 0, rr, 1))[:, None]
-    P += residual * np.sqrt(K / np.where(after > 0, after, 1))[:, None]
-    rr[:] = after
+    after = np.sqrt(np.where(active, _squares(residual), 0))
+    P *= np.where(active, after / np.where(size > 0, size, 1), 0)[:, None]
+    P += residual * np.where(active, root / np.where(after > 0, after, 1), 0)[:, None]
+    rr[:] = np.where(runs, after * after, rr)
 
 
 def _squares(A):

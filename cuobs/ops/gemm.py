@@ -25,8 +25,8 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, exact=False):
     B : array, shape (k, n) or (batch, k, n)
         Likewise, of the same dtype.
     out : array, shape (m, n) or (batch, m, n)
-        Rows contiguous. float16 and float32 may come from float16, which is summed in float32.
-        Overwritten.
+        Rows contiguous. On a GPU float16 and float32 may come from float16, which is summed in
+        float32. Overwritten.
     alpha, beta : float
     exact : bool
         Whether a float32 product has to keep the digits of float32 even where tensor cores are
