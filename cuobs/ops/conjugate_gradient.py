@@ -57,7 +57,9 @@ def masked_cg(
     residual = xp.where(mask, residual / scale, 0)
     X = xp.zeros_like(residual) if X is None else xp.where(mask, X * scale, 0)
     rr = _squares(residual)
-    P = residual * (len(A) ** 0.5 / xp.sqrt(xp.where(rr > 0, rr, 1)))[:, None]
+    # A residual below this counts as none: the unit of its direction would overflow.
+    limit = xp.maximum(limit, 4 * len(A) / float(xp.finfo(rr.dtype).max))
+    P = residual * xp.sqrt(len(A) / xp.where(rr > limit, rr, 1))[:, None]
     P = P.astype(operand.dtype, copy=False)
     gained = xp.zeros_like(rr)
     Q = xp.empty_like(residual)
@@ -108,17 +110,17 @@ def cg_step(Q, mask, X, residual, P, rr, limit, gained):
     curvature = np.einsum("mk,mk->m", P, Q)
     runs = rr > limit
     active = runs & (curvature > 0)
-    # Roots apart: K / rr would overflow for a residual of 1e-18.
-    root, size = rr.dtype.type(K**0.5), np.sqrt(rr)
-    step = np.where(active, root * size / np.where(active, curvature, 1), 0)
-    gained += step * root * size
+    root = np.sqrt(K * rr)
+    step = np.where(active, root / np.where(active, curvature, 1), 0)
+    gained += step * root
     X += step[:, None] * P
     residual -= step[:, None] * Q
     # Where the curvature is not positive, a row has come as far as the digits go, and ends.
-    after = np.sqrt(np.where(active, _squares(residual), 0))
-    P *= np.where(active, after / np.where(size > 0, size, 1), 0)[:, None]
-    P += residual * np.where(active, root / np.where(after > 0, after, 1), 0)[:, None]
-    rr[:] = np.where(runs, after * after, rr)
+    after = np.where(active, _squares(residual), 0)
+    goes_on = after > limit
+    P *= np.sqrt(np.where(goes_on, after / np.where(active, rr, 1), 0))[:, None]
+    P += residual * np.sqrt(np.where(goes_on, K / np.where(goes_on, after, 1), 0))[:, None]
+    rr[:] = np.where(runs, after, rr)
 
 
 def _squares(A):

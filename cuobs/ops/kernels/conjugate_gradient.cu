@@ -60,8 +60,7 @@ cg_step(const REAL* __restrict__ Q, const bool* __restrict__ mask, REAL* __restr
         if (threadIdx.x == 0) rr[blockIdx.x] = 0;
         return;
     }
-    // Roots apart: K / after would overflow for a residual of 1e-18.
-    const REAL root = sqrt(REAL(K)), size = sqrt(before), step = root * size / curvature;
+    const REAL step = sqrt(K * before) / curvature;
     REAL after = 0;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
@@ -80,7 +79,7 @@ cg_step(const REAL* __restrict__ Q, const bool* __restrict__ mask, REAL* __restr
         store(residual + row + j, r[n]);
     }
     after = block_sum(after);
-    const REAL unit = after > 0 ? root / sqrt(after) : REAL(0), momentum = sqrt(after) / size;
+    const REAL unit = after > 0 ? sqrt(K / after) : REAL(0), momentum = sqrt(after / before);
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
         const int j = (n * THREADS + threadIdx.x) * WIDTH;
@@ -92,6 +91,6 @@ cg_step(const REAL* __restrict__ Q, const bool* __restrict__ mask, REAL* __restr
     }
     if (threadIdx.x == 0) {
         rr[blockIdx.x] = after;
-        gained[blockIdx.x] += step * root * size;
+        gained[blockIdx.x] += step * sqrt(K * before);
     }
 }
