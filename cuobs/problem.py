@@ -167,7 +167,7 @@ class Problem:
         """The inverse of the damped Hessian."""
         inverse = self.R_inverse
         self.check_factored()
-        return inverse.T @ inverse
+        return cholesky.upper_gram(inverse)
 
     @cached_property
     def scope_blocks(self):

@@ -143,3 +143,17 @@ def test_figure(xp, layer, pattern, method, rows, options, loss):
     single = prune(xp, W[:rows], H, dtype="float32", precision="fp32", **options)
     assert single.mask.mean() == 0.5
     assert single.loss == pytest.approx(double.loss, rel=0.01)
+
+
+@pytest.mark.parametrize("method, options", [
+    ("admm", {}), ("sparsegpt", {"refine": "exact"}), ("true-obs", {"group": 40}),
+])
+def test_tensor_cores_do_not_move_the_loss(xp, layer, method, options):
+    """Not even where the sizes of rows differ by far."""
+    W, H = layer
+    W = W[:96] * 2.0 ** np.random.default_rng(0).integers(-6, 7, (96, 1))
+    fp32, tensor = (
+        prune(xp, W, H, "float32", method=method, precision=precision, **options).loss
+        for precision in ("fp32", "tensor")
+    )
+    assert tensor == pytest.approx(fp32, rel=0.01)
