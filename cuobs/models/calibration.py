@@ -27,7 +27,7 @@ def check_tokens(model, tokens):
     -------
     ndarray of int64, shape (windows, length)
     """
-    array = np.asarray(tokens.cpu() if torch.is_tensor(tokens) else tokens)
+    array = to_array(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"tokens: found dtype {array.dtype}, expected integers")
     if array.ndim != 2 or 0 in array.shape:
@@ -45,6 +45,11 @@ def check_tokens(model, tokens):
             "longest"
         )
     return array.astype(np.int64)
+
+
+def to_array(values):
+    """Tokens or a mask of them, of PyTorch or not, as an array on the CPU."""
+    return np.asarray(values.cpu() if torch.is_tensor(values) else values)
 
 
 def longest_window(model):
@@ -68,7 +73,7 @@ def load_tokens(spec, samples=None, length=None):
     -------
     ndarray of int64, shape (windows, length)
     """
-    _check_cut(samples, length)
+    check_cut(samples, length)
     tokens = files.load(spec)
     if tokens.dtype.kind not in "biu":  # an attention mask may be bool
         raise TypeError(f"{spec}: found dtype {tokens.dtype}, expected integers")
@@ -100,7 +105,7 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
     -------
     ndarray of int64, shape (windows, length)
     """
-    _check_cut(samples, length)
+    check_cut(samples, length)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: found no such file, expected a text or tokens.npz:key")
     with open(path, "rb") as file:
@@ -118,7 +123,8 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
     return windows
 
 
-def _check_cut(samples, length):
+def check_cut(samples, length):
+    """Refuse a number of windows or a length of theirs that can't be cut."""
     if samples is not None:
         validation.integer("samples", samples)
     if length is not None:

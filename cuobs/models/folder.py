@@ -7,7 +7,13 @@ import torch
 
 from cuobs import arrays, validation
 from cuobs.models import checkpoint
-from cuobs.models.calibration import is_tokens, load_tokens, longest_window, tokenize
+from cuobs.models.calibration import (
+    check_cut,
+    is_tokens,
+    load_tokens,
+    longest_window,
+    tokenize,
+)
 from cuobs.models.evaluate import perplexity
 from cuobs.models.prune import choose_device, prune_model
 
@@ -76,9 +82,7 @@ def prune_folder(
     ModelReport
     """
     say = say or (lambda line: None)
-    validation.integer("samples", samples)
-    if sequence_length is not None:
-        validation.integer("sequence_length", sequence_length, low=2)
+    check_cut(samples, sequence_length)
     validation.integer("seed", seed, low=0)
     try:
         shard_bytes = arrays.parse_size(shard_size)

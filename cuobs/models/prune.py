@@ -17,7 +17,7 @@ import cuobs
 from cuobs import validation
 from cuobs.models import checkpoint, memory
 from cuobs.models.blocks import capture, run, run_until, windows_of
-from cuobs.models.calibration import check_tokens
+from cuobs.models.calibration import check_tokens, to_array
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.structure import (
     find_blocks,
@@ -164,7 +164,7 @@ def prune_model(
     parts = list(zip(tokens.split(batch), keep.split(batch), strict=True))
     given = [None] * len(parts)
     if attention_mask is not None:
-        given = torch.from_numpy(_array(attention_mask).astype(np.int64)).split(batch)
+        given = torch.from_numpy(to_array(attention_mask).astype(np.int64)).split(batch)
     follow = target != "pruned" or tune > 0
     settings = {
         "pattern": pattern.label,
@@ -464,7 +464,7 @@ def _check_tokens(model, tokens, attention_mask, drop_first_token):
     array = check_tokens(model, tokens)
     keep = np.ones(array.shape, bool)
     if attention_mask is not None:
-        keep = _array(attention_mask) != 0
+        keep = to_array(attention_mask) != 0
         if keep.shape != array.shape:
             raise ValueError(
                 f"attention_mask: found shape {keep.shape}, expected {array.shape} as the tokens"
@@ -520,10 +520,6 @@ def _layers_left(model, name, blocks, shared, pattern, skipped):
                 except ValueError as error:
                     left[index, inner] = str(error)
     return left
-
-
-def _array(values):
-    return np.asarray(values.cpu() if torch.is_tensor(values) else values)
 
 
 def _digest(*tensors):
