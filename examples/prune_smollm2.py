@@ -29,7 +29,9 @@ from cuobs.models.report import size
 
 TABLE = (
     "magnitude target=pruned",
+    "magnitude target=mixed",
     "wanda target=pruned",
+    "wanda target=mixed",
     "sparsegpt target=pruned",
     "sparsegpt target=mixed",
     "true-obs target=pruned",

@@ -276,12 +276,14 @@ def test_a_batch_fits_what_it_is_said_to_take(cp, monkeypatch, pattern, M, K, gr
                         lambda run: said.append(_bytes_per_row(run)) or said[-1])
     with arrays.tensor_cores(cp, True):
         true_obs(problem_on(cp, pattern, M, K, batch_rows=M), group=group)
-        problem = problem_on(cp, pattern, M, K, batch_rows=M)
-        problem.C  # noqa: B018
         pool = cp.get_default_memory_pool()
         pool.free_all_blocks()
-        # C scaled, and in float16; masks.
-        held = pool.used_bytes() + K * K * 6 + 2 * M * K
+        problem = problem_on(cp, pattern, M, K, batch_rows=M)
+        problem.C  # noqa: B018
+        pool.free_all_blocks()
+        # What is held, with the gaps that it leaves in the pool's pieces; C scaled, and in float16;
+        # masks.
+        held = pool.total_bytes() + K * K * 6 + 2 * M * K
         pool.set_limit(size=held + said[0] * M + 2**19)
         asked = []
 

@@ -37,7 +37,7 @@ def sentence(error):
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) and not text.startswith("memory: "):
         text = f"out of memory ({text}): try a lower --memory-limit" if text else "out of memory"
     return text
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from cuobs.models import memory
+
 
 class Entry(NamedTuple):
     """What the blocks are called with.
@@ -59,7 +61,8 @@ def capture(model, blocks, batches, device):
         def forward(*args, **kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if not form:  # a tensor, or a tuple that begins with it: its own forward tells
-                out = whole(*args, **kwargs)
+                one = windows_of((args, kwargs), 0, 1, len(hidden))
+                out = whole(*one[0], **one[1])
                 form.append(None if torch.is_tensor(out) else tuple(out[1:]))
             return hidden if form[0] is None else (hidden, *form[0])
 
@@ -136,9 +139,13 @@ def windows_of(call, start, stop, batch):
 
 def run(block, hidden, call):
     """The hidden states that leave a block."""
-    args, kwargs = call
-    out = block(hidden, *args, **kwargs)
-    return out if torch.is_tensor(out) else out[0]
+
+    def whole(hidden, call):
+        args, kwargs = call
+        out = block(hidden, *args, **kwargs)
+        return (out if torch.is_tensor(out) else out[0],)
+
+    return _in_halves(whole, hidden, call)[0]
 
 
 def run_until(block, module, hidden, call, before=()):
@@ -160,23 +167,48 @@ def run_until(block, module, hidden, call, before=()):
     x : tensor, shape (tokens, K)
     stream : tensor, shape (tokens, D)
     """
-    found, stream = [], hidden.reshape(-1, hidden.shape[-1])
 
-    def stop(_, args):
-        found.append(args[0])
-        raise _Stop
+    def part(hidden, call):
+        found, stream = [], hidden.reshape(-1, hidden.shape[-1])
 
-    def add(_, args, output):
-        nonlocal stream
-        stream = stream + output.reshape(stream.shape)
+        def stop(_, args):
+            found.append(args[0])
+            raise _Stop
 
-    handles = [module.register_forward_pre_hook(stop)]
-    handles += [m.register_forward_hook(add) for m in before]
+        def add(_, args, output):
+            nonlocal stream
+            stream = stream + output.reshape(stream.shape)
+
+        handles = [module.register_forward_pre_hook(stop)]
+        handles += [m.register_forward_hook(add) for m in before]
+        args, kwargs = call
+        try:
+            with contextlib.suppress(_Stop):
+                block(hidden, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        x = found[0]
+        return x.reshape(-1, x.shape[-1]), stream
+
+    return _in_halves(part, hidden, call)
+
+
+def _in_halves(forward, hidden, call):
+    """The tensors of ``forward(hidden, call)``, by parts of the batch if the device runs full."""
     try:
-        with contextlib.suppress(_Stop):
-            run(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    x = found[0]
-    return x.reshape(-1, x.shape[-1]), stream
+        return forward(hidden, call)
+    except torch.cuda.OutOfMemoryError:
+        if len(hidden) == 1:
+            raise MemoryError(
+                f"memory: a window of {hidden.shape[1]} tokens needs more than the device has "
+                "free, expected shorter windows"
+            ) from None
+    # Only now has the failed call let go of its tensors.
+    memory.make_room(hidden.device)
+    middle = len(hidden) // 2
+    parts = [
+        _in_halves(forward, hidden[a:b], windows_of(call, a, b, len(hidden)))
+        for a, b in ((0, middle), (middle, len(hidden)))
+    ]
+    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))

@@ -40,20 +40,34 @@ def perplexity(model, tokens, device=None, progress=None):
     model.eval().to(device)
     total = 0.0
     try:
-        for start in range(0, len(tokens), batch):
+        start = 0
+        while start < len(tokens):
             part = tokens[start : start + batch].to(device)
-            logits = model(input_ids=part, use_cache=False).logits
-            # Window by window: a float32 copy of all logits would double the peak.
-            for row, expected in zip(logits, part, strict=True):
-                total += float(
-                    torch.nn.functional.cross_entropy(
-                        row[:-1].float(), expected[1:], reduction="sum"
-                    )
-                )
+            try:
+                total += _surprise(model, part)
+            except torch.cuda.OutOfMemoryError:
+                if len(part) == 1:
+                    raise MemoryError(
+                        f"memory: the logits of a window of {tokens.shape[1]} tokens need more "
+                        "than the device has free, expected shorter windows"
+                    ) from None
+                batch = len(part) // 2
+                continue
+            start += len(part)
             if progress:
-                progress(min(start + batch, len(tokens)), len(tokens))
+                progress(start, len(tokens))
     finally:
         model.train(training)
         model.to(home)
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _surprise(model, tokens):
+    """The negative log likelihood of all tokens but the first of each window, summed."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    # Window by window: a float32 copy of all logits would double the peak.
+    return sum(
+        float(torch.nn.functional.cross_entropy(row[:-1].float(), expected[1:], reduction="sum"))
+        for row, expected in zip(logits, tokens, strict=True)
+    )

@@ -2,25 +2,26 @@
 
 import contextlib
 import ctypes
+import math
 import re
 import resource
 import sys
 
 import torch
 
-from cuobs.models.structure import linears
-
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
 
 
-def predict(block, windows, length, width, batch, *, dense, tune, device, element, model):
+def predict(
+    shapes, windows, length, width, batch, *, dense, tune, device, element, model, forward=None
+):
     """Bytes that will be in use at the peak.
 
     Parameters
     ----------
-    block : torch.nn.Module
-        One of the blocks.
+    shapes : list of (int, int)
+        Of the weights of a block's linears.
     windows, length, width : int
         Of the hidden states.
     batch : int
@@ -35,18 +36,22 @@ def predict(block, windows, length, width, batch, *, dense, tune, device, elemen
         Bytes of an element of the hidden states.
     model : int
         Bytes of all weights. Those that are mapped from a file come into memory as they are used.
+    forward : int, optional
+        Bytes that a window's forward of the block takes, if `taken` has measured them: they can't
+        be told from the weights, since an attention without a fused kernel holds its scores.
 
     Returns
     -------
     int
     """
-    shapes = [m.weight.shape for m in linears(block).values()]
-    weights = sum(p.numel() for p in block.parameters())
+    sizes = [math.prod(shape) for shape in shapes]
+    weights, elements = sum(sizes), max(sizes)
     columns = max(max(shape) for shape in shapes)
-    elements = max(shape.numel() for shape in shapes)
     states = windows * length * width * element * (1 + dense)
     tokens = batch * length
-    activations = tokens * (sum(max(shape) for shape in shapes) + 4 * columns) * element
+    if forward is None:
+        forward = length * sum(max(shape) for shape in shapes) * element
+    activations = batch * forward + tokens * 4 * columns * element
     grams = columns**2 * (4 * (1 + dense) + 8 * 3)
     method = 10 * 4 * (columns**2 + elements)
     total = weights * element * 2 + states + activations + grams + method
@@ -55,6 +60,15 @@ def predict(block, windows, length, width, batch, *, dense, tune, device, elemen
     if device.type == "cpu":
         total += max(resident(), LIBRARIES + model)
     return int(total)
+
+
+def taken(function, device):
+    """Bytes of PyTorch's memory on a GPU that a call needs while it runs."""
+    function()  # what libraries keep for themselves, they have from now on
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def resident():

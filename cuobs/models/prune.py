@@ -189,18 +189,9 @@ def prune_model(
         protocol={"windows": len(tokens), "length": tokens.shape[1], **(protocol or {})},
         left=[n for n in linears(model) if n not in inside],
     )
-    element = next(blocks.parameters()).element_size()
-    width = model.get_input_embeddings().weight.shape[1]
-    report.memory_predicted = memory.predict(
-        blocks[0], *tokens.shape, width, batch,
-        dense=follow, tune=tune > 0, device=device, element=element,
-        model=sum(p.numel() * p.element_size() for p in model.parameters()),
-    )  # fmt: skip
     if checkpoint_folder is not None:
         identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
         checkpoint.begin(checkpoint_folder, identity, resume)
-    if starting:
-        starting(report)
 
     began = time.perf_counter()
     training = model.training
@@ -209,6 +200,16 @@ def prune_model(
     try:
         shown = [(t, mask) for (t, _), mask in zip(parts, given, strict=True)]
         entry = capture(model, blocks, shown, device)
+        report.memory_predicted = memory.predict(
+            [m.weight.shape for m in linears(blocks[0]).values()],
+            *tokens.shape, entry.hidden[0].shape[-1], batch,
+            dense=follow, tune=tune > 0, device=device,
+            element=next(blocks.parameters()).element_size(),
+            model=sum(p.numel() * p.element_size() for p in model.parameters()),
+            forward=_forward_bytes(blocks[0], entry, device),
+        )  # fmt: skip
+        if starting:
+            starting(report)
         kept = [_kept(k, device) for _, k in parts]
         hidden = entry.hidden
         pruned_hidden = list(hidden)
@@ -417,6 +418,19 @@ def _stackable(pattern, counts, K):
         for layout in alone
     )
     return same and found == {tuple(group) for group in stacked.rows.tolist()}
+
+
+def _forward_bytes(block, entry, device):
+    """What a window takes in a block, measured on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    home, hidden = next(block.parameters()).device, entry.hidden[0]
+    call = windows_of(entry.calls[0][0], 0, 1, len(hidden))
+    block.to(device)
+    try:
+        return memory.taken(lambda: _run(block, hidden[:1], call), device)
+    finally:
+        block.to(home)
 
 
 def _run(block, hidden, call):

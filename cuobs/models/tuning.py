@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from cuobs.models import memory
 from cuobs.models.blocks import as_dtype, run, windows_of
 from cuobs.models.structure import linears
 
@@ -59,14 +60,12 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    before = _error(block, batches)
+    before, step_windows = _error(block, batches), STEP_WINDOWS
     order = torch.Generator().manual_seed(0)
     with _repeatable(hidden[0]), torch.enable_grad():
         for _ in range(passes):
             for i in torch.randperm(len(batches), generator=order).tolist():
-                lost, whole = _energies(block, *batches[i])
-                optimizer.zero_grad(set_to_none=True)
-                (lost / whole).backward()
+                step_windows = _gradient(block, batches[i], optimizer, step_windows)
                 for weight, mask in weights.items():
                     weight.grad.mul_(mask)
                 optimizer.step()
@@ -88,16 +87,46 @@ def _counting(hidden, indices):
     return weight[..., None]
 
 
-def _energies(block, hidden, goal, call, counts):
-    goal = goal.float()
+def _lost(block, hidden, goal, call, counts):
     out = run(block, hidden.float(), as_dtype(call, torch.float32))
-    return ((out - goal).square() * counts).sum(), (goal.square() * counts).sum()
+    return ((out - goal.float()).square() * counts).sum()
+
+
+def _whole(goal, counts):
+    return (goal.float().square() * counts).sum()
+
+
+def _gradient(block, batch, optimizer, windows):
+    """Leave the gradient of a batch's relative error in the weights.
+
+    Returns how many windows at once the device's memory allows, beginning with ``windows``.
+    """
+    hidden, goal, call, counts = batch
+    whole, lost = _whole(goal, counts), None
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            for a in range(0, len(hidden), windows):
+                b = a + windows
+                part = windows_of(call, a, b, len(hidden))
+                lost = _lost(block, hidden[a:b], goal[a:b], part, counts[a:b])
+                (lost / whole).backward()
+            return windows
+        except torch.cuda.OutOfMemoryError:
+            if windows == 1:
+                raise MemoryError(
+                    f"memory: tuning on a window of {hidden.shape[1]} tokens needs more than the "
+                    "device has free, expected shorter windows or no tuning"
+                ) from None
+        lost = None
+        memory.make_room(hidden.device)
+        windows //= 2
 
 
 @torch.no_grad()
 def _error(block, batches):
-    pairs = [_energies(block, *batch) for batch in batches]
-    lost, whole = (sum(parts) for parts in zip(*pairs, strict=True))
+    lost = sum(_lost(block, *batch) for batch in batches)
+    whole = sum(_whole(goal, counts) for _, goal, _, counts in batches)
     return float((lost / whole).sqrt())
 
 

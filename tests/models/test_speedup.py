@@ -45,6 +45,6 @@ def test_verdict():
 def test_times_on_a_device():
     found = speedup("1024x2048", batches=(64, 4096))
     assert [t.batch for t in found] == [64, 4096]
-    assert all(t.dense > 0 and t.gain > 0.1 for t in found)
+    assert all(t.dense > 0 and t.sparse > 0 and not t.fault for t in found)
     refused = speedup("10x12", batches=(4,))[0]
     assert refused.sparse is None and refused.fault
