@@ -28,8 +28,8 @@ def predict(
         Windows in a batch.
     dense : bool
         Whether the dense model's hidden states are followed too.
-    tune : bool
-        Whether blocks are tuned.
+    tune : int
+        Windows in a step of tuning; 0 where blocks are not tuned.
     device : torch.device
         On the CPU the process as it is now counts too, and the whole model.
     element : int
@@ -48,15 +48,18 @@ def predict(
     weights, elements = sum(sizes), max(sizes)
     columns = max(max(shape) for shape in shapes)
     states = windows * length * width * element * (1 + dense)
-    tokens = batch * length
     if forward is None:
-        forward = length * sum(max(shape) for shape in shapes) * element
-    activations = batch * forward + tokens * 4 * columns * element
+        window = length * (sum(max(shape) for shape in shapes) + 4 * columns) * element
+    else:
+        # Inputs of the pruned model wait for those of the dense one; then both are widened.
+        window = max(forward + length * columns * element, length * columns * 16)
+    # What backpropagation keeps of a window in float32 is about three times as much.
+    activations = max(batch * window, 3 * min(batch, tune) * window * 4 // element)
     grams = columns**2 * (4 * (1 + dense) + 8 * 3)
     method = 10 * 4 * (columns**2 + elements)
     total = weights * element * 2 + states + activations + grams + method
     if tune:
-        total += 16 * weights + activations * 2
+        total += 16 * weights
     if device.type == "cpu":
         total += max(resident(), LIBRARIES + model)
     return int(total)

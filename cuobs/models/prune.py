@@ -27,7 +27,7 @@ from cuobs.models.structure import (
     shared_weights,
 )
 from cuobs.models.targets import TARGETS, Moments, target_weights
-from cuobs.models.tuning import tune_block
+from cuobs.models.tuning import STEP_WINDOWS, tune_block
 from cuobs.pruning import prepare
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
@@ -203,7 +203,7 @@ def prune_model(
         report.memory_predicted = memory.predict(
             [m.weight.shape for m in linears(blocks[0]).values()],
             *tokens.shape, entry.hidden[0].shape[-1], batch,
-            dense=follow, tune=tune > 0, device=device,
+            dense=follow, tune=STEP_WINDOWS if tune else 0, device=device,
             element=next(blocks.parameters()).element_size(),
             model=sum(p.numel() * p.element_size() for p in model.parameters()),
             forward=_forward_bytes(blocks[0], entry, device),

@@ -87,5 +87,4 @@ def test_predicted_memory_is_about_what_is_used(target, tune):
     report = prune_model(
         model, make_tokens(32, 1024), method="sparsegpt", target=target, tune=tune, device="cuda"
     )
-    print(report.memory_predicted / 2**30, report.memory_peak / 2**30)
-    assert 0.9 * report.memory_peak < report.memory_predicted < 2 * report.memory_peak
+    assert 0.9 * report.memory_peak < report.memory_predicted < 1.5 * report.memory_peak

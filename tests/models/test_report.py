@@ -53,12 +53,16 @@ def test_size():
 
 def test_more_windows_need_more_memory():
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
-    common = {"dense": True, "tune": False, "device": torch.device("cuda", 0), "element": 4,
+    common = {"dense": True, "tune": 0, "device": torch.device("cuda", 0), "element": 4,
               "model": 10**9}  # fmt: skip
     few, many = (predict(shapes, n, 1024, 32, 8, **common) for n in (64, 128))
     assert many - few == 2 * 64 * 1024 * 32 * 4
     alone = predict(shapes, 64, 1024, 32, 8, **{**common, "dense": False})
     assert alone < few
+    tuned = predict(shapes, 64, 1024, 32, 8, **{**common, "tune": 8})
+    assert few < tuned
+    measured = predict(shapes, 64, 1024, 32, 8, **common, forward=10**9)
+    assert measured - few == pytest.approx(8 * 10**9, rel=0.05)
     here = predict(shapes, 64, 1024, 32, 8, **{**common, "device": torch.device("cpu")})
     assert here - few >= 10**9  # the whole model, in memory or still mapped from its file
 
