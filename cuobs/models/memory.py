@@ -47,12 +47,15 @@ def predict(
     sizes = [math.prod(shape) for shape in shapes]
     weights, elements = sum(sizes), max(sizes)
     columns = max(max(shape) for shape in shapes)
-    states = windows * length * width * element * (1 + dense)
+    # Dense ones before and after the block, and the pruned model's.
+    states = windows * length * width * element * (3 if dense else 1)
     if forward is None:
         window = length * (sum(max(shape) for shape in shapes) + 4 * columns) * element
     else:
-        # Inputs of the pruned model wait for those of the dense one; then both are widened.
-        window = max(forward + length * columns * element, length * columns * 16)
+        # Inputs and residual stream of the pruned model wait for those of the dense one; then
+        # both are widened.
+        waiting = length * (columns + 2 * width) * element if dense else 0
+        window = max(forward + waiting, length * columns * 16)
     # What backpropagation keeps of a window in float32 is about three times as much.
     activations = max(batch * window, 3 * min(batch, tune) * window * 4 // element)
     grams = columns**2 * (4 * (1 + dense) + 8 * 3)

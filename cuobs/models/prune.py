@@ -212,7 +212,7 @@ def prune_model(
             starting(report)
         kept = [_kept(k, device) for _, k in parts]
         hidden = entry.hidden
-        pruned_hidden = list(hidden)
+        pruned_hidden = list(hidden) if follow else hidden
         for index, block in enumerate(blocks):
             start = time.perf_counter()
             home = next(block.parameters()).device
@@ -246,9 +246,9 @@ def prune_model(
                     _measure_sparsity(block, found, prefix)
             last = index + 1 == len(blocks)
             if not last or follow:
-                pruned_hidden = [
-                    _run(block, h, c) for h, c in zip(pruned_hidden, calls, strict=True)
-                ]
+                # One by one into place: a second copy of all of them may not fit.
+                for i, call in enumerate(calls):
+                    pruned_hidden[i] = _run(block, pruned_hidden[i], call)
             if follow:
                 hidden = after
                 found.drift = found.drift or _drift(hidden, pruned_hidden, kept)
