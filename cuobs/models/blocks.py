@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from cuobs.models import memory
-
 
 class Entry(NamedTuple):
     """What the blocks are called with.
@@ -139,13 +137,9 @@ def windows_of(call, start, stop, batch):
 
 def run(block, hidden, call):
     """The hidden states that leave a block."""
-
-    def whole(hidden, call):
-        args, kwargs = call
-        out = block(hidden, *args, **kwargs)
-        return (out if torch.is_tensor(out) else out[0],)
-
-    return _in_halves(whole, hidden, call)[0]
+    args, kwargs = call
+    out = block(hidden, *args, **kwargs)
+    return out if torch.is_tensor(out) else out[0]
 
 
 def run_until(block, module, hidden, call, before=()):
@@ -167,48 +161,23 @@ def run_until(block, module, hidden, call, before=()):
     x : tensor, shape (tokens, K)
     stream : tensor, shape (tokens, D)
     """
+    found, stream = [], hidden.reshape(-1, hidden.shape[-1])
 
-    def part(hidden, call):
-        found, stream = [], hidden.reshape(-1, hidden.shape[-1])
+    def stop(_, args):
+        found.append(args[0])
+        raise _Stop
 
-        def stop(_, args):
-            found.append(args[0])
-            raise _Stop
+    def add(_, args, output):
+        nonlocal stream
+        stream = stream + output.reshape(stream.shape)
 
-        def add(_, args, output):
-            nonlocal stream
-            stream = stream + output.reshape(stream.shape)
-
-        handles = [module.register_forward_pre_hook(stop)]
-        handles += [m.register_forward_hook(add) for m in before]
-        args, kwargs = call
-        try:
-            with contextlib.suppress(_Stop):
-                block(hidden, *args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        x = found[0]
-        return x.reshape(-1, x.shape[-1]), stream
-
-    return _in_halves(part, hidden, call)
-
-
-def _in_halves(forward, hidden, call):
-    """The tensors of ``forward(hidden, call)``, by parts of the batch if the device runs full."""
+    handles = [module.register_forward_pre_hook(stop)]
+    handles += [m.register_forward_hook(add) for m in before]
     try:
-        return forward(hidden, call)
-    except torch.cuda.OutOfMemoryError:
-        if len(hidden) == 1:
-            raise MemoryError(
-                f"memory: a window of {hidden.shape[1]} tokens needs more than the device has "
-                "free, expected shorter windows"
-            ) from None
-    # Only now has the failed call let go of its tensors.
-    memory.make_room(hidden.device)
-    middle = len(hidden) // 2
-    parts = [
-        _in_halves(forward, hidden[a:b], windows_of(call, a, b, len(hidden)))
-        for a, b in ((0, middle), (middle, len(hidden)))
-    ]
-    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
+        with contextlib.suppress(_Stop):
+            run(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    x = found[0]
+    return x.reshape(-1, x.shape[-1]), stream

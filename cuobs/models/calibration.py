@@ -106,8 +106,7 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
     ndarray of int64, shape (windows, length)
     """
     check_cut(samples, length)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: found no such file, expected a text or tokens.npz:key")
+    check_file(path)
     with open(path, "rb") as file:
         try:
             text = file.read().decode()
@@ -121,6 +120,12 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
         chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
         windows = windows[np.sort(chosen)]
     return windows
+
+
+def check_file(spec):
+    """Refuse a text or an array whose file is not there."""
+    if not os.path.isfile(files.split(spec)[0]):
+        raise FileNotFoundError(f"{spec}: found no such file, expected a text or tokens.npz:key")
 
 
 def check_cut(samples, length):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from cuobs.models.calibration import check_tokens
+from cuobs.models.memory import Room
 
 # Tokens whose logits are held at once: each is a row of the vocabulary in float32.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -37,25 +38,21 @@ def perplexity(model, tokens, device=None, progress=None):
     device = torch.device(home if device is None else device)
     batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
     training = model.training
-    model.eval().to(device)
-    total = 0.0
+
+    def part(start, stop):
+        found = _surprise(model, tokens[start:stop].to(device))
+        if progress:
+            progress(stop, len(tokens))
+        return found
+
     try:
-        start = 0
-        while start < len(tokens):
-            part = tokens[start : start + batch].to(device)
-            try:
-                total += _surprise(model, part)
-            except torch.cuda.OutOfMemoryError:
-                if len(part) == 1:
-                    raise MemoryError(
-                        f"memory: the logits of a window of {tokens.shape[1]} tokens need more "
-                        "than the device has free, expected shorter windows"
-                    ) from None
-                batch = len(part) // 2
-                continue
-            start += len(part)
-            if progress:
-                progress(start, len(tokens))
+        model.eval().to(device)
+        total = sum(Room(batch).each(len(tokens), part))
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError(
+            "memory: found that the model takes more than the device has free, expected a smaller "
+            "one or device='cpu'"
+        ) from None
     finally:
         model.train(training)
         model.to(home)

@@ -9,13 +9,14 @@ from cuobs import arrays, validation
 from cuobs.models import checkpoint
 from cuobs.models.calibration import (
     check_cut,
+    check_file,
     is_tokens,
     load_tokens,
     longest_window,
     tokenize,
 )
 from cuobs.models.evaluate import perplexity
-from cuobs.models.prune import choose_device, prune_model
+from cuobs.models.prune import check_arguments, choose_device, prune_model
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -38,6 +39,8 @@ def prune_folder(
     say=None,
     progress=None,
     starting=None,
+    drop_first_token=True,
+    on_block=None,
     **options,
 ):
     """Prune the model of a folder (or a GGUF) into another folder.
@@ -74,7 +77,7 @@ def prune_folder(
         Called with (label, done, total) while a text is evaluated.
     starting : callable, optional
         See `prune_model`; called before the dense model is evaluated.
-    **options
+    drop_first_token, on_block, **options
         Of `prune_model`.
 
     Returns
@@ -90,6 +93,9 @@ def prune_folder(
         raise ValueError(
             f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
         ) from None
+    check_arguments(device=device, **options)
+    for spec in (calibration, *evaluate, *([attention_mask] if attention_mask else ())):
+        check_file(spec)
     checkpoint.check_destination(src, dst, resume)
     place = choose_device(device)
     model = checkpoint.load_model(src)
@@ -142,12 +148,14 @@ def prune_folder(
     try:
         report = prune_model(
             model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
-            protocol=protocol, masks=masks, device=device, starting=checked, **options,
+            protocol=protocol, masks=masks, device=device, starting=checked,
+            drop_first_token=drop_first_token, on_block=on_block, **options,
         )  # fmt: skip
         after = measure("pruned")
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise MemoryError(
-            "the device is full; fewer samples, shorter windows or fewer batch_tokens take less"
+            "memory: found the device full, expected fewer samples, shorter windows or fewer "
+            "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
     checkpoint.finish(src, dst, model, report, masks, shard_bytes)
@@ -163,6 +171,8 @@ def evaluate_folder(folder, text, sequence_length=None, *, device="auto", progre
     tokens : ndarray of int64, shape (windows, length)
     """
     place = choose_device(device)
+    check_cut(None, sequence_length)
+    check_file(text)
     checkpoint.find_source(folder)
     if is_tokens(text):
         tokens = load_tokens(text, None, sequence_length)

@@ -46,20 +46,20 @@ def predict(
     """
     sizes = [math.prod(shape) for shape in shapes]
     weights, elements = sum(sizes), max(sizes)
-    columns = max(max(shape) for shape in shapes)
+    side = max(max(shape) for shape in shapes)
     # Dense ones before and after the block, and the pruned model's.
     states = windows * length * width * element * (3 if dense else 1)
     if forward is None:
-        window = length * (sum(max(shape) for shape in shapes) + 4 * columns) * element
+        window = length * (sum(max(shape) for shape in shapes) + 4 * side) * element
     else:
         # Inputs and residual stream of the pruned model wait for those of the dense one; then
         # both are widened.
-        waiting = length * (columns + 2 * width) * element if dense else 0
-        window = max(forward + waiting, length * columns * 16)
+        waiting = length * (side + 2 * width) * element if dense else 0
+        window = max(forward + waiting, length * side * 16)
     # What backpropagation keeps of a window in float32 is about three times as much.
     activations = max(batch * window, 3 * min(batch, tune) * window * 4 // element)
-    grams = columns**2 * (4 * (1 + dense) + 8 * 3)
-    method = 10 * 4 * (columns**2 + elements)
+    grams = side**2 * (4 * (1 + dense) + 8 * 3)
+    method = 10 * 4 * (side**2 + elements)
     total = weights * element * 2 + states + activations + grams + method
     if tune:
         total += 16 * weights
@@ -96,18 +96,64 @@ def peak(device):
     return held
 
 
+class Room:
+    """How many windows at once the device has room for: half as many each time it runs full.
+
+    Parameters
+    ----------
+    windows : int
+        To begin with.
+    """
+
+    def __init__(self, windows):
+        self.windows = windows
+
+    def each(self, count, function):
+        """The results of ``function(start, stop)`` on ranges that cover windows 0 to count.
+
+        A call that runs out of memory is made again for half of its windows; until its end it must
+        leave nothing behind.
+
+        Raises
+        ------
+        MemoryError
+            A single window does not fit.
+        """
+        results, start = [], 0
+        while start < count:
+            stop = min(start + self.windows, count)
+            try:
+                results.append(function(start, stop))
+                start = stop
+                continue
+            except torch.cuda.OutOfMemoryError:
+                if stop - start == 1:
+                    raise MemoryError(
+                        "memory: found that one window takes more than the device has free, "
+                        "expected shorter ones"
+                    ) from None
+            # Only now has the failed call let go of its tensors.
+            self.windows = (stop - start) // 2
+            give_back()
+        return results
+
+
 def make_room(device):
-    """Where the device is nearly full, give back what PyTorch and CuPy keep for themselves.
+    """Where the device is nearly full, `give_back`."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total // 4:
+            give_back()
+
+
+def give_back():
+    """Free what PyTorch and CuPy keep of the device for themselves.
 
     Each has a pool of its own and can't use what lies in the other's.
     """
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    if free < total // 4:
-        torch.cuda.empty_cache()
-        if "cupy" in sys.modules:
-            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+    torch.cuda.empty_cache()
+    if "cupy" in sys.modules and torch.cuda.is_available():
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
 
 def trim(device):

@@ -7,8 +7,10 @@ that comes before the group is pruned already.
 
 import copy
 import hashlib
+import numbers
 import re
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ from cuobs.pruning import prepare
 MAX_DAMP = 10.0
 # Tokens that run through a block at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-# Options of `cuobs.prune` that belong to a method.
+# Options of `cuobs.prune` that are passed on, and those of them that belong to a method.
+OPTIONS = ("refine", "dtype", "precision", "memory_limit", "workers", "batch_rows")
 METHOD_OPTIONS = ("splits", "group", "order", "schedule")
 
 
@@ -134,31 +137,21 @@ def prune_model(
         activations are not finite.
     """
     tokens, keep = _check_tokens(model, tokens, attention_mask, drop_first_token)
-    shares = _check_shares(target, dense_share, residual_share)
-    validation.integer("tune", tune, low=0)
-    if not 0 < tune_rate < float("inf"):
-        raise ValueError(f"tune_rate: found {tune_rate!r}, expected a positive number")
-    if batch_tokens is not None:
-        validation.integer("batch_tokens", batch_tokens)
-    device = choose_device(device)
+    pattern, shares, skipped, device, options = check_arguments(
+        pattern=pattern, method=method, target=target, dense_share=dense_share,
+        residual_share=residual_share, skip=skip, damp=damp, tune=tune, tune_rate=tune_rate,
+        device=device, batch_tokens=batch_tokens, **options,
+    )  # fmt: skip
+    if resume and checkpoint_folder is None:
+        raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
     name, blocks = find_blocks(model)
     shared = shared_weights(model, name, blocks)
-    pattern = cuobs.pattern.parse(pattern)
-    own = {key: options.pop(key) for key in METHOD_OPTIONS if options.get(key) is not None}
-    skipped = _check_skip(skip)
     left = _layers_left(model, name, blocks, shared, pattern, skipped)
-    first = next(
-        (m for i, b in enumerate(blocks) for n, m in linears(b).items() if (i, n) not in left), None
-    )
-    if first is None:
+    if all((i, n) in left for i, block in enumerate(blocks) for n in linears(block)):
         reasons = "; ".join(dict.fromkeys(left.values()))
         raise ValueError(
             f"model: found no linear that could be pruned ({reasons}), expected at least one"
         )
-    prepare(
-        np.ones(oriented(first).shape, np.float32), pattern, method,
-        damp=damp, device=device.type, options=own, **options,
-    )  # fmt: skip
 
     batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // tokens.shape[1])
     parts = list(zip(tokens.split(batch), keep.split(batch), strict=True))
@@ -180,7 +173,6 @@ def prune_model(
         "tune_rate": tune_rate,
         "device": device.type,
         "batch_windows": batch,
-        **own,
         **options,
     }
     inside = {f"{name}.{i}.{n}" for i, b in enumerate(blocks) for n in linears(b)}
@@ -193,32 +185,32 @@ def prune_model(
         identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
         checkpoint.begin(checkpoint_folder, identity, resume)
 
-    began = time.perf_counter()
     training = model.training
     model.eval()
-    memory.reset(device)
     try:
         shown = [(t, mask) for (t, _), mask in zip(parts, given, strict=True)]
-        entry = capture(model, blocks, shown, device)
         report.memory_predicted = memory.predict(
             [m.weight.shape for m in linears(blocks[0]).values()],
-            *tokens.shape, entry.hidden[0].shape[-1], batch,
+            *tokens.shape, model.get_input_embeddings().weight.shape[1], batch,
             dense=follow, tune=STEP_WINDOWS if tune else 0, device=device,
             element=next(blocks.parameters()).element_size(),
             model=sum(p.numel() * p.element_size() for p in model.parameters()),
-            forward=_forward_bytes(blocks[0], entry, device),
+            forward=_forward_bytes(model, blocks, *shown[0], device),
         )  # fmt: skip
         if starting:
             starting(report)
-        kept = [_kept(k, device) for _, k in parts]
-        hidden = entry.hidden
+        began = time.perf_counter()
+        memory.reset(device)
+        hidden, calls = capture(model, blocks, shown, device)
+        counts = [None if bool(k.all()) else k.to(device) for _, k in parts]
         pruned_hidden = list(hidden) if follow else hidden
+        room = memory.Room(batch)
         for index, block in enumerate(blocks):
             start = time.perf_counter()
             home = next(block.parameters()).device
             block.to(device)
             dense = copy.deepcopy(block) if follow else None
-            calls = entry.calls[index]
+            mine, calls[index] = calls[index], None
             prefix = f"{name}.{index}"
             stored = None
             if checkpoint_folder is not None:
@@ -226,32 +218,34 @@ def prune_model(
                 stored = checkpoint.load_block(checkpoint_folder, index, prefix, block, digest)
             after = None
             if follow:
-                after = [_run(dense, h, c) for h, c in zip(hidden, calls, strict=True)]
+                after = [_run(dense, h, c, room) for h, c in zip(hidden, mine, strict=True)]
             if stored:
                 found, block_masks = stored
             else:
                 depth = index / max(1, len(blocks) - 1)
                 found, block_masks = _prune_block(
-                    block, dense, hidden, pruned_hidden, calls, kept,
+                    block, dense, hidden, pruned_hidden, mine, counts, room,
                     prefix=prefix, index=index, left=left,
                     shares=[a + (b - a) * depth for a, b in shares],
-                    arguments={"pattern": pattern, "method": method, "damp": damp, **options, **own,
+                    arguments={"pattern": pattern, "method": method, "damp": damp, **options,
                                "device": device.type},
                 )  # fmt: skip
                 if tune:
                     found.tuned = tune_block(
-                        block, block_masks, pruned_hidden, after, calls, kept,
+                        block, block_masks, pruned_hidden, after, mine, counts,
                         passes=tune, rate=tune_rate,
                     )  # fmt: skip
                     _measure_sparsity(block, found, prefix)
             last = index + 1 == len(blocks)
-            if not last or follow:
+            measured = not follow or found.drift is not None
+            if not (last and measured):
                 # One by one into place: a second copy of all of them may not fit.
-                for i, call in enumerate(calls):
-                    pruned_hidden[i] = _run(block, pruned_hidden[i], call)
+                for i, call in enumerate(mine):
+                    pruned_hidden[i] = _run(block, pruned_hidden[i], call, room)
             if follow:
                 hidden = after
-                found.drift = found.drift or _drift(hidden, pruned_hidden, kept)
+            if not measured:
+                found.drift = _drift(hidden, pruned_hidden, counts)
             if not stored:
                 _synchronize(device)
                 found.seconds = time.perf_counter() - start
@@ -261,7 +255,6 @@ def prune_model(
                     )
             if masks is not None:
                 masks.update({f"{prefix}.{n}": mask.cpu() for n, mask in block_masks.items()})
-            entry.calls[index] = None
             block.to(home)
             memory.trim(device)
             report.blocks.append(found)
@@ -272,6 +265,43 @@ def prune_model(
     finally:
         model.train(training)
     return report
+
+
+def check_arguments(
+    *, pattern="2:4", method="admm", target="mixed", dense_share=None, residual_share=None,
+    skip=None, damp=0.01, tune=0, tune_rate=3e-4, device="auto", batch_tokens=None, **options,
+):  # fmt: skip
+    """Refuse arguments of `prune_model` that are wrong whatever the model is.
+
+    Returns
+    -------
+    pattern : Pattern
+    shares : list of (float, float)
+        The dense and the residual share of the first and the last block.
+    skipped : re.Pattern or None
+    device : torch.device
+    options : dict
+        Those that go on to `cuobs.prune`.
+    """
+    shares = _check_shares(target, dense_share, residual_share)
+    validation.integer("tune", tune, low=0)
+    if not isinstance(tune_rate, numbers.Real) or not 0 < tune_rate < float("inf"):
+        raise ValueError(f"tune_rate: found {tune_rate!r}, expected a positive number")
+    if batch_tokens is not None:
+        validation.integer("batch_tokens", batch_tokens)
+    device = choose_device(device)
+    pattern = cuobs.pattern.parse(pattern)
+    for key in options:
+        if key not in OPTIONS + METHOD_OPTIONS:
+            known = ", ".join(OPTIONS + METHOD_OPTIONS)
+            raise TypeError(f"{key}: found an unknown argument, expected one of {known}")
+    options = {key: value for key, value in options.items() if value is not None}
+    prepare(  # a weight that stands for any
+        np.ones((1, 4), np.float32), "2:4", method, damp=damp, device=device.type,
+        options={key: value for key, value in options.items() if key in METHOD_OPTIONS},
+        **{key: value for key, value in options.items() if key in OPTIONS},
+    )  # fmt: skip
+    return pattern, shares, _check_skip(skip), device, options
 
 
 def choose_device(name):
@@ -290,12 +320,12 @@ def choose_device(name):
 
 @torch.no_grad()
 def _prune_block(
-    block, dense, hidden, pruned_hidden, calls, kept, *, prefix, index, left, shares, arguments
-):
+    block, dense, hidden, pruned_hidden, calls, counts, room, *,
+    prefix, index, left, shares, arguments,
+):  # fmt: skip
     """Prune a block group by group; its report and the masks by name."""
     plan = probe(block, pruned_hidden[0][:1], windows_of(calls[0], 0, 1, len(hidden[0])))
     modules = linears(block)
-    dense_modules = linears(dense) if dense is not None else modules
     found = BlockReport(index, [])
     rows, masks = {}, {}
     for inner, module in modules.items():
@@ -311,24 +341,11 @@ def _prune_block(
         names = [n for n in group.names if not rows[n].note]
         if not names:
             continue
-        writes = residual_share and any(n in plan.writers for n in names)
+        writes = bool(residual_share) and any(n in plan.writers for n in names)
         moments = Moments()
-        for h, hh, call, indices in zip(hidden, pruned_hidden, calls, kept, strict=True):
-            before = group.before if writes else ()
-            Xh, stream_h = run_until(
-                block, modules[group.names[0]], hh, call, [modules[n] for n in before]
-            )
-            X = stream = None
-            if dense_share or writes:
-                X, stream = run_until(
-                    dense, dense_modules[group.names[0]], h, call,
-                    [dense_modules[n] for n in before],
-                )  # fmt: skip
-            moments.update(
-                _take(Xh, indices),
-                _take(X, indices) if dense_share else None,
-                *((_take(stream, indices), _take(stream_h, indices)) if writes else ()),
-            )
+        add = partial(_add_windows, moments, block, dense, group, bool(dense_share), writes)
+        for batch in zip(hidden, pruned_hidden, calls, counts, strict=True):
+            room.each(len(batch[0]), partial(add, *batch))
         if not bool(torch.isfinite(moments.hessian.diagonal()).all()):
             raise ValueError(
                 f"model: found activations that are NaN or infinite before {prefix}."
@@ -347,6 +364,33 @@ def _prune_block(
         memory.make_room(moments.hessian.device)
     found.layers = list(rows.values())
     return found, masks
+
+
+def _add_windows(
+    moments, block, dense, group, inputs, writes, hidden, pruned_hidden, call, counts, start, stop
+):
+    """Add some windows of a batch to the moments of a group.
+
+    ``inputs`` says whether those of the dense model are wanted, ``writes`` whether the residual
+    stream is.
+    """
+    call = windows_of(call, start, stop, len(hidden))
+    before = group.before if writes else ()
+
+    def watch(block, hidden):
+        modules = linears(block)
+        return run_until(
+            block, modules[group.names[0]], hidden[start:stop], call, [modules[n] for n in before]
+        )
+
+    Xh, pruned_stream = watch(block, pruned_hidden)
+    X, stream = watch(dense, hidden) if inputs or writes else (None, None)
+    chosen = None if counts is None else counts[start:stop].flatten().nonzero().flatten()
+    moments.update(
+        _take(Xh, chosen),
+        _take(X, chosen) if inputs else None,
+        *((_take(stream, chosen), _take(pruned_stream, chosen)) if writes else ()),
+    )
 
 
 def _prune_group(modules, moments, rows, dense_share, residual_shares, arguments):
@@ -420,40 +464,41 @@ def _stackable(pattern, counts, K):
     return same and found == {tuple(group) for group in stacked.rows.tolist()}
 
 
-def _forward_bytes(block, entry, device):
-    """What a window takes in a block, measured on a GPU; None elsewhere."""
+def _forward_bytes(model, blocks, tokens, mask, device):
+    """What a window takes in the first block, measured on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
-    home, hidden = next(block.parameters()).device, entry.hidden[0]
-    call = windows_of(entry.calls[0][0], 0, 1, len(hidden))
+    home, block = next(blocks[0].parameters()).device, blocks[0]
+    shown = tokens[:1], None if mask is None else mask[:1]
+    (hidden,), calls = capture(model, blocks, [shown], device)
     block.to(device)
     try:
-        return memory.taken(lambda: _run(block, hidden[:1], call), device)
+        return memory.taken(lambda: _run(block, hidden, calls[0][0], memory.Room(1)), device)
     finally:
         block.to(home)
 
 
-def _run(block, hidden, call):
+def _run(block, hidden, call, room):
+    """The hidden states that leave a block, all windows of a batch or a few at once."""
+
+    def part(start, stop):
+        return run(block, hidden[start:stop], windows_of(call, start, stop, len(hidden)))
+
     with torch.no_grad():
-        return run(block, hidden, call)
+        parts = room.each(len(hidden), part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _take(x, indices):
-    """The rows of the tokens that count; all of them where indices is None."""
-    return x if indices is None else x.index_select(0, indices)
+def _take(x, chosen):
+    """The rows of the tokens that count; all of them where chosen is None."""
+    return x if chosen is None else x.index_select(0, chosen)
 
 
-def _kept(keep, device):
-    """Indices of the tokens of a batch that count, None if they all do."""
-    keep = keep.flatten()
-    return None if bool(keep.all()) else keep.nonzero().flatten().to(device)
-
-
-def _drift(hidden, pruned_hidden, kept):
+def _drift(hidden, pruned_hidden, counts):
     """‖h − ĥ‖ / ‖h‖ over the tokens that count."""
     lost = whole = 0.0
-    for h, hh, indices in zip(hidden, pruned_hidden, kept, strict=True):
-        h, hh = (_take(x.reshape(-1, x.shape[-1]), indices).float() for x in (h, hh))
+    for h, hh, counted in zip(hidden, pruned_hidden, counts, strict=True):
+        h, hh = (x.float() if counted is None else x[counted].float() for x in (h, hh))
         lost, whole = lost + (h - hh).square().sum(), whole + h.square().sum()
     return float((lost / whole).sqrt())
 
@@ -515,6 +560,10 @@ def _check_shares(target, dense_share, residual_share):
 def _check_skip(skip):
     try:
         return re.compile(skip) if skip else None
+    except TypeError:
+        raise TypeError(
+            f"skip: found {type(skip).__name__}, expected a regular expression"
+        ) from None
     except re.error as error:
         raise ValueError(f"skip: found {skip!r}, no regular expression ({error})") from None
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cuobs.models import memory
-
 # Shares (α, β) that a target stands for; "mixed" leaves both to the caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
 
@@ -49,34 +47,17 @@ class Moments:
         hidden, pruned_hidden : tensor, shape (N, D), optional
             The residual stream in the dense and in the pruned model.
         """
-        rows = Xh, X, hidden, pruned_hidden
-        try:
-            products = _products(*rows)
-        except torch.cuda.OutOfMemoryError:
-            if len(Xh) == 1:
-                raise
-        else:
-            # Nothing is added before all products are there, so that none counts twice.
-            for name, product in products.items():
-                total = getattr(self, name)
-                setattr(self, name, product if total is None else total.add_(product))
-            return
-        memory.make_room(Xh.device)
-        middle = len(Xh) // 2
-        for half in slice(0, middle), slice(middle, None):
-            self.update(*(None if x is None else x[half] for x in rows))
-
-
-def _products(Xh, X, hidden, pruned_hidden):
-    """What a batch adds to each of the moments, by name."""
-    with exact_products(Xh):
-        Xh = Xh.float()
-        products = {"hessian": Xh.T @ Xh}
-        if X is not None:
-            products["lost"] = (X.float() - Xh).T @ Xh
-        if hidden is not None:
-            products["residual"] = (hidden.float() - pruned_hidden.float()).T @ Xh
-    return products
+        with exact_products(Xh):
+            Xh = Xh.float()
+            products = {"hessian": Xh.T @ Xh}
+            if X is not None:
+                products["lost"] = (X.float() - Xh).T @ Xh
+            if hidden is not None:
+                products["residual"] = (hidden.float() - pruned_hidden.float()).T @ Xh
+        # Nothing is added before all products are there: memory may run out on the way.
+        for name, product in products.items():
+            total = getattr(self, name)
+            setattr(self, name, product if total is None else total.add_(product))
 
 
 @contextlib.contextmanager

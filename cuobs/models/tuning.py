@@ -4,11 +4,12 @@ import contextlib
 import copy
 import math
 import warnings
+from functools import partial
 
 import torch
 
-from cuobs.models import memory
 from cuobs.models.blocks import as_dtype, run, windows_of
+from cuobs.models.memory import Room
 from cuobs.models.structure import linears
 
 # Windows of a gradient step.
@@ -28,8 +29,8 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
         What enters the block, in the pruned model, and what is to leave it, in the dense one.
     calls : list of tuple
         The block's other arguments, batch by batch.
-    kept : list of tensor or None
-        Indices of the tokens that count.
+    kept : list of tensor of bool, shape (B, T), or None
+        Which tokens count; None if all do.
     passes : int
         Times that all tokens are seen.
     rate : float
@@ -50,9 +51,10 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
         parameter.requires_grad_(parameter in weights)
     batches = [
         (h[a : a + STEP_WINDOWS], goal[a : a + STEP_WINDOWS], part, w[a : a + STEP_WINDOWS])
-        for h, goal, call, indices in zip(hidden, goals, calls, kept, strict=True)
-        for w in [_counting(h, indices)]
+        for h, goal, call, counts in zip(hidden, goals, calls, kept, strict=True)
+        for w in [_counting(h, counts)]
         for a in range(0, len(h), STEP_WINDOWS)
+        if bool(w[a : a + STEP_WINDOWS].any())
         for part in [windows_of(call, a, a + STEP_WINDOWS, len(h))]
     ]
     optimizer = torch.optim.Adam(list(weights), lr=rate)
@@ -60,17 +62,16 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    before, step_windows = _error(block, batches), STEP_WINDOWS
+    room = Room(STEP_WINDOWS)
+    before = _error(block, batches, room)
     order = torch.Generator().manual_seed(0)
     with _repeatable(hidden[0]), torch.enable_grad():
         for _ in range(passes):
             for i in torch.randperm(len(batches), generator=order).tolist():
-                step_windows = _gradient(block, batches[i], optimizer, step_windows)
-                for weight, mask in weights.items():
-                    weight.grad.mul_(mask)
+                _gradient(block, weights, batches[i], room)
                 optimizer.step()
                 schedule.step()
-    after = _error(block, batches)
+    after = _error(block, batches, room)
     better = after < before
     for name, module in linears(home).items():
         module.weight.requires_grad_(False)
@@ -79,55 +80,48 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
     return before, after if better else before
 
 
-def _counting(hidden, indices):
+def _counting(hidden, counts):
     """1 for each token that counts, 0 for the others: shape (B, T, 1)."""
-    weight = torch.full(hidden.shape[:2], float(indices is None), device=hidden.device)
-    if indices is not None:
-        weight.view(-1)[indices] = 1.0
-    return weight[..., None]
+    if counts is None:
+        return torch.ones(*hidden.shape[:2], 1, device=hidden.device)
+    return counts[..., None].float()
 
 
-def _lost(block, hidden, goal, call, counts):
-    out = run(block, hidden.float(), as_dtype(call, torch.float32))
-    return ((out - goal.float()).square() * counts).sum()
+def _gradient(block, weights, batch, room):
+    """Set the gradient of a batch's relative error, 0 where a weight is pruned."""
+    whole = _whole(batch)
+
+    def add(start, stop):
+        lost = _lost(block, batch, start, stop)
+        # All or none: memory may run out on the way.
+        found = torch.autograd.grad(lost / whole, list(weights))
+        for (weight, mask), gradient in zip(weights.items(), found, strict=True):
+            gradient.mul_(mask)
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+    for weight in weights:
+        weight.grad = None
+    room.each(len(batch[0]), add)
 
 
-def _whole(goal, counts):
+def _lost(block, batch, start, stop):
+    hidden, goal, call, counts = batch
+    call = as_dtype(windows_of(call, start, stop, len(hidden)), torch.float32)
+    out = run(block, hidden[start:stop].float(), call)
+    return ((out - goal[start:stop].float()).square() * counts[start:stop]).sum()
+
+
+def _whole(batch):
+    _, goal, _, counts = batch
     return (goal.float().square() * counts).sum()
 
 
-def _gradient(block, batch, optimizer, windows):
-    """Leave the gradient of a batch's relative error in the weights.
-
-    Returns how many windows at once the device's memory allows, beginning with ``windows``.
-    """
-    hidden, goal, call, counts = batch
-    whole, lost = _whole(goal, counts), None
-    while True:
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            for a in range(0, len(hidden), windows):
-                b = a + windows
-                part = windows_of(call, a, b, len(hidden))
-                lost = _lost(block, hidden[a:b], goal[a:b], part, counts[a:b])
-                (lost / whole).backward()
-            return windows
-        except torch.cuda.OutOfMemoryError:
-            if windows == 1:
-                raise MemoryError(
-                    f"memory: tuning on a window of {hidden.shape[1]} tokens needs more than the "
-                    "device has free, expected shorter windows or no tuning"
-                ) from None
-        lost = None
-        memory.make_room(hidden.device)
-        windows //= 2
-
-
 @torch.no_grad()
-def _error(block, batches):
-    lost = sum(_lost(block, *batch) for batch in batches)
-    whole = sum(_whole(goal, counts) for _, goal, _, counts in batches)
-    return float((lost / whole).sqrt())
+def _error(block, batches, room):
+    lost = sum(
+        part for batch in batches for part in room.each(len(batch[0]), partial(_lost, block, batch))
+    )
+    return float((lost / sum(map(_whole, batches))).sqrt())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from small_models import make_tokens
 
 from cuobs.cli import main
+from cuobs.cli import models as commands
 from cuobs.models import load_masks
 
 
@@ -55,16 +56,14 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
 def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, monkeypatch):
     command = ("prune-model", source, tmp_path / "out", "--calibration",
                f"{tokens_file}:calibration", "--device", "cpu", "--resume")  # fmt: skip
-    from cuobs.cli import models
-
     with monkeypatch.context() as patch:
-        whole = models._View.block
+        whole = commands._View.block
 
         def interrupted(self, report, blocks):
             whole(self, report, blocks)
             raise KeyboardInterrupt
 
-        patch.setattr(models._View, "block", interrupted)
+        patch.setattr(commands._View, "block", interrupted)
         result = cuobs(*command)
         assert result.exit_code == 130
         assert "--resume goes on" in result.output
@@ -76,7 +75,7 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
 @pytest.mark.parametrize(
     "change,match",
     [
-        (["--pattern", "3:2"], "pattern"),
+        (["--pattern", "3:2"], "keep: found 3"),
         (["--method", "admn"], "nearest: admm"),
         (["--calibration", "none.txt"], "none.txt: found no such file"),
         (["--dense-share", "a"], "found 'a', expected a number"),
@@ -91,6 +90,11 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         (["--batch-tokens", "0"], "batch_tokens: found 0"),
         (["--skip", "proj"], "no linear that could be pruned (skipped)"),
         (["--eval", "none.txt"], "none.txt: found no such file"),
+        (["--attention-mask", "none.npy"], "none.npy: found no such file"),
+        (["--skip", "("], "skip: found '('"),
+        (["--tune", "-1"], "tune: found -1"),
+        (["--dtype", "int8"], "dtype: found 'int8'"),
+        (["--splits", "4"], "splits: found 4, but admm takes"),
     ],
 )
 def test_bad_input(cuobs, source, tokens_file, tmp_path, change, match):
@@ -102,6 +106,32 @@ def test_bad_input(cuobs, source, tokens_file, tmp_path, change, match):
     assert match in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("change", [
+    ["--calibration", "none.txt"], ["--skip", "("], ["--pattern", "3:2"], ["--tune", "-1"],
+    ["--schedule", "zz"], ["--samples", "0"], ["--attention-mask", "none.npy"],
+])  # fmt: skip
+def test_bad_input_is_refused_before_the_model_is_read(
+    cuobs, source, tokens_file, tmp_path, monkeypatch, change
+):
+    def never(src):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr("cuobs.models.checkpoint.load_model", never)
+    options = ["--calibration", f"{tokens_file}:calibration", "--device", "cpu", *change]
+    result = cuobs("prune-model", source, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    for change in (["--text", "none.txt"], ["--text", "a.txt", "--sequence-length", "0"]):
+        assert cuobs("eval-model", source, *change).exit_code == 2
+
+
+def test_choices_and_defaults_are_those_of_the_library():
+    from cuobs.models import folder, targets
+
+    assert set(commands.TARGETS) == set(targets.TARGETS)
+    given = {p.name: p.default for p in commands.prune_model.params}
+    assert given["samples"] == folder.DEFAULT_SAMPLES
 
 
 def test_bad_input_is_refused_before_the_dense_model_is_evaluated(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from small_models import make_model, make_tokens
 
-from cuobs.models import perplexity, prune_model, targets
+from cuobs.models import perplexity, prune_model
+from cuobs.models.memory import Room
 from cuobs.models.targets import Moments
 
 
@@ -37,42 +38,128 @@ def test_half_the_windows_do_as_well(tune):
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("limit", [7, 4, 1])
+def test_tuning_keeps_the_graphs_of_as_many_windows_as_fit(limit):
+    """What backpropagation needs is held until it is done: halves of a forward free nothing."""
+    held, asked = [0], []
+
+    class Hold(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            context.windows = len(x)
+            held[0] += len(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            held[0] -= context.windows
+            return gradient
+
+    def look(_, args):
+        if not torch.is_grad_enabled():
+            return None
+        asked.append(len(args[0]))
+        if held[0] + len(args[0]) > limit:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return (Hold.apply(args[0]),)
+
+    whole, parts = make_model("llama"), make_model("llama")
+    for layer in parts.model.layers:
+        layer.mlp.register_forward_pre_hook(look)
+    options = {"method": "sparsegpt", "tune": 2, "device": "cpu"}
+    expected = prune_model(whole, make_tokens(), **options)
+    found = prune_model(parts, make_tokens(), **options)
+    assert held == [0] and max(asked[1:]) <= 8 and min(asked) == min(4, limit)
+    for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+        assert mine.tuned == pytest.approx(theirs.tuned, rel=1e-3)
+
+
 def test_one_window_that_does_not_fit_is_an_error():
     model = make_model("llama")
     refuse(model.model.layers[1].mlp, 0)
-    with pytest.raises(MemoryError, match="memory: a window of 24 tokens"):
+    with pytest.raises(MemoryError, match="memory: found that one window"):
         prune_model(model, make_tokens(), method="magnitude", device="cpu")
 
 
 def test_perplexity():
-    model, tokens = make_model("llama"), make_tokens()
+    model, tokens, seen = make_model("llama"), make_tokens(), []
     expected = perplexity(model, tokens)
     asked = refuse(model.lm_head, 3)
-    assert perplexity(model, tokens) == pytest.approx(expected, rel=1e-6)
+    found = perplexity(model, tokens, progress=lambda *place: seen.append(place))
+    assert found == pytest.approx(expected, rel=1e-6)
     assert asked == [8, 4, 2, 2, 2, 2]
+    assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]
     refuse(model.lm_head, 0)
-    with pytest.raises(MemoryError, match="memory: the logits of a window of 24 tokens"):
+    with pytest.raises(MemoryError, match="memory: found that one window"):
         perplexity(model, tokens)
 
 
-def test_no_token_counts_twice(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(11, n, generator=generator) for n in (4, 4, 3, 3)]
-    whole, parts = Moments(), Moments()
-    whole.update(*rows)
-    products, asked = targets._products, []
+def test_a_model_that_does_not_fit_is_one_sentence(monkeypatch):
+    model, asked = make_model("llama").train(), []
 
-    def scarce(*rows):
-        asked.append(len(rows[0]))
-        if len(rows[0]) > 4:
+    def full(device):
+        asked.append(device)
+        if len(asked) == 1:  # the way home is free
             raise torch.cuda.OutOfMemoryError("no memory left")
-        return products(*rows)
 
-    monkeypatch.setattr(targets, "_products", scarce)
-    parts.update(*rows)
-    assert asked == [11, 5, 2, 3, 6, 3, 3]
-    for name in ("hessian", "lost", "residual"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    monkeypatch.setattr(model, "to", full)
+    with pytest.raises(MemoryError, match="memory: found that the model takes more"):
+        perplexity(model, make_tokens())
+    assert model.training
+
+
+def test_room_covers_each_window_once():
+    asked = []
+
+    def function(start, stop):
+        asked.append((start, stop))
+        if stop - start > 3:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return stop - start
+
+    room = Room(16)
+    assert room.each(11, function) == [2, 2, 2, 2, 2, 1]
+    assert asked[:4] == [(0, 11), (0, 5), (0, 2), (2, 4)]
+    assert room.windows == 2 and room.each(1, function) == [1]
+
+
+def test_nothing_is_added_where_memory_runs_out():
+    class Full(torch.Tensor):
+        def __sub__(self, other):
+            raise torch.cuda.OutOfMemoryError("no memory left")
+
+    X = torch.ones(3, 4)
+    moments = Moments()
+    moments.update(X, X)
+    before = moments.hessian.clone()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        moments.update(X, X.as_subclass(Full))
+    assert torch.equal(moments.hessian, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tune", [0, 1])
+def test_a_small_device_gives_the_same_model(tune):
+    """PyTorch may take a quarter of a gibibyte: a batch's scores alone take more."""
+    changes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
+               "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+    options = {"method": "sparsegpt", "target": "mixed", "tune": tune, "device": "cuda"}
+    tokens = make_tokens(16, 512)
+    whole, parts = make_model("llama", **changes), make_model("llama", **changes)
+    expected = prune_model(whole, tokens, **options)
+    torch.cuda.empty_cache()
+    share = 2**28 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        found = prune_model(parts, tokens, **options)
+        assert perplexity(parts, tokens, "cuda") > 1
+        measured = torch.cuda.max_memory_reserved()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert measured <= 2**28 < expected.memory_peak
+    for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+        assert mine.drift == pytest.approx(theirs.drift, rel=0.02)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
 """A model in memory, pruned in place."""
 
 import copy
+import importlib
+import weakref
 
 import numpy as np
 import pytest
@@ -395,3 +397,40 @@ def test_rows_that_depend_on_the_height_are_not_stacked(tokens):
         weight = found.get_submodule(row.name).weight.data
         assert int(((weight[:16] != 0) & (weight[16:] != 0)).sum()) == 0
         assert row.sparsity == 0.5
+
+
+@pytest.mark.parametrize("target", ["pruned", "mixed"])
+def test_hidden_states_do_not_outlive_their_block(tokens, target, monkeypatch):
+    """What entered the first block is gone after it; nothing lies there before the start."""
+    module = importlib.import_module("cuobs.models.prune")
+    seen, alive = [], []
+
+    def watched(*args):
+        found = capture(*args)
+        seen.extend(weakref.ref(h) for h in found.hidden)
+        return found
+
+    monkeypatch.setattr(module, "capture", watched)
+    prune_model(
+        make_model("llama"), tokens, target=target, device="cpu", batch_tokens=72,
+        starting=lambda report: alive.append(len(seen)),
+        on_block=lambda report, blocks: alive.append(sum(s() is not None for s in seen)),
+    )  # fmt: skip
+    assert len(seen) == 3 and alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"skip": 5}, "skip: found int"),
+        ({"tune_rate": "a"}, "tune_rate: found 'a'"),
+        ({"speed": 1}, "speed: found an unknown argument"),
+        ({"resume": True}, "resume: found no checkpoint_folder"),
+    ],
+)
+def test_bad_arguments(tokens, change, match):
+    model = make_model("llama")
+    before = weights_of(model)
+    with pytest.raises((ValueError, TypeError), match=match):
+        prune_model(model, tokens, device="cpu", **change)
+    assert same(before, weights_of(model))
