@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -198,9 +199,18 @@ def stream_of(*arrays):
         return
     import torch
 
-    pointer = torch.cuda.current_stream(first.device).cuda_stream
-    with cupy.cuda.Device(first.device.index), cupy.cuda.ExternalStream(pointer):
+    stream = _Stream(torch.cuda.current_stream(first.device).cuda_stream)
+    with cupy.cuda.Device(first.device.index), cupy.cuda.Stream.from_external(stream):
         yield
+
+
+class _Stream(NamedTuple):
+    """A stream of PyTorch as CuPy takes it; older releases of PyTorch do not offer it so."""
+
+    pointer: int
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
 
 
 @contextlib.contextmanager

@@ -328,6 +328,10 @@ def parse(text):
         return _NAMED[text]
     if match := re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", text):
         keep, blocks, width = (int(g or 1) for g in match.groups())
+        if not (0 < keep < blocks and width):
+            raise ValueError(
+                f"pattern: found {text!r}, expected n:m or n:mxb where 0 < n < m and 0 < b"
+            )
         return Pattern(block=(1, width), scope=(1, blocks), keep=keep, name=text)
     if "=" in text:
         return _parse_fields(text)

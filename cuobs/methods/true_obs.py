@@ -14,8 +14,8 @@ from cuobs.ops.gemm import CHUNK
 from cuobs.ops.selection import scope_blocks, select
 from cuobs.problem import Pruned
 
-# Z is made wide enough for this share of all columns times all that are pruned. It outgrows that
-# two or three times, as columns get fewer and Z wider.
+# Z is made wide enough for this share of all columns times all that a row may lose. It outgrows
+# that two or three times, as columns get fewer and Z wider.
 SHARE = 0.4
 
 
@@ -152,7 +152,7 @@ def _plan(layout, group):
     """Elements that a row needs in each buffer, and the area that its Z spans."""
     K, (G, c) = layout.columns.size, layout.columns.shape
     most, alike = schur.pruned_columns(layout)
-    area = int(SHARE * K * K * (1 - layout.keep / layout.n_blocks))
+    area = int(SHARE * K * G * most)
     Z = Y = Z_P = used = room = 0
     for left in range(G - group, -group, -group):
         p = schur.aligned((group + min(left, 0)) * most)

@@ -6,8 +6,11 @@ from cuobs.arrays import namespace
 from cuobs.ops import kernels
 from cuobs.ops.gemm import gemm
 
-# Block rows of the upper triangle; each is one product with all columns to its right.
-BLOCK_ROWS = 8
+# Block rows of the upper triangle, at most; each is one product with all columns to its right, and
+# as high as whole tiles of the product are.
+BLOCK_ROWS = 16
+BLOCK_TILE = 256
+# Order of the tiles that a kernel mirrors.
 TILE = 32
 
 
@@ -31,7 +34,7 @@ def add_gram(X, out, half=True):
     if not (half and X.dtype == np.float16 and out.dtype == np.float32):
         X = X.astype(out.dtype, copy=False)
     K = len(out)
-    width = -(-K // BLOCK_ROWS)
+    width = -(-K // (BLOCK_ROWS * BLOCK_TILE)) * BLOCK_TILE
     for a in range(0, K, width):
         b = min(a + width, K)
         gemm(X[:, a:b].T, X[:, a:], out[a:b, a:], beta=1)

@@ -374,16 +374,17 @@ def _append_rows(factor, Zn, counts):
     Z, starts = factor.Z, factor.starts
     B, n, _ = Zn.shape
     ends = starts + counts
-    factor.used = int(ends.max())
+    # Behind its own columns a row holds zeros already, up to those in use so far.
+    zeros, factor.used = factor.used, int(ends.max())
     if namespace(Z) is np:
         for b in range(B):
             Z[b, :, starts[b] : ends[b]] = Zn[b, :, : counts[b]]
-            Z[b, :, ends[b] : factor.used] = 0
+            Z[b, :, max(ends[b], zeros) : factor.used] = 0
     else:
         _kernel("append_rows", Z.dtype, Z.dtype)(
             (-(-n // 8), B), (THREADS,),
-            (Zn, *kernels.strides(Zn)[:2], np.int32(n), starts, counts, np.int32(factor.used), Z,
-             *kernels.strides(Z)[:2]),
+            (Zn, *kernels.strides(Zn)[:2], np.int32(n), starts, counts, np.int32(zeros),
+             np.int32(factor.used), Z, *kernels.strides(Z)[:2]),
         )
     factor.starts = ends
 

@@ -75,7 +75,7 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
 @pytest.mark.parametrize(
     "change,match",
     [
-        (["--pattern", "3:2"], "keep: found 3"),
+        (["--pattern", "3:2"], "pattern: found '3:2'"),
         (["--method", "admn"], "nearest: admm"),
         (["--calibration", "none.txt"], "none.txt: found no such file"),
         (["--dense-share", "a"], "found 'a', expected a number"),

@@ -472,15 +472,15 @@ update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const lo
 #endif
 #endif
 
-// append_rows(Zn, its 2 strides, count, p, starts, advances, used, Z, its 2 strides)
+// append_rows(Zn, its 2 strides, count, starts, advances, zeros, used, Z, its 2 strides)
 //   Zn      FACTOR, (B, count, p);  starts, advances  int, (B,)
-//   Z       FACTOR, (B, count, room): row b takes the first advances[b] columns of Zn at
-//           starts[b], and zeros from there to `used`
+//   Z       FACTOR, (B, count, room), zero from starts[b] to `zeros`: row b takes the first
+//           advances[b] columns of Zn at starts[b], and zeros from there to `used`
 // A warp a row of Z; blocks (count / 8, B).
 extern "C" __global__ void __launch_bounds__(THREADS)
 append_rows(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
             const int count, const int* __restrict__ starts, const int* __restrict__ advances,
-            const int used, FACTOR* __restrict__ Z, const long long Z_matrix,
+            const int zeros, const int used, FACTOR* __restrict__ Z, const long long Z_matrix,
             const long long Z_row) {
     const int lane = threadIdx.x % 32;
     const int i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
@@ -489,5 +489,5 @@ append_rows(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long
     const int start = starts[b], end = start + advances[b];
     FACTOR* to = Z + b * Z_matrix + i * Z_row;
     copy(Zn + b * Zn_matrix + i * Zn_row, to + start, advances[b] * int(sizeof(FACTOR)), lane, 32);
-    for (int k = end + lane; k < used; k += 32) to[k] = convert<FACTOR>(0.0f);
+    for (int k = max(end, zeros) + lane; k < used; k += 32) to[k] = convert<FACTOR>(0.0f);
 }
