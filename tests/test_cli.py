@@ -261,7 +261,7 @@ def test_prune_refuses(arguments, said):
         ("hessian X.npy -o H.npz --dtype float16", r"dtype: found 'float16'"),
         ("verify W.npy --pattern 3:5", r"does not divide"),
         ("verify short.npy", r"short\.npy: found 510 bytes"),
-        ("patterns 5:4", r"keep: found 5"),
+        ("patterns 5:4", r"pattern: found '5:4'"),
     ],
 )
 def test_the_other_commands_refuse(arguments, said):
