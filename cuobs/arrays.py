@@ -94,8 +94,16 @@ def receive(array, name="array"):
             return cupy.from_dlpack(array)
         return np.from_dlpack(array)
     if isinstance(array, list | tuple) or hasattr(array, "__array__"):
-        return np.asarray(array)
+        try:
+            return np.asarray(array)
+        except ValueError:
+            raise ValueError(f"{name}: found rows of unequal lengths, expected an array") from None
     raise TypeError(f"{name}: found {type(array).__name__}, expected an array")
+
+
+def typed(array, name="array"):
+    """An array as it is where it names its dtype, else (a list, a mere protocol) as `receive`."""
+    return array if hasattr(array, "dtype") else receive(array, name)
 
 
 def round_to(array, like):
@@ -105,7 +113,7 @@ def round_to(array, like):
     """
     xp = namespace(array)
     if dtype_of(like) != "bfloat16":
-        # What does not fit becomes infinite, and the caller looks for that.
+        # What does not fit becomes infinite, and `validation.holds` looks for that.
         with np.errstate(over="ignore"):
             return array.astype(dtype_of(like), copy=False)
     # Round half to even on the upper 16 bits.
@@ -194,7 +202,7 @@ def stream_of(*arrays):
     import cupy
 
     if not _is_torch(first):
-        with cupy.cuda.Device(cupy.asarray(first).device.id):
+        with cupy.cuda.Device(receive(first).device.id):
             yield
         return
     import torch
@@ -205,7 +213,7 @@ def stream_of(*arrays):
 
 
 class _Stream(NamedTuple):
-    """A stream of PyTorch as CuPy takes it; older releases of PyTorch do not offer it so."""
+    """A stream in CUDA's stream protocol, which older releases of PyTorch do not speak."""
 
     pointer: int
 

@@ -1,5 +1,6 @@
 """Every method side by side on one layer: the benchmark's table."""
 
+from inspect import signature
 from typing import NamedTuple
 
 from cuobs import arrays, validation
@@ -93,7 +94,7 @@ def compare(
     hessian : array, shape (K, K), or Hessian, optional
         In place of X.
     pattern : str or Pattern
-    methods : list of str, optional
+    methods : list of str or str, optional
         All of `cuobs.methods` unless given.
     refine : None or "exact"
     progress : callable, optional
@@ -114,13 +115,17 @@ def compare(
         As `cuobs.prune`, and for an option that none of the methods takes.
     """
     known = known_methods()
-    names = list(known) if methods is None else list(methods)
+    if methods is None:
+        methods = known
+    names = [methods] if isinstance(methods, str) else list(methods)
     if not names:
         raise ValueError("methods: found none, expected at least one name")
     for name in names:
         validation.name_of("methods", name, known)
     chosen = {name: dict(options) for name in names}
     own_options = {option for method in known.values() for option in method.options}
+    for option in set(options) - own_options - set(signature(prepare).parameters):
+        raise TypeError(f"{option}: found an option that cuobs.prune does not take")
     for option in own_options & set(options):
         takers = [name for name in names if option in known[name].options]
         if not takers:
@@ -152,7 +157,7 @@ def compare(
     losses = {row.method: row.loss for row in rows}
     if reference := losses.get(REFERENCE):
         rows = [row._replace(ratio=row.loss / reference) for row in rows]
-    return Table(rows, pattern, tuple(W.shape))
+    return Table(rows, pattern, plan.layout.shape)
 
 
 def text_table(header, rows):

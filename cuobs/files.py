@@ -36,7 +36,7 @@ def split(spec):
     >>> split("W.npy")
     ('W.npy', None)
     """
-    found = re.fullmatch(r"(.+?\.(?:npz|safetensors)):(.+)", os.fspath(spec))
+    found = re.fullmatch(r"(.+?\.(?:npz|safetensors)):(.+)", os.fspath(spec), re.IGNORECASE)
     return found.groups() if found else (os.fspath(spec), None)
 
 

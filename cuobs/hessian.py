@@ -74,7 +74,9 @@ class Hessian:
         rows = self._rows_of_piece(X)
         total = self._xp.zeros_like(self.matrix) if self.tokens else self.matrix
         done = 0
-        with arrays.tensor_cores(self._xp, self._tensor):
+        # Whether the sums are finite is looked at afterwards.
+        quiet = np.errstate(over="ignore", invalid="ignore")
+        with arrays.tensor_cores(self._xp, self._tensor), quiet:
             for piece in arrays.pieces(X, self._xp, rows):
                 add_gram(piece, total, half=self._tensor)
                 done += len(piece)
@@ -139,20 +141,19 @@ class Hessian:
         return self
 
 
-def check_activations(X, K):
-    """X as a matrix (tokens, K), still where it was, and not yet read."""
-    if not hasattr(X, "dtype"):
-        X = np.asarray(arrays.receive(X, "X"))
+def check_activations(X, K=None):
+    """X as a matrix (tokens, K), still where it was, and not yet read; any K where it is None."""
+    X = arrays.typed(X, "X")
     validation.floating("X", X)
     if X.ndim < 2:
         raise ValueError(f"X: found {X.ndim} dimensions, expected at least 2 (tokens, features)")
     validation.nonempty("X", X)
-    if X.shape[-1] != K:
+    if K not in (None, X.shape[-1]):
         raise ValueError(
-            f"X: found {X.shape[-1]} features, expected K={K} as the weight has columns"
+            f"X: found {X.shape[-1]} features, expected K={K}, the columns of the weight or Hessian"
         )
     X = arrays.receive(X, "X")
-    return X.reshape(-1, K)
+    return X.reshape(-1, X.shape[-1])
 
 
 def check_symmetric(H, K):

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_symmetric
 
@@ -44,7 +46,16 @@ def relative_loss(W, W_pruned, H):
 
 def loss(W, W_pruned, H):
     """`relative_loss` of arrays on one namespace and of one dtype."""
-    whole, lost = output_energy(W, H), output_energy(W_pruned - W, H)
+    # A power of two, so that squares neither overflow nor vanish and no digit is lost.
+    largest = float(abs(W).max())
+    unit = 2.0 ** math.frexp(largest)[1] if largest else 1.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        whole, lost = output_energy(W / unit, H), output_energy((W_pruned - W) / unit, H)
+    if not math.isfinite(whole + lost):
+        raise ValueError(
+            f"hessian: found outputs whose energy overflows {W.dtype}, expected smaller values or "
+            "dtype='float64'"
+        )
     if lost < -ROUNDING * abs(whole):
         raise ValueError("hessian: found outputs of negative energy, expected XᵀX, which has none")
     return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0

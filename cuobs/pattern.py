@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from cuobs.arrays import namespace
+from cuobs.arrays import namespace, receive
 
 # Scopes with more masks than this are pruned by separable block scores instead of trying them all.
 MAX_CANDIDATES = 128
@@ -266,8 +266,8 @@ def verify(W, pattern):
     >>> cuobs.verify(np.array([[1.0, 0.0, 3.0, 2.0]]), "2:4")
     Verification(broken=1, scopes=1, first=(0, 0))
     """
+    W = receive(W, "W")
     xp = namespace(W)
-    W = xp.asarray(W)
     if W.ndim != 2:
         raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")
     layout = parse(pattern).compile(*W.shape)

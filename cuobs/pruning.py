@@ -42,7 +42,7 @@ class Result:
         "exact" where the weights were solved again for the mask.
     damp : float
     options : dict
-        The method's options, as used.
+        The method's options, as given.
     cost : array, shape (M,), or None
         The damped cost of each row, summed by the method as it went (true-obs, obs-ordered).
     device : str
@@ -123,7 +123,7 @@ def prune(
     precision : {"tensor", "fp32"}
         Whether products in float32 may run on tensor cores (tf32, float16); float64 never does.
     memory_limit : int or str, optional
-        Bytes, or a size like "8GiB", that the computation may hold.
+        Bytes, or a size like "8GiB", that the computation may hold, down to batches of one row.
     workers : int, optional
         Threads that share the rows on the CPU; one for each core by default.
     batch_rows : int, optional
@@ -203,7 +203,10 @@ class Plan:
         mask = permute_back(pruned.mask, self.layout)
         new = arrays.round_to(xp.where(mask, permute_back(new, self.layout), 0), self.W)
         seconds = _since(began, xp)
-        self._check(new)
+        validation.holds(new, self.W)
+        found = verify(new, self.pattern)
+        if not found:
+            raise RuntimeError(f"{self.method.name} broke the pattern in {found.broken} scopes")
         cost = pruned.cost
         if cost is not None:
             order = xp.asarray(np.argsort(self.layout.rows.ravel()))
@@ -223,17 +226,6 @@ class Plan:
             cost=cost,
             device=arrays.device_name(xp),
         )
-
-    def _check(self, new):
-        """Refuse weights that W's dtype can't hold, and a method's own mistakes."""
-        if not self.xp.isfinite(new).all():
-            raise ValueError(
-                f"W: found pruned weights that {arrays.dtype_of(self.W)} can't hold, expected a "
-                "wider dtype"
-            )
-        found = verify(new, self.pattern)
-        if not found:
-            raise RuntimeError(f"{self.method.name} broke the pattern in {found.broken} scopes")
 
 
 def prepare(
@@ -259,9 +251,7 @@ def prepare(
     )
     damp = validation.damping(damp)
     pattern = parse(pattern)
-    weight = validation.matrix("W", W)
-    if target is not None:
-        target = validation.matrix("target", target, weight.shape)
+    W, weight, target = _check_weights(W, target, dtype)
     return Plan(
         W=W,
         weight=weight,
@@ -311,18 +301,17 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
     with arrays.stream_of(W, mask, H):
         damp = validation.damping(damp)
         validation.name_of("dtype", dtype, DTYPES)
-        weight = validation.matrix("W", W)
+        W, weight, target = _check_weights(W, target, dtype)
         mask = validation.mask("mask", mask, weight.shape)
-        if target is not None:
-            target = validation.matrix("target", target, weight.shape)
         xp = arrays.choose(device, W, H)
         H = hessian_of(weight.shape[1], None, H, dtype, xp, Settings())
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         with arrays.tensor_cores(xp, True):
             problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
             problem.check_definite()
-            new = resolve(problem, arrays.asarray(mask, xp))
-        return arrays.hand_back(arrays.round_to(new, W), W)
+            new = arrays.round_to(resolve(problem, arrays.asarray(mask, xp)), W)
+        validation.holds(new, W)
+        return arrays.hand_back(new, W)
 
 
 def hessian_of(K, X, hessian, dtype, xp, settings):
@@ -342,6 +331,17 @@ def hessian_of(K, X, hessian, dtype, xp, settings):
         return part.matrix
     H = hessian.matrix if isinstance(hessian, Hessian) else hessian
     return arrays.asarray(check_symmetric(H, K), xp, dtype)
+
+
+def _check_weights(W, target, dtype):
+    """W as it came, as a matrix of NumPy or CuPy, and the target as such a matrix or None."""
+    W = arrays.typed(W, "W")
+    weight = validation.matrix("W", W)
+    validation.squares("W", weight, dtype)
+    if target is not None:
+        target = validation.matrix("target", target, weight.shape)
+        validation.squares("target", target, dtype)
+    return W, weight, target
 
 
 def _check_options(name, given):

@@ -9,7 +9,7 @@ import numbers
 
 import numpy as np
 
-from cuobs.arrays import FLOATS, dtype_of, namespace, receive
+from cuobs.arrays import FLOATS, dtype_of, namespace, receive, typed
 
 
 def matrix(name, array, shape=None, finite=True):
@@ -25,8 +25,7 @@ def matrix(name, array, shape=None, finite=True):
     finite : bool
         Whether to look for NaN and infinity.
     """
-    if not hasattr(array, "dtype"):
-        array = np.asarray(receive(array, name))
+    array = typed(array, name)
     floating(name, array)
     if array.ndim != 2:
         raise ValueError(f"{name}: found {_shape(array)}, expected 2 dimensions (rows, columns)")
@@ -66,7 +65,9 @@ def all_finite(name, array, offset=0):
     """Refuse NaN and infinity, saying how many there are and where the first one is."""
     xp = namespace(array)
     # A sum is one pass without a temporary; only where it fails does the slow look follow.
-    if xp.isfinite(xp.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = xp.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)
+    if xp.isfinite(total):
         return
     bad = xp.argwhere(~xp.isfinite(array))
     if len(bad):
@@ -75,6 +76,27 @@ def all_finite(name, array, offset=0):
         raise ValueError(
             f"{name}: found {len(bad)} elements that are NaN or infinite, the first at "
             f"{tuple(first)}, expected finite numbers"
+        )
+
+
+def squares(name, array, dtype):
+    """Refuse a matrix whose largest square is no normal number of the compute dtype."""
+    xp = namespace(array)
+    largest = max(abs(float(xp.max(array))), abs(float(xp.min(array))))
+    limits = np.finfo(dtype)
+    if largest and not float(limits.tiny) <= largest * largest <= float(limits.max):
+        wider = " or dtype='float64'" if np.dtype(dtype) != np.float64 else ""
+        raise ValueError(
+            f"{name}: found values up to {largest:.3g}, whose squares {dtype} can't hold, expected "
+            f"others{wider}"
+        )
+
+
+def holds(array, like):
+    """Refuse pruned weights that became infinite in the dtype of `like`."""
+    if not namespace(array).isfinite(array).all():
+        raise ValueError(
+            f"W: found pruned weights that {dtype_of(like)} can't hold, expected a wider dtype"
         )
 
 

@@ -191,6 +191,9 @@ def bad_files():
     np.savez("parts.npz", a=W, b=W)
     np.save("old.npy", W)
     np.save("skew.npy", X[:K])
+    np.save("scalar.npy", W[0, 0])
+    np.save("huge.npy", W.astype(np.float32) * np.float32(1e25))
+    np.save("Xhuge.npy", X.astype(np.float32) * np.float32(1e25))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,8 @@ def bad_files():
         ("inf.npy X.npy", r"W: found 2 .*first at \(3, 5\)"),
         ("W.npy Xnan.npy", r"X: found 1 .*first at \(70, 9\)"),
         ("W.npy Xinf.npy", r"X: found 1 .*first at \(70, 9\)"),
+        ("huge.npy X.npy", r"W: found values up to .* whose squares float32 can't hold"),
+        ("W.npy Xhuge.npy", r"X: found values whose squares overflow float32"),
         ("odd.npy narrow.npy", r"2:4.*does not divide.*\(8, 31\)"),
         ("W.npy --hessian skew.npy", r"hessian: found .*symmetric"),
         ("W.npy X.npy --pattern coupled-24", r"pattern: found 'coupled-24'.*nearest: coupled-2:4"),
@@ -246,6 +251,21 @@ def test_prune_refuses(arguments, said):
     assert re.search(said, refused("prune", *arguments.split()))
 
 
+@pytest.mark.parametrize("option", ["-o", "--mask-out", "--report"])
+def test_an_empty_output_is_refused(option):
+    assert f"{option}: found an empty path" in refused("prune", "W.npy", "X.npy", option, "")
+
+
+def test_endings_in_any_case_and_dots_in_folders():
+    os.makedirs("v1.0")
+    np.savez("v1.0/up.npz", a=np.load("W.npy"), b=np.load("W.npy"))
+    os.rename("v1.0/up.npz", "v1.0/UP.NPZ")
+    run("prune", "v1.0/UP.NPZ:a", "X.npy", "--method", "wanda")
+    assert list(np.load("W-pruned.NPZ")) == ["a"]
+    os.rename("v1.0/UP.NPZ", "v1.0/up")
+    assert "v1.0/up: found no ending" in refused("prune", "v1.0/up", "X.npy")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -255,6 +275,7 @@ def test_prune_refuses(arguments, said):
         ("compare W.npy X.npy --method wandas", r"found 'wandas'.*nearest: wanda"),
         ("hessian X.npy narrow.npy -o H.npz", r"narrow\.npy: X: found 31 features"),
         ("hessian X.npy Xnan.npy -o H.npz", r"Xnan\.npy: X: found 1 .*first at \(70, 9\)"),
+        ("hessian scalar.npy -o H.npz", r"scalar\.npy: X: found 0 dimensions"),
         ("hessian X.npy -o H.npy", r"-o: found H\.npy, expected \.npz"),
         ("hessian X.npy -o parts.npz", r"parts\.npz: found an existing file"),
         ("hessian parts.npz -o H.npz", r"parts\.npz: found 2 arrays"),

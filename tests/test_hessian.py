@@ -143,7 +143,7 @@ def test_broken_activations_change_nothing(monkeypatch):
 
 def test_overflow_is_said():
     h = cuobs.Hessian(2)
-    with np.errstate(over="ignore", invalid="ignore"), pytest.raises(ValueError, match="overflow"):
+    with pytest.raises(ValueError, match="overflow"):
         h.update(np.full((3, 2), 1e30))
     assert h.tokens == 0 and not h.matrix.any()
 

@@ -6,7 +6,7 @@ import layers
 import numpy as np
 import oracles
 import pytest
-from layers import PATTERNS, TALL, TILE, layer, prune
+from layers import PATTERNS, ROWS, TALL, TILE, layer, prune
 
 import cuobs
 from cuobs.methods.admm import AHEAD, LIMIT, SCHEDULES
@@ -89,6 +89,26 @@ def test_textbook_ordered(xp, pattern, order):
 @pytest.mark.parametrize("order", ["gap", "left", "shared", "largest", "smallest"])
 def test_textbook_true(xp, pattern, order):
     agree(xp, pattern, "true-obs", group=5, order=order)
+
+
+@pytest.mark.parametrize("pattern", ["block16-row8", ROWS])
+@pytest.mark.parametrize("group", [1, 2])
+def test_rows_that_lose_different_numbers_of_columns(xp, pattern, group):
+    """Some rows are so large that their partners lose nearly all columns."""
+    W, H, *_ = layer(pattern)
+    every = 8 if pattern == "block16-row8" else 1
+    W = W * np.where(np.arange(len(W)) // every % 2, 1e3, 1)[:, None]
+    target, Hl = oracles.damped(W, H)
+    weight, mask, cost = oracles.true_obs(
+        target, Hl, oracles.scopes(pattern, *W.shape), group=group, order="gap"
+    )
+    lost = (~mask).sum(1)
+    assert lost.max() > 2 * max(1, lost.min())
+    for batch in None, 1, 3:
+        result = prune(xp, W, H, pattern=pattern, method="true-obs", group=group, batch_rows=batch)
+        np.testing.assert_array_equal(result.mask, mask)
+        np.testing.assert_allclose(result.weight, weight, rtol=0, atol=1e-9 * np.abs(W).max())
+        np.testing.assert_allclose(result.cost, cost, rtol=1e-7, atol=1e-9 * cost.max())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

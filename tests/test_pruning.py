@@ -8,6 +8,7 @@ from layers import host, layer, prune
 from test_methods import ALL
 
 import cuobs
+from cuobs.loss import loss
 
 CPU = {"device": "cpu", "dtype": "float64"}
 
@@ -246,7 +247,37 @@ def test_weights_that_no_longer_fit():
             cuobs.prune(W, hessian=H, method="sparsegpt", damp=1e-6, **CPU)
 
 
-def test_lists_and_columns_in_memory_order(small):
+class ByProtocol:
+    """An array that offers DLPack and nothing else."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **how):
+        return self._array.__dlpack__(**how)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("form", [np.ndarray.tolist, ByProtocol])
+def test_lists_and_mere_protocols(small, form):
+    """What has no kind of its own comes back as an array of NumPy."""
+    W, H = small
+    plain = prune(np, W, H, method="sparsegpt")
+    result = cuobs.prune(form(W), hessian=form(H), target=form(W), method="sparsegpt", **CPU)
+    np.testing.assert_array_equal(result.weight, plain.weight)
+    assert cuobs.verify(form(result.weight), "2:4")
+    assert not cuobs.verify(form(W), "2:4")
+    assert cuobs.relative_loss(form(W), form(result.weight), form(H)) == result.loss
+    new = cuobs.reconstruct(form(W), plain.mask, form(H), **CPU)
+    np.testing.assert_array_equal(new, cuobs.reconstruct(W, plain.mask, H, **CPU))
+    assert type(new) is np.ndarray
+    table = cuobs.compare(form(W), hessian=form(H), methods="sparsegpt", device="cpu")
+    assert table.shape == W.shape and [row.method for row in table] == ["sparsegpt"]
+
+
+def test_columns_in_memory_order(small):
     W, H = small
     plain = prune(np, W, H, method="sparsegpt")
     for other in (np.asfortranarray(W), np.repeat(W, 2, axis=1)[:, ::2], W[::-1][::-1]):
@@ -380,6 +411,15 @@ def test_reconstruct_another_target_and_damping():
         np.testing.assert_allclose(new, oracles.exact(target, Hl, mask), rtol=0, atol=1e-9)
 
 
+def test_reconstruct_refuses_weights_that_no_longer_fit():
+    """Two columns nearly alike, of which one is to do the work of both."""
+    X = np.random.default_rng(0).standard_normal((64, 1)) * [1.0, 1.0]
+    H = X.T @ X
+    W = np.full((1, 2), 60000, "float16")
+    with pytest.raises(ValueError, match="W: found pruned weights that float16 can't hold"):
+        cuobs.reconstruct(W, np.array([[True, False]]), H, **CPU)
+
+
 def test_reconstruct_keeps_the_dtype():
     W, H = layers.random_layer(8, 32)
     mask = np.ones(W.shape, bool)
@@ -420,6 +460,32 @@ def test_a_row_nearly_zero(xp):
     whole = prune(xp, W, H, "float32", method="sparsegpt", refine="exact")
     mixed = prune(xp, size * W, H, "float32", method="sparsegpt", refine="exact")
     np.testing.assert_allclose(mixed.weight / size, whole.weight, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e25, -1e25, 1e-25])
+def test_squares_that_float32_cannot_hold(xp, scale):
+    """Costs would be infinite or 0, and masks chance."""
+    W, H = layers.random_layer(8, 64)
+    for given in {"W": W * scale}, {"W": W, "target": W * scale}:
+        with pytest.raises(ValueError, match=f"{[*given][-1]}: found values up to .*float64"):
+            prune(xp, H=H, dtype="float32", **given)
+    whole, scaled = (prune(xp, s * W, H, method="sparsegpt") for s in (1, scale))
+    np.testing.assert_array_equal(scaled.mask, whole.mask)
+    assert scaled.loss == pytest.approx(whole.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_a_loss_neither_overflows_nor_vanishes(xp, scale):
+    W, H = (a.astype("float32") for a in layers.random_layer(8, 64))
+    pruned = W * np.tile([True, False], 32)
+    losses = [
+        cuobs.relative_loss(xp.asarray(s * W), xp.asarray(s * pruned), xp.asarray(H))
+        for s in (np.float32(1), np.float32(scale))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    H = xp.full((64, 64), 3e38, "float32")
+    with pytest.raises(ValueError, match="overflows float32"):
+        loss(xp.asarray(W), xp.asarray(pruned), H)
 
 
 def test_a_hessian_that_is_none():

@@ -130,6 +130,8 @@ def check_outputs(inputs, outputs, force):
     taken = {}
     inputs = {os.path.realpath(files.split(spec)[0]) for spec in inputs if spec}
     for option, spec in given(outputs).items():
+        if not spec:
+            raise ValueError(f"{option}: found an empty path, expected a file's")
         path = files.split(spec)[0]
         place = os.path.realpath(path)
         if place in inputs and not force:

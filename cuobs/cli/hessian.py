@@ -27,12 +27,12 @@ def hessian(specs, out, dtype, device, force):
     sums = [part for _, part in parts if isinstance(part, cuobs.Hessian)]
     if dtype is None:
         dtype = "float64" if any(h.matrix.dtype == "float64" for h in sums) else "float32"
-    K = sums[0].K if sums else parts[0][1].shape[-1] if parts[0][1].ndim else 0
-    total = cuobs.Hessian(K, dtype=dtype, device=device)
+    K = sums[0].K if sums else None
     for spec, part in parts:
         if not isinstance(part, cuobs.Hessian):
             with common.naming(spec):
-                check_activations(part, K)
+                K = check_activations(part, K).shape[1]
+    total = cuobs.Hessian(K, dtype=dtype, device=device)
     for spec, part in parts:
         with common.naming(spec), common.Progress(spec) as progress:
             if isinstance(part, cuobs.Hessian):

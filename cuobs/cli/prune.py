@@ -1,6 +1,7 @@
 """cuobs prune"""
 
 import json
+import os
 
 import click
 
@@ -85,10 +86,10 @@ def _output(w, out):
     """The output with a key, W's own where none is given."""
     path, key = files.split(w)
     if out is None:
-        out = "W-pruned" + path[path.rindex(".") :] if "." in path else "W-pruned.npy"
-    if key is None and path.endswith((".npz", ".safetensors")):
+        out = "W-pruned" + (os.path.splitext(path)[1] or ".npy")
+    if key is None and path.lower().endswith((".npz", ".safetensors")):
         names = files.keys(path)
         key = names[0] if len(names) == 1 else None
-    if key and out.endswith((".npz", ".safetensors")):
+    if key and out.lower().endswith((".npz", ".safetensors")):
         out = f"{out}:{key}"
     return out

@@ -116,7 +116,8 @@ def _prune_rows(run, W, mask, cost):
     )
     cost[...] = 0
     cost = cost.reshape(R * r)
-    # A GPU is not asked before the end, since each question waits for it.
+    # A GPU is not asked before the end, since each question waits for it; only where rows lose
+    # different numbers of columns, each group asks for the most.
     info = None if xp is np else xp.zeros(R * r, np.int32)
     for left in range(G - run.group, -run.group, -run.group):
         size = run.group + min(left, 0)
@@ -152,7 +153,8 @@ def _plan(layout, group):
     """Elements that a row needs in each buffer, and the area that its Z spans."""
     K, (G, c) = layout.columns.size, layout.columns.shape
     most, alike = schur.pruned_columns(layout)
-    area = int(SHARE * K * G * most)
+    # A group takes `aligned` columns of Z, few as they may be.
+    area = int(SHARE * K * G * schur.aligned(group * most) / group)
     Z = Y = Z_P = used = room = 0
     for left in range(G - group, -group, -group):
         p = schur.aligned((group + min(left, 0)) * most)

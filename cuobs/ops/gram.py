@@ -6,8 +6,8 @@ from cuobs.arrays import namespace
 from cuobs.ops import kernels
 from cuobs.ops.gemm import gemm
 
-# Block rows of the upper triangle, at most; each is one product with all columns to its right, and
-# as high as whole tiles of the product are.
+# The upper triangle is made of block rows, each by one product with all columns to its right: as
+# many as this at most, their height a multiple of that of the tiles a product is made of.
 BLOCK_ROWS = 16
 BLOCK_TILE = 256
 # Order of the tiles that a kernel mirrors.

@@ -28,6 +28,7 @@ def test_a_tensor_comes_back_as_it_came(layer, dtype, device):
     assert result.weight.dtype == W.dtype and result.weight.device == W.device
     assert result.mask.dtype == torch.bool and result.mask.device == W.device
     assert (result.weight[~result.mask] == 0).all()
+    assert cuobs.verify(torch.nn.Parameter(result.weight), "2:4")
     assert result.device == device
     plain = cuobs.prune(
         W.detach().cpu().double().numpy(), X.cpu().double().numpy(), pattern="2:4",
