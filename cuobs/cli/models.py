@@ -6,6 +6,7 @@ import sys
 import click
 
 import cuobs
+from cuobs import files, plotting
 from cuobs.cli import common
 
 TARGETS = ("mixed", "pruned", "dense")
@@ -60,7 +61,7 @@ def _share(ctx, parameter, value):
               help="Passes of gradient descent over each pruned block's kept weights.")
 @click.option("--tune-rate", type=float, metavar="R", help="Their learning rate.  [3e-4]")
 @click.option("--eval", "evaluate", multiple=True, metavar="F",
-              help="Perplexity on a text or tokens, before and after.")
+              help="Perplexity on a text or tokens, before and after, in windows as long.")
 @click.option("--masks", is_flag=True, help="Write cuobs_masks.safetensors too.")
 @click.option("--plot", metavar="F.png", help="Draw the loss by layer.")
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
@@ -77,11 +78,14 @@ def prune_model(
     zeros, which opens wherever SRC does.
     """
     models = _models()
+    from cuobs.models import checkpoint
     from cuobs.models import report as reports
 
     if plot:
-        reports.check_picture(plot)
-        common.files.check_output(plot)
+        plotting.check_picture(plot)
+        if os.path.exists(plot):
+            raise FileExistsError(f"--plot: found {plot}, expected a new path")
+        files.check_output(plot)
     view = _View()
     try:
         report = models.prune_folder(
@@ -92,8 +96,9 @@ def prune_model(
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
             **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
         )  # fmt: skip
-    except KeyboardInterrupt:
-        click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
+    except (KeyboardInterrupt, OSError, MemoryError):
+        if checkpoint.unfinished(dst):
+            click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
         raise
     if plot:
         reports.picture(report, plot)
@@ -190,8 +195,8 @@ class _View:
 
         block = report.blocks[-1]
         losses = "  ".join(
-            f"{row.name.rpartition('.')[2]} {row.loss:.1%}"
-            for row in block.layers
+            f"{label} {row.loss:.1%}"
+            for label, row in zip(block.labels(), block.layers, strict=True)
             if row.loss is not None
         )
         for row in block.layers:
@@ -201,7 +206,7 @@ class _View:
         left = ""
         if fresh:
             seconds = sum(fresh) / len(fresh) * (blocks - len(report.blocks))
-            left = f"  {common._duration(seconds)} left"
+            left = f"  {common.duration(seconds)} left"
         how = "read back" if block.resumed else f"{block.seconds:.1f} s"
         drift = "" if block.drift is None else f"  drift {block.drift:.1%}"
         click.echo(

@@ -25,6 +25,38 @@ class _Stop(Exception):
     """Ends a forward once everything that was wanted has been seen."""
 
 
+@contextlib.contextmanager
+def running_alone():
+    """Say what it means where a block does not run for one window of a batch."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise not_by_window(str(error).partition("\n")[0]) from error
+
+
+def not_by_window(reason):
+    """The error of a block for which `windows_of` does not give a window's own arguments."""
+    return ValueError(
+        f"model: found that a block gives one window something else than among others ({reason}), "
+        "expected windows in the first dimension of all that differs between them; other "
+        "batch_tokens may help"
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Without dropout; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def capture(model, blocks, batches, device):
     """Run the model up to its blocks and note what each of them is called with.
@@ -60,7 +92,8 @@ def capture(model, blocks, batches, device):
             hidden = args[0] if args else kwargs["hidden_states"]
             if not form:  # a tensor, or a tuple that begins with it: its own forward tells
                 one = windows_of((args, kwargs), 0, 1, len(hidden))
-                out = whole(*one[0], **one[1])
+                with running_alone():
+                    out = whole(*one[0], **one[1])
                 form.append(None if torch.is_tensor(out) else tuple(out[1:]))
             return hidden if form[0] is None else (hidden, *form[0])
 
@@ -68,6 +101,7 @@ def capture(model, blocks, batches, device):
 
     hidden, calls = [], [[] for _ in blocks]
     handles = [b.register_forward_pre_hook(watch, with_kwargs=True) for b in blocks]
+    own = [b.__dict__.get("forward") for b in blocks]  # whoever set one has it back
     for block in blocks:
         block.forward = passing(block)
     try:
@@ -88,8 +122,10 @@ def capture(model, blocks, batches, device):
     finally:
         for handle in handles:
             handle.remove()
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
     return Entry(hidden, calls)
 
 

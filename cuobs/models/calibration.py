@@ -32,6 +32,10 @@ def check_tokens(model, tokens):
         raise TypeError(f"tokens: found dtype {array.dtype}, expected integers")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"tokens: found shape {array.shape}, expected (windows, length)")
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model: found {type(model).__name__}, expected a causal language model of transformers"
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if array.min() < 0 or array.max() >= vocabulary:
         raise ValueError(
@@ -57,7 +61,7 @@ def longest_window(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_tokens(spec, samples=None, length=None):
+def load_tokens(spec, samples=None, length=None, kinds="iu"):
     """Windows of tokens from ``tokens.npz:key``, in the order in which they lie there.
 
     Parameters
@@ -68,6 +72,8 @@ def load_tokens(spec, samples=None, length=None):
         How many windows to take from the front; all by default.
     length : int, optional
         What to cut windows to; whole by default.
+    kinds : str
+        Kinds of dtype that may be; an attention mask may be "b", bool, too.
 
     Returns
     -------
@@ -75,7 +81,7 @@ def load_tokens(spec, samples=None, length=None):
     """
     check_cut(samples, length)
     tokens = files.load(spec)
-    if tokens.dtype.kind not in "biu":  # an attention mask may be bool
+    if tokens.dtype.kind not in kinds:
         raise TypeError(f"{spec}: found dtype {tokens.dtype}, expected integers")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"{spec}: found shape {tokens.shape}, expected (windows, length)")

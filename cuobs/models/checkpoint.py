@@ -32,8 +32,14 @@ LEFTOVER = ".cuobs_"
 # What a checkpoint's folder holds besides weights is copied, these aside.
 WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
-    ".index.json",
+    ".onnx_data", ".tflite", ".index.json",
 )  # fmt: skip
+# What a config says of weights that are not plain floats.
+COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
+# How the names of a tokenizer's files begin.
+TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+# Dtypes of safetensors that a model may be held in; those behind hold what those before do.
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def find_source(src):
@@ -51,20 +57,19 @@ def find_source(src):
         raise FileNotFoundError(f"{src}: found no such folder, expected a checkpoint or a .gguf")
     config = os.path.join(src, "config.json")
     if os.path.isfile(config):
-        if os.path.exists(os.path.join(src, MARKER)):
+        if unfinished(src):
             raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
         with open(config) as file:
             try:
                 content = json.load(file)
             except ValueError as error:
                 raise ValueError(f"{config}: found no JSON ({error})") from None
-        if "quantization_config" in content:
-            raise ValueError(
-                f"{src}: found a quantization_config, expected weights in floating point"
-            )
+        for key in COMPRESSED:
+            if key in content:
+                raise ValueError(f"{src}: found a {key}, expected plain weights in floating point")
         return src, None
     found = sorted(name for name in os.listdir(src) if name.endswith(".gguf"))
-    if os.path.exists(os.path.join(src, MARKER)):
+    if unfinished(src):
         raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
     if len(found) != 1:
         raise ValueError(f"{src}: found no config.json and {len(found)} .gguf files, expected one")
@@ -72,8 +77,9 @@ def find_source(src):
 
 
 def load_model(src):
-    """A causal language model from a checkpoint's folder or a GGUF, on the CPU, in its own dtype.
+    """A causal language model from a checkpoint's folder or a GGUF, on the CPU.
 
+    In the dtype of the weights, whatever the config says, or in one that holds all of theirs.
     Nothing is fetched from anywhere.
 
     Raises
@@ -87,7 +93,8 @@ def load_model(src):
     extra = {} if gguf is None else {"gguf_file": gguf}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, **extra
+            folder, dtype=_dtype(folder) if gguf is None else "auto", local_files_only=True,
+            output_loading_info=True, **extra,
         )
     except (ImportError, MemoryError):
         raise
@@ -111,6 +118,25 @@ def load_model(src):
     return model.eval()
 
 
+def _dtype(folder):
+    """The dtype of the weights in a folder's safetensors; "auto" where there are none."""
+    index, names = os.path.join(folder, "model.safetensors.index.json"), {"model.safetensors"}
+    if os.path.isfile(index):
+        with open(index) as file:
+            names = set(json.load(file)["weight_map"].values())
+    found = set()
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            return "auto"
+        with safe_open(path, "pt") as stored:
+            found |= {stored.get_slice(key).get_dtype() for key in stored.keys()}
+    floats = [name for name in DTYPES if name in found]
+    if not floats or any(name.startswith("F8") for name in found):
+        return "auto"
+    return torch.float32 if floats == ["F16", "BF16"] else DTYPES[floats[-1]]
+
+
 def load_tokenizer(src):
     """The tokenizer of a checkpoint's folder or a GGUF."""
     from transformers import AutoTokenizer
@@ -118,6 +144,8 @@ def load_tokenizer(src):
     folder, gguf = find_source(src)
     extra = {} if gguf is None else {"gguf_file": gguf}
     try:
+        if gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(folder)):
+            raise ValueError("no file of one")  # transformers would make an empty one
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -131,21 +159,25 @@ def check_destination(src, dst, resume):
     dst = os.fspath(dst)
     folder, gguf = find_source(src)
     source, place = os.path.realpath(folder), os.path.realpath(dst)
-    if place == source or gguf is None and place.startswith(source + os.sep):
+    if place == source or os.path.isdir(src) and place.startswith(source + os.sep):
         raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
-    unfinished = os.path.exists(os.path.join(dst, MARKER))
     if os.path.exists(dst) and not os.path.isdir(dst):
         raise FileExistsError(f"{dst}: found a file, expected a new folder")
-    if unfinished and not resume:
+    if unfinished(dst) and not resume:
         raise FileExistsError(
             f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
         )
     present = os.path.isdir(dst) and [n for n in os.listdir(dst) if not n.startswith(LEFTOVER)]
-    if not unfinished and present:
+    if not unfinished(dst) and present:
         what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
         raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
     os.makedirs(dst, exist_ok=True)
     files.check_output(os.path.join(dst, MARKER), force=True)
+
+
+def unfinished(folder):
+    """Whether a folder holds a run that has begun and is not complete."""
+    return os.path.exists(os.path.join(folder, MARKER))
 
 
 def begin(folder, identity, resume):
@@ -171,9 +203,17 @@ def begin(folder, identity, resume):
     if os.path.exists(marker):
         if not resume:
             raise FileExistsError(f"{folder}: found an unfinished run, expected resume")
-        with open(marker) as file:
-            before = json.load(file)
+        try:
+            with open(marker) as file:
+                before = dict(json.load(file))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{marker}: found a damaged file, expected what the run began with; start again in "
+                "a new folder"
+            ) from None
         for key in sorted(before.keys() | identity.keys()):
+            if key == "tokens" and before.get(key) != identity[key]:
+                raise ValueError("resume: found other tokens than the run began with")
             if before.get(key) != identity.get(key):
                 raise ValueError(
                     f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
@@ -220,6 +260,16 @@ def load_block(folder, index, prefix, block, before):
     path = _block_path(folder, index)
     if not os.path.exists(path):
         return None
+    try:
+        return _read_block(path, prefix, block, before)
+    except (SafetensorError, KeyError):
+        raise ValueError(
+            f"resume: found that {path} is damaged, expected a whole file; without it the block is "
+            "pruned again"
+        ) from None
+
+
+def _read_block(path, prefix, block, before):
     modules = linears(block)
     masks = {}
     with safe_open(path, "pt") as stored:
@@ -341,10 +391,11 @@ def _copy_others(src, staging):
         folders[:] = [name for name in folders if not name.startswith(".")]
         wanted = [n for n in names if n not in (REPORT, MASKS) and not n.endswith(WEIGHTS)]
         for name in wanted:
-            if not name.startswith("."):
+            origin = os.path.join(place, name)
+            if not name.startswith(".") and os.path.exists(origin):  # a link may lead nowhere
                 target = os.path.join(staging, os.path.relpath(place, folder), name)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                shutil.copyfile(os.path.join(place, name), target)
+                shutil.copyfile(origin, target)
 
 
 def _block_path(folder, index):

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from cuobs.models.blocks import evaluating
 from cuobs.models.calibration import check_tokens
 from cuobs.models.memory import Room
 
@@ -30,6 +31,7 @@ def perplexity(model, tokens, device=None, progress=None):
     Returns
     -------
     float
+        Not a number where the model's outputs are none.
     """
     tokens = torch.from_numpy(check_tokens(model, tokens))
     if tokens.shape[1] < 2:
@@ -37,7 +39,6 @@ def perplexity(model, tokens, device=None, progress=None):
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
     batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
-    training = model.training
 
     def part(start, stop):
         found = _surprise(model, tokens[start:stop].to(device))
@@ -46,18 +47,18 @@ def perplexity(model, tokens, device=None, progress=None):
         return found
 
     try:
-        model.eval().to(device)
-        total = sum(Room(batch).each(len(tokens), part))
+        model.to(device)
+        with evaluating(model):
+            total = sum(Room(batch).each(len(tokens), part))
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
             "memory: found that the model takes more than the device has free, expected a smaller "
             "one or device='cpu'"
         ) from None
     finally:
-        model.train(training)
         model.to(home)
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)
 
 
 def _surprise(model, tokens):

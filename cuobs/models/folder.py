@@ -1,5 +1,6 @@
 """From a checkpoint's folder to that of a pruned model."""
 
+import math
 import os
 from functools import partial
 
@@ -10,6 +11,7 @@ from cuobs.models import checkpoint
 from cuobs.models.calibration import (
     check_cut,
     check_file,
+    check_tokens,
     is_tokens,
     load_tokens,
     longest_window,
@@ -63,7 +65,8 @@ def prune_folder(
     attention_mask : str, optional
         An array like the calibration tokens, 0 where one is padding.
     evaluate : sequence of str
-        Texts or tokens whose perplexity is measured before and after.
+        Texts or tokens whose perplexity is measured before and after, in windows as long as those
+        of the calibration.
     resume : bool
         Go on with an unfinished run, with the same arguments.
     save_masks : bool
@@ -94,6 +97,11 @@ def prune_folder(
             f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
         ) from None
     check_arguments(device=device, **options)
+    if attention_mask and not is_tokens(calibration):
+        raise ValueError(
+            f"attention_mask: found it with the text {calibration}, expected tokens.npz:key, whose "
+            "windows it belongs to"
+        )
     for spec in (calibration, *evaluate, *([attention_mask] if attention_mask else ())):
         check_file(spec)
     checkpoint.check_destination(src, dst, resume)
@@ -105,8 +113,13 @@ def prune_folder(
 
     def windows(spec, samples, length):
         if is_tokens(spec):
-            return load_tokens(spec, samples, length)
-        return tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
+            found = load_tokens(spec, samples, length)
+        else:
+            found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
+        try:
+            return check_tokens(model, found)
+        except ValueError as error:
+            raise ValueError(f"{spec}: {error}") from None
 
     tokens = windows(calibration, samples, sequence_length)
     length = tokens.shape[1]
@@ -115,7 +128,7 @@ def prune_folder(
     texts = {n: windows(spec, None, length) for n, spec in zip(names, evaluate, strict=True)}
     mask = None
     if attention_mask is not None:
-        mask = load_tokens(attention_mask, samples, length)
+        mask = load_tokens(attention_mask, samples, length, kinds="biu")
     protocol = {
         "source": os.fspath(src),
         "calibration": os.fspath(calibration),
@@ -124,7 +137,8 @@ def prune_folder(
         "seed": None if is_tokens(calibration) else seed,
         "evaluated": {name: list(part.shape) for name, part in texts.items()},
     }
-    drawn = "" if is_tokens(calibration) else f", drawn with seed {seed}"
+    all_of_it = is_tokens(calibration) or len(tokens) < samples
+    drawn = "" if all_of_it else f", drawn with seed {seed}"
     say(f"calibration  {calibration}: {len(tokens)} windows of {length} tokens{drawn}")
     for name, part in texts.items():
         say(f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap")
@@ -143,6 +157,11 @@ def prune_folder(
         if starting:
             starting(report)
         before.update(measure("dense"))
+        if bad := [name for name, value in before.items() if math.isnan(value)]:
+            raise ValueError(
+                f"model: found that its perplexity on {bad[0]} is no number, expected finite "
+                "weights; a wider dtype may hold its activations"
+            )
 
     masks = {} if save_masks else None
     try:

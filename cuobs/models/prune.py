@@ -18,7 +18,15 @@ import torch
 import cuobs
 from cuobs import validation
 from cuobs.models import checkpoint, memory
-from cuobs.models.blocks import capture, run, run_until, windows_of
+from cuobs.models.blocks import (
+    capture,
+    evaluating,
+    not_by_window,
+    run,
+    run_until,
+    running_alone,
+    windows_of,
+)
 from cuobs.models.calibration import check_tokens, to_array
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.structure import (
@@ -34,6 +42,8 @@ from cuobs.pruning import prepare
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
+# What a block adds to a window's hidden states differs by less, however many windows run with it.
+WINDOWS_DIFFER = 0.1
 # Tokens that run through a block at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 # Options of `cuobs.prune` that are passed on, and those of them that belong to a method.
@@ -136,7 +146,7 @@ def prune_model(
         An argument is wrong, the model has no blocks of linears or is a mixture of experts, or its
         activations are not finite.
     """
-    tokens, keep = _check_tokens(model, tokens, attention_mask, drop_first_token)
+    tokens, mask, keep = _check_tokens(model, tokens, attention_mask, drop_first_token)
     pattern, shares, skipped, device, options = check_arguments(
         pattern=pattern, method=method, target=target, dense_share=dense_share,
         residual_share=residual_share, skip=skip, damp=damp, tune=tune, tune_rate=tune_rate,
@@ -155,9 +165,7 @@ def prune_model(
 
     batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // tokens.shape[1])
     parts = list(zip(tokens.split(batch), keep.split(batch), strict=True))
-    given = [None] * len(parts)
-    if attention_mask is not None:
-        given = torch.from_numpy(to_array(attention_mask).astype(np.int64)).split(batch)
+    given = [None] * len(parts) if mask is None else mask.split(batch)
     follow = target != "pruned" or tune > 0
     settings = {
         "pattern": pattern.label,
@@ -185,9 +193,7 @@ def prune_model(
         identity = {**settings, "tokens": _digest(tokens, keep), "blocks": len(blocks)}
         checkpoint.begin(checkpoint_folder, identity, resume)
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         shown = [(t, mask) for (t, _), mask in zip(parts, given, strict=True)]
         report.memory_predicted = memory.predict(
             [m.weight.shape for m in linears(blocks[0]).values()],
@@ -217,6 +223,8 @@ def prune_model(
                 digest = checkpoint.digest(block)
                 stored = checkpoint.load_block(checkpoint_folder, index, prefix, block, digest)
             after = None
+            if index == 0:
+                _check_windows(block, hidden[0], mine[0], room)
             if follow:
                 after = [_run(dense, h, c, room) for h, c in zip(hidden, mine, strict=True)]
             if stored:
@@ -262,8 +270,6 @@ def prune_model(
             report.memory_peak = memory.peak(device)
             if on_block:
                 on_block(report, len(blocks))
-    finally:
-        model.train(training)
     return report
 
 
@@ -411,6 +417,8 @@ def _prune_group(modules, moments, rows, dense_share, residual_shares, arguments
                     f"model: found that the Hessian of {rows[0].name} stays singular up to damp="
                     f"{damp / 10:g} ({error}), expected activations that differ"
                 ) from None
+        except ValueError as error:
+            raise ValueError(f"{rows[0].name}: {error}") from error
     masks = []
     for module, W, row, share, (new, mask) in zip(
         modules, weights, rows, residual_shares, results, strict=True
@@ -489,6 +497,18 @@ def _run(block, hidden, call, room):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _check_windows(block, hidden, call, room):
+    """Refuse a block for which `windows_of` does not give a window's own arguments."""
+    if len(hidden) == 1:
+        return
+    whole = _run(block, hidden, call, room)[:1].float()
+    with running_alone():
+        alone = _run(block, hidden[:1], windows_of(call, 0, 1, len(hidden)), memory.Room(1))
+    differs, adds = (whole - alone).norm(), (whole - hidden[:1]).norm()
+    if differs > WINDOWS_DIFFER * adds:
+        raise not_by_window(f"{float(differs / adds):.0%} of what it adds to the first differs")
+
+
 def _take(x, chosen):
     """The rows of the tokens that count; all of them where chosen is None."""
     return x if chosen is None else x.index_select(0, chosen)
@@ -519,20 +539,24 @@ def _synchronize(device):
 
 
 def _check_tokens(model, tokens, attention_mask, drop_first_token):
-    """Tokens as a tensor (windows, length), and which of them count."""
+    """Tokens as a tensor (windows, length), their attention mask or None, and which count."""
     array = check_tokens(model, tokens)
-    keep = np.ones(array.shape, bool)
+    keep, mask = np.ones(array.shape, bool), None
     if attention_mask is not None:
-        keep = to_array(attention_mask) != 0
+        values = to_array(attention_mask)
+        keep = values == 1
         if keep.shape != array.shape:
             raise ValueError(
                 f"attention_mask: found shape {keep.shape}, expected {array.shape} as the tokens"
             )
+        if not (keep | (values == 0)).all():
+            raise ValueError("attention_mask: found other values, expected 0 and 1 alone")
+        mask = torch.from_numpy(keep.astype(np.int64))
     if drop_first_token:
         keep[np.arange(len(keep)), keep.argmax(axis=1)] = False
     if not keep.any():
         raise ValueError("tokens: found none that count, expected longer windows")
-    return torch.from_numpy(array), torch.from_numpy(keep)
+    return torch.from_numpy(array), mask, torch.from_numpy(keep)
 
 
 def _check_shares(target, dense_share, residual_share):
@@ -570,6 +594,11 @@ def _check_skip(skip):
 
 def _layers_left(model, name, blocks, shared, pattern, skipped):
     """Why a linear (block, name inside it) stays as it is."""
+    if skipped and not any(skipped.search(n) for n in linears(model)):
+        raise ValueError(
+            f"skip: found no linear in whose name {skipped.pattern!r} is, expected part of one as "
+            f"{name}.0.{next(iter(linears(blocks[0])))}"
+        )
     left = {}
     for index, block in enumerate(blocks):
         for inner, module in linears(block).items():

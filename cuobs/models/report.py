@@ -1,6 +1,7 @@
 """What was done to a model and what became of it: rows, JSON, a table, a picture."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 
@@ -69,6 +70,13 @@ class BlockReport:
     seconds: float = 0.0
     resumed: bool = False
 
+    def labels(self):
+        """Short names of the layers: the last part, or more where two would be alike."""
+        inside = [row.name.partition(f".{self.index}.")[2] for row in self.layers]
+        last = [name.rpartition(".")[2] for name in inside]
+        pairs = zip(last, inside, strict=True)
+        return [short if last.count(short) == 1 else name for short, name in pairs]
+
     @classmethod
     def from_dict(cls, content):
         """The inverse of `dataclasses.asdict`."""
@@ -91,10 +99,12 @@ class ModelReport:
     left : list of str
         Linears outside the blocks, which stay as they are.
     seconds : float
+        Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
         Bytes on the device (on the CPU: of the process).
     perplexity : dict
-        By the name of a text, the perplexity before and after.
+        By the name of a text, the perplexity before and after; null in JSON where it is no finite
+        number.
     """
 
     settings: dict
@@ -120,7 +130,12 @@ class ModelReport:
 
     def to_json(self):
         """The report as text."""
-        return json.dumps({"cuobs": cuobs.__version__, **asdict(self)}, indent=2) + "\n"
+        content = {"cuobs": cuobs.__version__, **asdict(self)}
+        content["perplexity"] = {
+            name: [value if math.isfinite(value) else None for value in pair]
+            for name, pair in self.perplexity.items()
+        }
+        return json.dumps(content, indent=2) + "\n"
 
 
 def summary(report):
@@ -182,10 +197,9 @@ def picture(report, path, force=False):
 
     lines = {}
     for block in report.blocks:
-        for row in block.layers:
+        for label, row in zip(block.labels(), block.layers, strict=True):
             if row.loss is not None:
-                kind = row.name.rpartition(".")[2]
-                lines.setdefault(kind, []).append((block.index, 100 * row.loss))
+                lines.setdefault(label, []).append((block.index, 100 * row.loss))
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

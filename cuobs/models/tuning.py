@@ -47,6 +47,7 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
         block = copy.deepcopy(block).float()
     modules = linears(block)
     weights = {modules[name].weight: mask for name, mask in masks.items()}
+    learning = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
     for parameter in block.parameters():
         parameter.requires_grad_(parameter in weights)
     batches = [
@@ -73,10 +74,11 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
                 schedule.step()
     after = _error(block, batches, room)
     better = after < before
-    for name, module in linears(home).items():
-        module.weight.requires_grad_(False)
-        if name in masks:
-            module.weight.data.copy_(modules[name].weight.data if better else first[name])
+    for name, weight in first.items():
+        linears(home)[name].weight.data.copy_(modules[name].weight.data if better else weight)
+    for parameter, learned in learning:
+        parameter.grad = None
+        parameter.requires_grad_(learned)
     return before, after if better else before
 
 

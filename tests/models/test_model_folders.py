@@ -122,6 +122,29 @@ def test_bfloat16_is_kept(tmp_path, calibration):
     assert load_model(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("named, held", [("float16", "float32"), ("float32", "bfloat16")])
+def test_the_weights_dtype_is_kept_whatever_the_config_names(tmp_path, calibration, named, held):
+    source = tmp_path / "source"
+    make_model("qwen2").to(getattr(torch, held)).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = named
+    (source / "config.json").write_text(json.dumps(config))
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
+    assert {t.dtype for t in weights_in(tmp_path / "out").values()} == {getattr(torch, held)}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+def test_weights_of_several_dtypes_lose_no_digits(tmp_path, calibration):
+    source = tmp_path / "source"
+    model = make_model("qwen2").bfloat16()
+    model.model.norm.float()
+    model.model.norm.weight.data += 1e-5
+    model.save_pretrained(source)
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
+    written = weights_in(tmp_path / "out")["model.norm.weight"]
+    assert torch.equal(written, model.model.norm.weight.data)
+
+
 def test_text_is_tokenised_and_drawn(source, tmp_path):
     words = np.random.default_rng(0).integers(3, 97, 1000)
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
@@ -131,6 +154,12 @@ def test_text_is_tokenised_and_drawn(source, tmp_path):
         device="cpu", say=lines.append,
     )  # fmt: skip
     assert any("10 windows of 32 tokens, drawn with seed 3" in line for line in lines)
+    lines.clear()
+    prune_folder(
+        source, tmp_path / "all", tmp_path / "text.txt", sequence_length=32, device="cpu",
+        method="wanda", say=lines.append,
+    )  # fmt: skip
+    assert lines[0].endswith("31 windows of 32 tokens")
     chosen = np.sort(np.random.default_rng(3).choice(1000 // 32, 10, replace=False))
     model = load_model(source)
     prune_model(model, words[: 31 * 32].reshape(31, 32)[chosen], device="cpu")
@@ -175,6 +204,8 @@ def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CHILD), source, out, calibration],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        # A test run in the background ignores it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     done = 0
     while done < 2:
@@ -306,6 +337,32 @@ def test_resume_refuses_another_source(source, tmp_path, calibration):
         prune_folder(other, tmp_path / "out", calibration, device="cpu", resume=True)
 
 
+def test_resume_says_what_is_damaged_or_other(source, tmp_path, calibration):
+    def stop(report, blocks):
+        raise KeyboardInterrupt
+
+    def refused(match, tokens=calibration):
+        with pytest.raises(ValueError, match=match):
+            prune_folder(source, out, tokens, device="cpu", resume=True)
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, out, calibration, device="cpu", on_block=stop)
+    refused("resume: found other tokens", calibration.replace("windows", "text"))
+    block = out / BLOCKS / "00000.safetensors"
+    block.write_bytes(block.read_bytes()[:-100])
+    refused("00000.safetensors is damaged")
+    block.unlink()
+    prune_folder(source, tmp_path / "whole", calibration, device="cpu")
+    marker = (out / MARKER).read_text()
+    (out / MARKER).write_text("")
+    refused(f"{MARKER}: found a damaged file")
+    (out / MARKER).write_text(marker)
+    prune_folder(source, out, calibration, device="cpu", resume=True)
+    whole, mine = contents(tmp_path / "whole"), contents(out)
+    assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
+
+
 def test_masks_survive_a_resume(source, tmp_path, calibration):
     def stop(report, blocks):
         raise KeyboardInterrupt
@@ -349,6 +406,7 @@ def test_files_and_folders_beside_the_weights_are_kept(source, tmp_path, calibra
     (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     (source / "original").mkdir()
     (source / "original" / "consolidated.00.pth").write_bytes(b"many weights")
+    (source / "nowhere").symlink_to(source / "gone")
     os.chmod(source, 0o555)
     prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
     out = tmp_path / "out"
@@ -395,12 +453,58 @@ def test_damaged_sources_are_refused(source, tmp_path, calibration):
         prune_folder(source, tmp_path / "out", calibration, device="cpu")
 
 
-def test_quantized_source_is_refused(source, tmp_path, calibration):
+@pytest.mark.parametrize(
+    "key", ["quantization_config", "sparsity_config", "compression_config"]
+)
+def test_compressed_source_is_refused(source, tmp_path, calibration, key):
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config[key] = {"quant_method": "gptq"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantization_config"):
+    with pytest.raises(ValueError, match=key):
         prune_folder(source, tmp_path / "out", calibration, device="cpu")
+
+
+def test_what_is_evaluated_is_checked_before_anything_is_written(source, tmp_path, calibration):
+    np.save(tmp_path / "big.npy", np.full((2, 24), 97))
+    np.save(tmp_path / "mask.npy", np.ones((2, 24), bool))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="big.npy: tokens: found 97"):
+        prune_folder(source, out, calibration, device="cpu", evaluate=[str(tmp_path / "big.npy")])
+    with pytest.raises(TypeError, match="mask.npy: found dtype bool"):
+        prune_folder(source, out, calibration, device="cpu", evaluate=[str(tmp_path / "mask.npy")])
+    assert not list(out.iterdir())
+
+
+def test_a_model_whose_outputs_are_no_numbers_is_refused(source, tmp_path, calibration):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    model.save_pretrained(source, max_shard_size="20KB")
+    assert np.isnan(perplexity(load_model(source), make_tokens(4)))
+    with pytest.raises(ValueError, match="perplexity on tokens.npz:text is no number"):
+        prune_folder(
+            source, tmp_path / "out", calibration, device="cpu",
+            evaluate=[calibration.replace("windows", "text")],
+        )  # fmt: skip
+
+
+def test_a_mask_belongs_to_windows_of_tokens(source, tmp_path):
+    (tmp_path / "text.txt").write_text("w3 " * 200)
+    np.save(tmp_path / "mask.npy", np.ones((4, 24), bool))
+    with pytest.raises(ValueError, match="attention_mask: found it with the text"):
+        prune_folder(
+            source, tmp_path / "out", str(tmp_path / "text.txt"), device="cpu",
+            attention_mask=str(tmp_path / "mask.npy"),
+        )  # fmt: skip
+
+
+def test_a_source_without_a_tokenizer_reads_no_text(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("w3 " * 200)
+    with pytest.raises(ValueError, match="source: found no tokenizer"):
+        prune_folder(
+            tmp_path / "source", tmp_path / "out", str(tmp_path / "text.txt"), device="cpu"
+        )
 
 
 def test_gguf(tmp_path, calibration):
@@ -441,6 +545,11 @@ def test_gguf(tmp_path, calibration):
     writer.write_tensors_to_file()
     writer.close()
 
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    os.link(path, alone / "tiny.gguf")
+    with pytest.raises(ValueError, match="outside it"):
+        prune_folder(alone, alone / "out", calibration, device="cpu")
     report = prune_folder(path, tmp_path / "out", calibration, device="cpu")
     assert len(report.layers) == 14
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -145,6 +145,34 @@ def test_bad_input_is_refused_before_the_dense_model_is_evaluated(
     assert "damp" in result.output and "perplexity" not in result.output
 
 
+def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path, monkeypatch):
+    """Only a run that has begun can go on."""
+    command = ("prune-model", source, tmp_path / "out", "--calibration",
+               f"{tokens_file}:calibration", "--device", "cpu")  # fmt: skip
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cuobs.models.checkpoint.load_model", interrupt)
+        result = cuobs(*command)
+        assert result.exit_code == 130 and "--resume" not in result.output
+    monkeypatch.setattr(commands._View, "block", interrupt)
+    result = cuobs(*command)
+    assert result.exit_code == 130
+    assert f"{tmp_path / 'out'} is not complete; --resume goes on with it." in result.output
+
+
+def test_an_old_picture_is_not_overwritten(cuobs, source, tokens_file, tmp_path):
+    (tmp_path / "loss.png").write_text("mine")
+    result = cuobs(
+        "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
+        "--device", "cpu", "--plot", tmp_path / "loss.png",
+    )  # fmt: skip
+    assert result.exit_code == 2 and "--plot: found" in result.output
+    assert "force" not in result.output
+
+
 def test_nothing_but_the_report_in_a_pipe(source, tokens_file, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "from cuobs.cli import main; main()", "prune-model", source,

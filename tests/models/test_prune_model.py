@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import transformers
 from small_models import make_model, make_tokens, same, weights_of
 
 import cuobs
@@ -327,10 +328,58 @@ def test_drift_is_that_of_the_hidden_states(tokens):
     assert report.blocks[-1].drift == pytest.approx(expected, rel=1e-4)
 
 
-def test_training_mode_is_restored(tokens):
+def test_drift_is_over_the_tokens_that_count(tokens):
+    """Huge hidden states of tokens that are left out do not dilute it."""
+    mask = np.ones(tokens.shape, int)
+    mask[:, :6] = 0
+    found = []
+    for token in 3, 4:
+        padded = np.where(mask == 1, tokens, token)
+        _, report = pruned(make_model("llama"), padded, attention_mask=mask)
+        found.append([block.drift for block in report.blocks])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_modes_are_restored(tokens):
     model = make_model("llama").train()
+    model.model.layers[1].eval()
     prune_model(model, tokens, device="cpu")
-    assert model.training
+    assert model.training and model.model.layers[2].mlp.training
+    assert not model.model.layers[1].training and not model.model.layers[1].mlp.training
+
+
+def test_a_forward_of_ones_own_is_kept(tokens):
+    model = make_model("llama")
+    block = model.model.layers[1]
+    whole, seen = block.forward, []
+
+    def forward(*args, **kwargs):
+        seen.append(1)
+        return whole(*args, **kwargs)
+
+    block.forward = forward
+    prune_model(model, tokens, device="cpu")
+    assert block.forward is forward and seen
+
+
+def test_a_weight_that_is_not_finite_is_named(tokens):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="model.layers.1.mlp.down_proj: W: found 1 elements"):
+        prune_model(model, tokens, target="pruned", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["Mpt", "Bloom"])
+def test_what_is_by_head_is_not_taken_for_windows(kind, tokens):
+    """As many heads as windows: neither a wrong result in silence nor a traceback."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=8
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(ValueError, match="a block gives one window something else"):
+        prune_model(model, tokens, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -357,6 +406,8 @@ def test_training_mode_is_restored(tokens):
         ({"tokens": np.full((2, 8), 97)}, ValueError, "tokens: found 97 to 97, expected 0 to 96"),
         ({"attention_mask": np.ones((2, 8))}, ValueError, "attention_mask: found shape"),
         ({"attention_mask": np.zeros((8, 24))}, ValueError, "none that count"),
+        ({"attention_mask": np.full((8, 24), 0.5)}, ValueError, "attention_mask: found other"),
+        ({"skip": "qproj"}, ValueError, "skip: found no linear.*model.layers.0.self_attn.q_proj"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(tokens, change, error, match):

@@ -46,6 +46,18 @@ def test_picture(report, tmp_path):
         picture(report, str(tmp_path / "loss.svg"))
 
 
+def test_layers_whose_names_end_alike_are_told_apart(tokens):
+    report = prune_model(make_model("gpt2"), tokens, method="wanda", device="cpu")
+    assert report.blocks[1].labels() == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+
+
+def test_numbers_that_json_does_not_know(report):
+    report.perplexity = {"text": (10.0, float("inf"))}
+    assert json.loads(report.to_json(), parse_constant=pytest.fail)["perplexity"]["text"] == [
+        10.0, None
+    ]  # fmt: skip
+
+
 def test_size():
     assert size(3 * 2**20) == "3 MiB"
     assert size(5 * 2**29) == "2.50 GiB"

@@ -55,8 +55,19 @@ def test_error_falls_and_masks_hold(halves):
     assert after < 0.9 * before
     for name, module in linears(block).items():
         assert not module.weight[~masks[name]].any()
-        assert not module.weight.requires_grad
     assert all(torch.equal(dict(block.named_parameters())[n], p) for n, p in others.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_trains_next_finds_what_learns_as_it_was(halves, dtype):
+    block, masks, hidden, goals, calls = halves
+    block.to(dtype)
+    block.input_layernorm.weight.requires_grad_(False)
+    hidden, goals = ([x.to(dtype) for x in xs] for xs in (hidden, goals))
+    tune_block(block, masks, hidden, goals, calls, [None, None], passes=1, rate=1e-3)
+    frozen = [name for name, p in block.named_parameters() if not p.requires_grad]
+    assert frozen == ["input_layernorm.weight"]
+    assert all(p.grad is None for p in block.parameters())
 
 
 def test_tokens_that_do_not_count_change_nothing(halves):
