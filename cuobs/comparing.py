@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cuobs import arrays, validation
 from cuobs.methods import methods as known_methods
 from cuobs.pattern import parse
-from cuobs.pruning import hessian_of, prepare
+from cuobs.pruning import hessian_of, prepare, prune
 
 REFERENCE = "sparsegpt"
 HEADER = ("method", "loss %", f"/ {REFERENCE}", "sparsity %", "seconds")
@@ -124,8 +124,9 @@ def compare(
         validation.name_of("methods", name, known)
     chosen = {name: dict(options) for name in names}
     own_options = {option for method in known.values() for option in method.options}
-    for option in set(options) - own_options - set(signature(prepare).parameters):
-        raise TypeError(f"{option}: found an option that cuobs.prune does not take")
+    for option in options:
+        if option == "method" or option not in signature(prune).parameters:
+            raise TypeError(f"{option}: found an option that cuobs.compare does not take")
     for option in own_options & set(options):
         takers = [name for name in names if option in known[name].options]
         if not takers:

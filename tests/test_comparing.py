@@ -90,9 +90,10 @@ def test_mistakes_are_found_before_any_work(given, message, layer, monkeypatch):
         cuobs.compare(*layer, **given)
 
 
-def test_an_unknown_option_is_named(layer):
-    with pytest.raises(TypeError, match="foo: found an option"):
-        cuobs.compare(*layer, foo=3)
+@pytest.mark.parametrize("option", ["foo", "method", "options"])
+def test_an_unknown_option_is_named(layer, option):
+    with pytest.raises(TypeError, match=f"{option}: found an option"):
+        cuobs.compare(*layer, **{option: "wanda"})
 
 
 def test_without_sparsegpt_there_is_no_ratio(layer):

@@ -78,7 +78,6 @@ def prune_model(
     zeros, which opens wherever SRC does.
     """
     models = _models()
-    from cuobs.models import checkpoint
     from cuobs.models import report as reports
 
     if plot:
@@ -97,7 +96,7 @@ def prune_model(
             **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
-        if checkpoint.unfinished(dst):
+        if view.began:
             click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
         raise
     if plot:
@@ -166,6 +165,7 @@ class _View:
 
     def __init__(self):
         self._bar = None
+        self.began = False
 
     def say(self, line):
         click.echo(line)
@@ -182,6 +182,7 @@ class _View:
     def starting(self, report):
         from cuobs.models.report import size, target_text
 
+        self.began = True
         settings = report.settings
         pattern = cuobs.pattern.parse(settings["pattern_view"])
         click.echo(f"method       {settings['method']}, damp {settings['damp']:g}")

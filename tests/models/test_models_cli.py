@@ -161,6 +161,9 @@ def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path
     result = cuobs(*command)
     assert result.exit_code == 130
     assert f"{tmp_path / 'out'} is not complete; --resume goes on with it." in result.output
+    result = cuobs(*command)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"Error: [^\n]+ found an unfinished run[^\n]+\n", result.output)
 
 
 def test_an_old_picture_is_not_overwritten(cuobs, source, tokens_file, tmp_path):
