@@ -153,6 +153,11 @@ def asarray(array, xp, dtype=None):
     return xp.asarray(array, dtype=dtype)
 
 
+def largest(array):
+    """The largest magnitude, as a float; no second array is made on the way."""
+    return max(abs(float(array.max())), abs(float(array.min())))
+
+
 def pieces(array, xp, rows):
     """An array (NumPy or CuPy) on a namespace, so many rows at a time.
 

@@ -40,6 +40,11 @@ def split(spec):
     return found.groups() if found else (os.fspath(spec), None)
 
 
+def by_name(path):
+    """Whether the format of a path holds arrays by name."""
+    return path.lower().endswith(SUFFIXES[1:])
+
+
 def load(spec, mmap=True):
     """Load one array from ``path`` or ``path:key``.
 

@@ -47,8 +47,8 @@ def relative_loss(W, W_pruned, H):
 def loss(W, W_pruned, H):
     """`relative_loss` of arrays on one namespace and of one dtype."""
     # A power of two, so that squares neither overflow nor vanish and no digit is lost.
-    largest = float(abs(W).max())
-    unit = 2.0 ** (math.frexp(largest)[1] - 1) if largest else 1.0
+    size = arrays.largest(W)
+    unit = 2.0 ** (math.frexp(size)[1] - 1) if size else 1.0
     with np.errstate(over="ignore", invalid="ignore"):
         whole, lost = output_energy(W / unit, H), output_energy((W_pruned - W) / unit, H)
     if not math.isfinite(whole + lost):

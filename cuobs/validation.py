@@ -4,12 +4,22 @@ Each raises with one sentence that names the argument, what was found and what w
 ValueError for shapes and values, TypeError for dtypes.
 """
 
+import contextlib
 import difflib
 import numbers
 
 import numpy as np
 
-from cuobs.arrays import FLOATS, dtype_of, namespace, receive, typed
+from cuobs.arrays import FLOATS, dtype_of, largest, namespace, receive, typed
+
+
+@contextlib.contextmanager
+def naming(spec):
+    """Put a file's name before what is wrong with its content."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{spec}: {error}") from error
 
 
 def matrix(name, array, shape=None, finite=True):
@@ -81,13 +91,11 @@ def all_finite(name, array, offset=0):
 
 def squares(name, array, dtype):
     """Refuse a matrix whose largest square is no normal number of the compute dtype."""
-    xp = namespace(array)
-    largest = max(abs(float(xp.max(array))), abs(float(xp.min(array))))
-    limits = np.finfo(dtype)
-    if largest and not float(limits.tiny) <= largest * largest <= float(limits.max):
+    size, limits = largest(array), np.finfo(dtype)
+    if size and not float(limits.tiny) <= size * size <= float(limits.max):
         wider = " or dtype='float64'" if np.dtype(dtype) != np.float64 else ""
         raise ValueError(
-            f"{name}: found values up to {largest:.3g}, whose squares {dtype} can't hold, expected "
+            f"{name}: found values up to {size:.3g}, whose squares {dtype} can't hold, expected "
             f"others{wider}"
         )
 

@@ -277,6 +277,7 @@ def test_endings_in_any_case_and_dots_in_folders():
         ("hessian X.npy Xnan.npy -o H.npz", r"Xnan\.npy: X: found 1 .*first at \(70, 9\)"),
         ("hessian scalar.npy -o H.npz", r"scalar\.npy: X: found 0 dimensions"),
         ("hessian X.npy -o H.npy", r"-o: found H\.npy, expected \.npz"),
+        ("hessian X.npy -o H.NPY", r"-o: found H\.NPY, expected \.npz"),
         ("hessian X.npy -o parts.npz", r"parts\.npz: found an existing file"),
         ("hessian parts.npz -o H.npz", r"parts\.npz: found 2 arrays"),
         ("hessian X.npy -o H.npz --dtype float16", r"dtype: found 'float16'"),

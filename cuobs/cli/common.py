@@ -1,6 +1,5 @@
 """What the commands share: errors, options, outputs, progress."""
 
-import contextlib
 import os
 import sys
 import time
@@ -40,15 +39,6 @@ def sentence(error):
     if isinstance(error, MemoryError) and not text.startswith("memory: "):
         text = f"out of memory ({text}): try a lower --memory-limit" if text else "out of memory"
     return text
-
-
-@contextlib.contextmanager
-def naming(spec):
-    """Put the file's name before what is wrong with its content."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{spec}: {error}") from error
 
 
 def layer_arguments(command):

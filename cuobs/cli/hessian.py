@@ -3,7 +3,7 @@
 import click
 
 import cuobs
-from cuobs import files
+from cuobs import files, validation
 from cuobs.cli import common
 from cuobs.hessian import check_activations
 
@@ -21,7 +21,7 @@ def hessian(specs, out, dtype, device, force):
     """
     common.check_outputs(specs, {"-o": out}, force)
     files.check_format(out, dtype or "float32")
-    if out.endswith(".npy"):
+    if not files.by_name(out):
         raise ValueError(f"-o: found {out}, expected .npz or .safetensors")
     parts = [(spec, _load(spec, device)) for spec in specs]
     sums = [part for _, part in parts if isinstance(part, cuobs.Hessian)]
@@ -30,11 +30,11 @@ def hessian(specs, out, dtype, device, force):
     K = sums[0].K if sums else None
     for spec, part in parts:
         if not isinstance(part, cuobs.Hessian):
-            with common.naming(spec):
+            with validation.naming(spec):
                 K = check_activations(part, K).shape[1]
     total = cuobs.Hessian(K, dtype=dtype, device=device)
     for spec, part in parts:
-        with common.naming(spec), common.Progress(spec) as progress:
+        with validation.naming(spec), common.Progress(spec) as progress:
             if isinstance(part, cuobs.Hessian):
                 total.merge(part)
             else:

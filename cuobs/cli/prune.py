@@ -87,9 +87,9 @@ def _output(w, out):
     path, key = files.split(w)
     if out is None:
         out = "W-pruned" + (os.path.splitext(path)[1] or ".npy")
-    if key is None and path.lower().endswith((".npz", ".safetensors")):
+    if key is None and files.by_name(path):
         names = files.keys(path)
         key = names[0] if len(names) == 1 else None
-    if key and out.lower().endswith((".npz", ".safetensors")):
+    if key and files.by_name(out):
         out = f"{out}:{key}"
     return out

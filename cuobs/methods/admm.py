@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from cuobs.arrays import largest
 from cuobs.ops.cholesky import inverse
 from cuobs.ops.gemm import gemm, tensor_operand
 from cuobs.ops.projection import project_mask, project_update, ridge_right_side
@@ -92,8 +93,8 @@ def _unit(W):
 
     Rows whose weights are below 1e-8 of the largest keep fewer digits there.
     """
-    largest = float(abs(W).max())
-    return 2.0 ** max(math.frexp(largest)[1] - 10, -60) if largest else 1.0
+    size = largest(W)
+    return 2.0 ** max(math.frexp(size)[1] - 10, -60) if size else 1.0
 
 
 def _shifted(H, rho):

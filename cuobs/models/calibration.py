@@ -7,12 +7,10 @@ import torch
 
 from cuobs import files, validation
 
-ARRAYS = (".npy", ".npz", ".safetensors")
-
 
 def is_tokens(spec):
     """Whether a source names an array of tokens and not a text."""
-    return files.split(spec)[0].lower().endswith(ARRAYS)
+    return files.split(spec)[0].lower().endswith(files.SUFFIXES)
 
 
 def check_tokens(model, tokens):

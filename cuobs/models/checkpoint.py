@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from functools import reduce
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ WEIGHTS = (
 COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 # How the names of a tokenizer's files begin.
 TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
-# Dtypes of safetensors that a model may be held in; those behind hold what those before do.
+# Dtypes of safetensors that a model may be held in.
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -131,10 +132,10 @@ def _dtype(folder):
             return "auto"
         with safe_open(path, "pt") as stored:
             found |= {stored.get_slice(key).get_dtype() for key in stored.keys()}
-    floats = [name for name in DTYPES if name in found]
+    floats = [DTYPES[name] for name in found if name in DTYPES]
     if not floats or any(name.startswith("F8") for name in found):
         return "auto"
-    return torch.float32 if floats == ["F16", "BF16"] else DTYPES[floats[-1]]
+    return reduce(torch.promote_types, floats)
 
 
 def load_tokenizer(src):

@@ -116,10 +116,8 @@ def prune_folder(
             found = load_tokens(spec, samples, length)
         else:
             found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
-        try:
+        with validation.naming(spec):
             return check_tokens(model, found)
-        except ValueError as error:
-            raise ValueError(f"{spec}: {error}") from None
 
     tokens = windows(calibration, samples, sequence_length)
     length = tokens.shape[1]
