@@ -33,10 +33,10 @@ def compile_here():
     """Compile with the NVRTC of this environment, a process a core."""
     from cupy.cuda import nvrtc
 
-    from cuobs.ops import kernels
+    from cuobs.ops import cuda
 
-    variants = sorted({(file, kernels.options(defines)) for file, defines in kernels.variants()})
-    missing = set(kernels.sources()) - {file for file, _ in variants}
+    variants = sorted({(file, cuda.options(defines)) for file, defines in cuda.variants()})
+    missing = set(cuda.sources()) - {file for file, _ in variants}
     if missing:
         raise SystemExit(f"no variants are listed for {', '.join(sorted(missing))}")
     # Types do not depend on the architecture: double once is enough.
@@ -58,11 +58,11 @@ def compile_one(job):
     """What is wrong with one program, or an empty text."""
     from cupy.cuda import nvrtc
 
-    from cuobs.ops import kernels
+    from cuobs.ops import cuda
 
     file, options, architecture = job
     include = [f"-I{path}" for path in _include_folders()]
-    program = nvrtc.createProgram(kernels.source(file), file, (), ())
+    program = nvrtc.createProgram(cuda.source(file), file, (), ())
     name = f"{file} {' '.join(options)} for {architecture}"
     try:
         nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))

@@ -1,9 +1,9 @@
 """Second-order pruning of linear layers to patterns that hardware can use."""
 
+from cuobs.algorithms import methods
 from cuobs.comparing import compare
 from cuobs.hessian import Hessian
 from cuobs.loss import relative_loss
-from cuobs.methods import methods
 from cuobs.pattern import Pattern, Verification, View, patterns, verify
 from cuobs.pruning import Result, prune, reconstruct
 

@@ -4,7 +4,7 @@ from inspect import signature
 from typing import NamedTuple
 
 from cuobs import arrays, validation
-from cuobs.methods import methods as known_methods
+from cuobs.algorithms import methods as known_methods
 from cuobs.pattern import parse
 from cuobs.pruning import hessian_of, prepare, prune
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuobs import arrays, validation
+from cuobs.algorithms import methods
+from cuobs.algorithms.admm import SCHEDULES
 from cuobs.hessian import Hessian, check_symmetric
 from cuobs.loss import loss
-from cuobs.methods import methods
-from cuobs.methods.admm import SCHEDULES
 from cuobs.pattern import Layout, Pattern, parse, verify
 from cuobs.problem import Problem, Settings, permute_back
 from cuobs.refine import resolve

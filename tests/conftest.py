@@ -36,6 +36,14 @@ def example():
     return np.load(EXAMPLE / "W.npy", mmap_mode="r"), np.load(EXAMPLE / "X.npy", mmap_mode="r")
 
 
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint's folder in several shards, with a tokenizer and files of its own."""
+    from small_models import make_source
+
+    return make_source(tmp_path / "source")
+
+
 def pytest_configure(config):
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 
 from cuobs.arrays import namespace, one_blas_thread
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.gemm import gemm
 from cuobs.ops.gram import mirror_upper
 
@@ -237,7 +237,7 @@ def _factor(A, info, first):
     tile = TILE[A.dtype.name]
     if n <= tile:
         _kernel("factor_inverse", A.dtype)(
-            (B,), (256,), (A, *kernels.strides(A), np.int32(n), np.int32(first), info)
+            (B,), (256,), (A, *cuda.strides(A), np.int32(n), np.int32(first), info)
         )
         return
     # [[P, .], [Q, S]]: with P⁻¹ and L₂₁ = Q P⁻ᵀ, S − L₂₁ L₂₁ᵀ is left; then −S⁻¹ L₂₁ P⁻¹. P is
@@ -270,18 +270,18 @@ def _stack(U, first, step, size, count):
 
 def _launch_triangular(U, size, count):
     # The kernel takes a lower triangle, so rows and columns change places.
-    row, column = kernels.strides(U)
+    row, column = cuda.strides(U)
     _kernel("triangular_inverse", U.dtype)(
         (count,), (256,), (U, np.int64(size * (row + column)), column, row, np.int32(size))
     )
 
 
 def _kernel(name, dtype):
-    return kernels.kernel("cholesky.cu", name, **_defines(dtype))
+    return cuda.kernel("cholesky.cu", name, **_defines(dtype))
 
 
 def _defines(dtype):
-    return {"REAL": kernels.real(dtype), "TILE": TILE[str(dtype)]}
+    return {"REAL": cuda.real(dtype), "TILE": TILE[str(dtype)]}
 
 
 def variants():

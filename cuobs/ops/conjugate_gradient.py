@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.gemm import gemm, tensor_operand
 
 # Iterations between looks at how far it is; on a GPU each look waits for it.
@@ -101,7 +101,7 @@ def cg_step(Q, mask, X, residual, P, rr, limit, gained):
     xp = namespace(Q)
     M, K = Q.shape
     if xp is not np:
-        kernel = kernels.kernel_for(
+        kernel = cuda.kernel_for(
             "conjugate_gradient.cu", "cg_step", _defines, K, Q.dtype, P.dtype
         )
         kernel((M,), (THREADS,), (Q, mask, X, residual, P, rr, limit, gained, np.int32(K)))
@@ -134,7 +134,7 @@ def _squares(A):
 def _defines(K, dtype, operand):
     width = 1 if K % 4 else 4
     return {
-        "REAL": kernels.real(dtype), "OPERAND": kernels.real(operand), "WIDTH": width,
+        "REAL": cuda.real(dtype), "OPERAND": cuda.real(operand), "WIDTH": width,
         "ITEMS": -(-K // (THREADS * width)),
     }
 

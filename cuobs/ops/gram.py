@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.gemm import gemm
 
 # The upper triangle is made of block rows, each by one product with all columns to its right: as
@@ -47,12 +47,12 @@ def mirror_upper(A):
         below = np.tril_indices(len(A), -1)
         A[below] = A.T[below]
         return
-    kernel = kernels.kernel("mirror.cu", "mirror_upper", REAL=kernels.real(A.dtype))
+    kernel = cuda.kernel("mirror.cu", "mirror_upper", REAL=cuda.real(A.dtype))
     tiles = -(-len(A) // TILE)
-    kernel((tiles, tiles), (TILE, 8), (A, np.int64(kernels.strides(A)[0]), np.int32(len(A))))
+    kernel((tiles, tiles), (TILE, 8), (A, np.int64(cuda.strides(A)[0]), np.int32(len(A))))
 
 
 def variants():
     """What the kernels here compile."""
     for dtype in ("float32", "float64"):
-        yield "mirror.cu", {"REAL": kernels.real(dtype)}
+        yield "mirror.cu", {"REAL": cuda.real(dtype)}

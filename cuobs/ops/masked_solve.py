@@ -4,7 +4,7 @@ import numpy as np
 import scipy.linalg
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 
 # Systems up to this order are solved by unrolled array operations over the batch.
 UNROLLED = 16
@@ -86,8 +86,8 @@ def scope_compensation(W, C, mask):
     c, _, G = C.shape
     if xp is not np and c <= UNROLLED:
         W, C, mask, out = *map(xp.ascontiguousarray, (W, C, mask)), xp.empty((M, K), W.dtype)
-        kernel = kernels.kernel(
-            "masked_solve.cu", "scope_compensation", REAL=kernels.real(W.dtype), PLACES=c
+        kernel = cuda.kernel(
+            "masked_solve.cu", "scope_compensation", REAL=cuda.real(W.dtype), PLACES=c
         )
         grid = -(-G // 32), min(-(-M // 16), 65535)
         kernel(grid, (32, 4), (W, C, mask, out, np.int32(M), np.int32(G)))
@@ -135,4 +135,4 @@ def variants():
     """What the kernels here compile for some patterns."""
     for c in (2, 3, 4, 8, 12, 16):
         for dtype in ("float32", "float64"):
-            yield "masked_solve.cu", {"REAL": kernels.real(dtype), "PLACES": c}
+            yield "masked_solve.cu", {"REAL": cuda.real(dtype), "PLACES": c}

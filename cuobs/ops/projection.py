@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 
 
@@ -28,7 +28,7 @@ def project_update(B, V, D, mask, rho, layout):
         Elements whose mask changed.
     """
     xp = namespace(B)
-    if xp is not np and kernels.unrolls(layout):
+    if xp is not np and cuda.unrolls(layout):
         real = B.dtype.type
         return _launch("project_update", (B, V, D, mask, real(rho), real(1 / rho)), B, layout)
     xp.multiply(V, 1 / rho, out=D)
@@ -44,7 +44,7 @@ def project_update(B, V, D, mask, rho, layout):
 def project_mask(B, mask, layout):
     """The mask of project(B), into `mask`; returns the number of elements that changed."""
     xp = namespace(B)
-    if xp is not np and kernels.unrolls(layout):
+    if xp is not np and cuda.unrolls(layout):
         return _launch("project_mask", (B, mask), B, layout)
     (R, r), (G, c) = layout.rows.shape, layout.columns.shape
     squares = (B * B).reshape(R, r, G, c).transpose(3, 0, 1, 2)
@@ -68,9 +68,9 @@ def ridge_right_side(D, V, G, rho, out, B=None):
     """
     xp = namespace(D)
     if xp is not np:
-        kernel = kernels.kernel("project.cu", "right_side", REAL=kernels.real(D.dtype))
+        kernel = cuda.kernel("project.cu", "right_side", REAL=cuda.real(D.dtype))
         blocks = min(-(-D.size // 256), 2**16)
-        kernel((blocks,), (256,), (D, V, G, kernels.NULL if B is None else B, D.dtype.type(rho),
+        kernel((blocks,), (256,), (D, V, G, cuda.NULL if B is None else B, D.dtype.type(rho),
                                    out, np.int64(D.size)))
         return
     if B is None:
@@ -88,7 +88,7 @@ def _launch(name, args, B, layout):
     c = layout.blocks.shape[1]
     R, G = len(B) // layout.blocks.shape[0], B.shape[1] // c
     changed = xp.zeros((), np.uint64)
-    kernel = kernels.kernel_for("project.cu", name, kernels.scope_defines, layout, B.dtype)
+    kernel = cuda.kernel_for("project.cu", name, cuda.scope_defines, layout, B.dtype)
     grid = -(-G // 32), min(-(-R // 16), 65535)
     kernel(grid, (32, 4), (*args, np.int32(R), np.int32(G), changed))
     return int(changed)
@@ -97,7 +97,7 @@ def _launch(name, args, B, layout):
 def variants():
     """What the kernels here compile for some patterns."""
     for dtype in ("float32", "float64"):
-        yield "project.cu", {"REAL": kernels.real(dtype)}
-    for layout, dtype in kernels.samples():
-        if kernels.unrolls(layout):
-            yield "project.cu", kernels.scope_defines(layout, dtype)
+        yield "project.cu", {"REAL": cuda.real(dtype)}
+    for layout, dtype in cuda.samples():
+        if cuda.unrolls(layout):
+            yield "project.cu", cuda.scope_defines(layout, dtype)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.cholesky import cholesky_inverse
 from cuobs.ops.gemm import gemm, tensor_cores_allowed
 
@@ -132,7 +132,7 @@ def take_pruned(blocks, chosen, scopes, w, layout, mask):
         counts = xp.empty(B, np.int32)
         _kernel("take_pruned", w.dtype, layout=layout)(
             (R,), (THREADS,),
-            (blocks, chosen, np.int32(size), scopes, _row(scopes), w, *kernels.strides(w),
+            (blocks, chosen, np.int32(size), scopes, _row(scopes), w, *cuda.strides(w),
              np.int32(n), np.int32(mask.shape[2]), np.int32(p), mask, places, columns, weights,
              counts),
         )
@@ -180,8 +180,8 @@ def gather_factor(Z, places, used, out=None):
     if xp is not np:
         _kernel("gather_factor", Z.dtype, Z.dtype)(
             (-(-p // 8), B), (THREADS,),
-            (Z, *kernels.strides(Z)[:2], kernels.NULL if places is None else places, np.int32(p),
-             np.int32(used), out, *kernels.strides(out)[:2]),
+            (Z, *cuda.strides(Z)[:2], cuda.NULL if places is None else places, np.int32(p),
+             np.int32(used), out, *cuda.strides(out)[:2]),
         )
     elif places is None:
         out[...] = Z[:, :, :used]
@@ -260,7 +260,7 @@ def solve_group(inverse, weights, cost, dtype):
     rounded = inverse if dtype == inverse.dtype else xp.empty(inverse.shape, dtype)
     _kernel("solve_group", inverse.dtype, dtype)(
         (B,), (THREADS,),
-        (inverse, weights, np.int32(p), y, cost, kernels.NULL if rounded is inverse else rounded),
+        (inverse, weights, np.int32(p), y, cost, cuda.NULL if rounded is inverse else rounded),
     )
     return y, rounded
 
@@ -302,8 +302,8 @@ def drop_scopes(chosen, scopes, w, D, factor):
     else:
         _kernel("drop_scopes", w.dtype, Z.dtype, rows=r, places=c)(
             (size, R * r), (THREADS,),
-            (chosen, np.int32(size), np.int32(n), scopes, _row(scopes), w, *kernels.strides(w), D,
-             *kernels.strides(D), Z, *kernels.strides(Z)[:2], np.int32(factor.used)),
+            (chosen, np.int32(size), np.int32(n), scopes, _row(scopes), w, *cuda.strides(w), D,
+             *cuda.strides(D), Z, *cuda.strides(Z)[:2], np.int32(factor.used)),
         )
     factor.Z = Z[:, : left * c]
     return scopes[:, :left], w[..., :left], D[..., :left]
@@ -383,8 +383,8 @@ def _append_rows(factor, Zn, counts):
     else:
         _kernel("append_rows", Z.dtype, Z.dtype)(
             (-(-n // 8), B), (THREADS,),
-            (Zn, *kernels.strides(Zn)[:2], np.int32(n), starts, counts, np.int32(zeros),
-             np.int32(factor.used), Z, *kernels.strides(Z)[:2]),
+            (Zn, *cuda.strides(Zn)[:2], np.int32(n), starts, counts, np.int32(zeros),
+             np.int32(factor.used), Z, *cuda.strides(Z)[:2]),
         )
     factor.starts = ends
 
@@ -409,8 +409,8 @@ def update_scopes(w, D, Zn, y):
     if xp is not np and c <= UNROLLED:
         _kernel("update_scopes", w.dtype, Zn.dtype, rows=r, places=c)(
             (-(-n * LANES // THREADS), B), (THREADS,),
-            (Zn, *kernels.strides(Zn)[:2], np.int32(p), y, np.int32(n), w, *kernels.strides(w), D,
-             *kernels.strides(D)),
+            (Zn, *cuda.strides(Zn)[:2], np.int32(p), y, np.int32(n), w, *cuda.strides(w), D,
+             *cuda.strides(D)),
         )
         return
     for b in range(B):
@@ -457,7 +457,7 @@ def aligned(count):
 
 def _row(array):
     """Elements from one row of a matrix to the next."""
-    return kernels.strides(array)[0]
+    return cuda.strides(array)[0]
 
 
 def _width(dtype):
@@ -466,7 +466,7 @@ def _width(dtype):
 
 
 def _kernel(name, dtype, factor=None, layout=None, rows=None, places=None):
-    return kernels.kernel_for(
+    return cuda.kernel_for(
         "schur.cu", name, _defines, dtype, factor or dtype, layout, rows, places
     )
 
@@ -475,14 +475,14 @@ def _defines(dtype, factor, layout=None, rows=None, places=None):
     # Passes over the factor alone compute nothing in float16.
     dtype = "float32" if dtype == np.float16 else dtype
     if layout is not None:
-        return kernels.scope_defines(layout, dtype) | {"FACTOR": kernels.real(factor)}
-    defines = {"REAL": kernels.real(dtype), "FACTOR": kernels.real(factor)}
+        return cuda.scope_defines(layout, dtype) | {"FACTOR": cuda.real(factor)}
+    defines = {"REAL": cuda.real(dtype), "FACTOR": cuda.real(factor)}
     return defines if rows is None else defines | {"ROWS": rows, "PLACES": places}
 
 
 def variants():
     """What the kernels here compile for some patterns."""
-    for layout, dtype in kernels.samples():
+    for layout, dtype in cuda.samples():
         r, c = layout.blocks.shape
         yield "schur.cu", _defines(dtype, dtype, layout)
         for factor in {dtype, "float16" if dtype == "float32" else dtype}:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 
 # Scopes with more candidate masks are left to array operations; a kernel is unrolled over them.
 MAX_UNROLLED = 128
@@ -106,11 +106,11 @@ def factor_scope_blocks(U, c):
     """
     xp = namespace(U)
     K = len(U)
-    if xp is not np and c <= kernels.MAX_PLACES:
+    if xp is not np and c <= cuda.MAX_PLACES:
         U = xp.ascontiguousarray(U)
         parts = xp.empty((min(SLICES, K), c, c, K // c), U.dtype)
-        kernel = kernels.kernel("scope_blocks.cu", "factor_scope_blocks",
-                                REAL=kernels.real(U.dtype), PLACES=c)
+        kernel = cuda.kernel("scope_blocks.cu", "factor_scope_blocks",
+                                REAL=cuda.real(U.dtype), PLACES=c)
         kernel((-(-K // c // 32), len(parts)), (32, 8), (U, np.int64(K), np.int32(K), parts))
         return parts.sum(0)
     scoped = U.reshape(K, K // c, c)
@@ -238,7 +238,7 @@ def select(w, C, layout):
     _, R, _, G = w.shape
     blocks = xp.empty((layout.n_blocks, R, G), bool)
     best, gap = xp.empty((2, R, G), w.dtype)
-    _launch(kernel, w, C, blocks, kernels.NULL, np.int64(0), best, gap)
+    _launch(kernel, w, C, blocks, cuda.NULL, np.int64(0), best, gap)
     return blocks, best, gap
 
 
@@ -258,18 +258,18 @@ def select_mask(w, C, layout, out):
         pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
         out[...] = ~expand(pruned, layout).reshape(out.shape)
         return
-    _launch(kernel, w, C, kernels.NULL, out, kernels.strides(out)[0], kernels.NULL, kernels.NULL)
+    _launch(kernel, w, C, cuda.NULL, out, cuda.strides(out)[0], cuda.NULL, cuda.NULL)
 
 
 @lru_cache(maxsize=64)
 def _kernel(layout, dtype):
     """The kernel for a layout, or None where a scope is too large for one."""
     if _unrolls(layout):
-        return kernels.kernel("select.cu", "select", **_defines(layout, dtype))
+        return cuda.kernel("select.cu", "select", **_defines(layout, dtype))
 
 
 def _unrolls(layout):
-    return kernels.unrolls(layout) and len(layout.candidates) <= MAX_UNROLLED
+    return cuda.unrolls(layout) and len(layout.candidates) <= MAX_UNROLLED
 
 
 def _launch(kernel, w, C, blocks, mask, mask_row, best, gap):
@@ -278,13 +278,13 @@ def _launch(kernel, w, C, blocks, mask, mask_row, best, gap):
         C = C[:, :, None, None]
     C = namespace(w).broadcast_to(C, (len(w), *w.shape))
     grid = -(-G // 32), min(-(-R // 16), 65535)
-    kernel(grid, (32, 4), (w, *kernels.strides(w), C, *kernels.strides(C), np.int32(R),
+    kernel(grid, (32, 4), (w, *cuda.strides(w), C, *cuda.strides(C), np.int32(R),
                            np.int32(G), blocks, mask, mask_row, best, gap))
 
 
 def _defines(layout, dtype):
     bits = 1 << np.arange(32)
-    return kernels.scope_defines(layout, dtype) | {
+    return cuda.scope_defines(layout, dtype) | {
         "N_CANDIDATES": len(layout.candidates),
         "PRUNED": (layout.candidates * bits[: layout.blocks.shape[1]]).sum(2).ravel(),
         "CHOICE": layout.candidate_blocks.T @ bits[: layout.n_blocks],
@@ -294,8 +294,8 @@ def _defines(layout, dtype):
 
 def variants():
     """What the kernels here compile for some patterns."""
-    for layout, dtype in kernels.samples():
+    for layout, dtype in cuda.samples():
         if _unrolls(layout):
             yield "select.cu", _defines(layout, dtype)
             c = layout.blocks.shape[1]
-            yield "scope_blocks.cu", {"REAL": kernels.real(dtype), "PLACES": c}
+            yield "scope_blocks.cu", {"REAL": cuda.real(dtype), "PLACES": c}

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import kernels
+from cuobs.ops import cuda
 from cuobs.ops.cholesky import upper_inverse
 from cuobs.ops.gemm import gemm
 from cuobs.ops.masked_solve import masked_solve
@@ -72,7 +72,7 @@ def solve_scopes(W, C, mask, c):
     """
     xp = namespace(W)
     M, n = W.shape
-    if xp is not np and c <= kernels.MAX_PLACES:
+    if xp is not np and c <= cuda.MAX_PLACES:
         _launch(_solve_kernel(c, W.dtype), M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
                 (W, C, mask), (np.int32(M), np.int32(n)))
         return
@@ -116,7 +116,7 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
     kernel = None if xp is np else _block_kernel(layout, W.dtype)
     if kernel is not None:
         _launch(kernel, M // r, _warps(r), _shared(n, c, W.itemsize, 2 * r * _warps(r)),
-                (W, S, F), (xp.ascontiguousarray(scale), mask, kernels.strides(mask)[0],
+                (W, S, F), (xp.ascontiguousarray(scale), mask, cuda.strides(mask)[0],
                             np.int32(M // r), np.int32(n)))
         return
     n_pruned = layout.n_blocks - layout.keep
@@ -192,33 +192,33 @@ def _shared(n, c, itemsize, rows):
 
 
 def _launch(kernel, groups, warps, shared, matrices, rest):
-    args = [part for matrix in matrices for part in (matrix, kernels.strides(matrix)[0])]
-    kernels.launch(kernel, (-(-groups // warps),), (32, warps), (*args, *rest), shared)
+    args = [part for matrix in matrices for part in (matrix, cuda.strides(matrix)[0])]
+    cuda.launch(kernel, (-(-groups // warps),), (32, warps), (*args, *rest), shared)
 
 
 @lru_cache(maxsize=64)
 def _block_kernel(layout, dtype):
     """The kernel for a layout, or None where a scope is too large for one."""
-    if kernels.unrolls(layout):
-        return kernels.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, dtype))
+    if cuda.unrolls(layout):
+        return cuda.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, dtype))
 
 
 def _block_defines(layout, dtype):
-    return kernels.scope_defines(layout, dtype) | {"WARPS": _warps(layout.blocks.shape[0])}
+    return cuda.scope_defines(layout, dtype) | {"WARPS": _warps(layout.blocks.shape[0])}
 
 
 @lru_cache(maxsize=64)
 def _solve_kernel(c, dtype):
-    return kernels.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, dtype))
+    return cuda.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, dtype))
 
 
 def _solve_defines(c, dtype):
-    return {"REAL": kernels.real(dtype), "PLACES": c, "WARPS": _warps(1)}
+    return {"REAL": cuda.real(dtype), "PLACES": c, "WARPS": _warps(1)}
 
 
 def variants():
     """What the kernels here compile for some patterns."""
-    for layout, dtype in kernels.samples():
-        if kernels.unrolls(layout):
+    for layout, dtype in cuda.samples():
+        if cuda.unrolls(layout):
             yield "sweep.cu", _block_defines(layout, dtype)
             yield "sweep.cu", _solve_defines(layout.blocks.shape[1], dtype)

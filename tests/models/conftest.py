@@ -4,15 +4,13 @@ Where the extra ``model`` is not installed these tests are not collected: they h
 their own in CI.
 """
 
-import importlib.util
-
 import pytest
-from small_models import FAMILIES, make_source, make_tokens
+from extras import MODEL
 
-NEEDED = ("torch", "transformers", "safetensors")
-
-if not all(importlib.util.find_spec(name) for name in NEEDED):
+if not MODEL:
     collect_ignore_glob = ["test_*.py"]
+else:
+    from small_models import FAMILIES, make_tokens
 
 
 def pytest_collection_modifyitems(items):
@@ -21,7 +19,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.model)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILIES if MODEL else ())
 def family(request):
     """Each family's name."""
     return request.param
@@ -31,11 +29,3 @@ def family(request):
 def tokens():
     """Calibration windows, shape (8, 24)."""
     return make_tokens()
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A checkpoint's folder in several shards, with a tokenizer and files of its own."""
-    return make_source(tmp_path / "source")
-
-

@@ -3,10 +3,10 @@
 import json
 
 import click
+from cuobs_cli import common
 
 import cuobs
 from cuobs import files
-from cuobs.cli import common
 
 
 @click.command(short_help="Set methods side by side on a layer.")

@@ -4,10 +4,10 @@ import os
 import sys
 
 import click
+from cuobs_cli import common
 
 import cuobs
 from cuobs import files, plotting
-from cuobs.cli import common
 
 TARGETS = ("mixed", "pruned", "dense")
 

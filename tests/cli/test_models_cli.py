@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from cuobs_cli import main
+from cuobs_cli import models as commands
 from small_models import make_tokens
 
-from cuobs.cli import main
-from cuobs.cli import models as commands
 from cuobs.models import load_masks
 
 
@@ -178,7 +178,7 @@ def test_an_old_picture_is_not_overwritten(cuobs, source, tokens_file, tmp_path)
 
 def test_nothing_but_the_report_in_a_pipe(source, tokens_file, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", "from cuobs.cli import main; main()", "prune-model", source,
+        [sys.executable, "-c", "from cuobs_cli import main; main()", "prune-model", source,
          tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
          "--eval", f"{tokens_file}:text", "--device", "cpu"],
         capture_output=True, text=True,

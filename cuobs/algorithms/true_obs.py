@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cuobs import arrays
+from cuobs.algorithms.obs_ordered import default_group
 from cuobs.batches import Workspace, run_batches
-from cuobs.methods.obs_ordered import default_group
 from cuobs.ops import schur
 from cuobs.ops.cholesky import cholesky_inverse
 from cuobs.ops.gemm import CHUNK

@@ -1,6 +1,6 @@
 """Wanda: weights times activation norms."""
 
-from cuobs.methods.magnitude import prune_by_score
+from cuobs.algorithms.magnitude import prune_by_score
 
 
 def wanda(problem):

@@ -4,10 +4,10 @@ import json
 import os
 
 import click
+from cuobs_cli import common
 
 import cuobs
 from cuobs import files
-from cuobs.cli import common
 
 
 @click.command(short_help="Prune a weight.")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cuobs import arrays, batches
+from cuobs.algorithms.true_obs import _bytes_per_row, _prune_rows, true_obs
 from cuobs.batches import Workspace
-from cuobs.methods.true_obs import _bytes_per_row, _prune_rows, true_obs
 from cuobs.ops import cholesky, gemm, schur
 from cuobs.pattern import parse, patterns
 from cuobs.problem import Problem, Settings

@@ -1,10 +1,10 @@
 """cuobs hessian"""
 
 import click
+from cuobs_cli import common
 
 import cuobs
 from cuobs import files, validation
-from cuobs.cli import common
 from cuobs.hessian import check_activations
 
 

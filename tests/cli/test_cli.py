@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from cuobs_cli import common, listing, main
 
 import cuobs
 from cuobs import files
-from cuobs.cli import common, listing, main
 
 M, K, N = 8, 32, 96
-COMMAND = [sys.executable, "-c", "from cuobs.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from cuobs_cli import main; main()"]
 
 
 @pytest.fixture(autouse=True)
@@ -401,7 +401,7 @@ def test_patterns_and_methods_are_all_listed():
 
 
 def test_a_new_method_and_a_new_pattern_need_no_change_here(monkeypatch):
-    methods, pattern = sys.modules["cuobs.methods"], sys.modules["cuobs.pattern"]
+    methods, pattern = sys.modules["cuobs.algorithms"], sys.modules["cuobs.pattern"]
     new = methods.methods()["wanda"]._replace(name="novel", summary="brand new")
     monkeypatch.setattr(methods, "_METHODS", (*methods._METHODS, new))
     monkeypatch.setitem(pattern._NAMED, "thirds", cuobs.Pattern(scope=(1, 8), keep=3,
@@ -576,7 +576,8 @@ def test_ctrl_c_leaves_nothing():
 SLOW_WRITE = """
 import sys, time
 import numpy as np
-from cuobs import cli, files
+import cuobs_cli as cli
+from cuobs import files
 write = np.lib.format.write_array
 def slow(f, array, **kwargs):
     write(f, array, **kwargs)
@@ -622,9 +623,9 @@ def test_the_activations_are_never_in_memory_whole():
     X[: 2 * K] = np.random.default_rng(1).standard_normal((2 * K, K))
     del X
     code = (
-        "import resource; import cuobs.cli\n"
+        "import resource; import cuobs_cli\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({size}, {size}))\n"
-        "cuobs.cli.main('prune W1.npy X1.npy --method sparsegpt --workers 1'.split())"
+        "cuobs_cli.main('prune W1.npy X1.npy --method sparsegpt --workers 1'.split())"
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.run(

@@ -3,10 +3,10 @@
 import sys
 
 import click
+from cuobs_cli import common
 
 import cuobs
 from cuobs import files
-from cuobs.cli import common
 
 
 @click.command()

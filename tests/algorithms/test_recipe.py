@@ -8,10 +8,10 @@ import numpy as np
 
 import cuobs
 
-# cuobs.methods and cuobs.pattern as modules: the public function methods() has the same name.
-REGISTRY = importlib.import_module("cuobs.methods")
+# As modules: `cuobs.pattern` would be found as an attribute too.
+REGISTRY = importlib.import_module("cuobs.algorithms")
 PATTERN = importlib.import_module("cuobs.pattern")
-PAGE = (Path(__file__).parents[1] / "docs" / "contributing.rst").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "contributing.rst").read_text()
 
 
 def recipe(name):

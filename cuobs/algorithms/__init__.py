@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-from cuobs.methods.admm import admm
-from cuobs.methods.magnitude import magnitude
-from cuobs.methods.obs_full import obs_full
-from cuobs.methods.obs_interleaved import obs_interleaved, obs_split
-from cuobs.methods.obs_local import obs_local
-from cuobs.methods.obs_ordered import obs_ordered
-from cuobs.methods.sparsegpt import sparsegpt
-from cuobs.methods.true_obs import true_obs
-from cuobs.methods.wanda import wanda
+from cuobs.algorithms.admm import admm
+from cuobs.algorithms.magnitude import magnitude
+from cuobs.algorithms.obs_full import obs_full
+from cuobs.algorithms.obs_interleaved import obs_interleaved, obs_split
+from cuobs.algorithms.obs_local import obs_local
+from cuobs.algorithms.obs_ordered import obs_ordered
+from cuobs.algorithms.sparsegpt import sparsegpt
+from cuobs.algorithms.true_obs import true_obs
+from cuobs.algorithms.wanda import wanda
 
 
 class Method(NamedTuple):

@@ -5,9 +5,9 @@ import re
 import string
 
 import click
+from cuobs_cli import common
 
 import cuobs
-from cuobs.cli import common
 
 LETTERS = string.ascii_letters
 WIDTH = 32

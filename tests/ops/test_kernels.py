@@ -10,9 +10,9 @@ from cuobs import arrays
 from cuobs.hessian import Hessian
 from cuobs.ops import (
     conjugate_gradient,
+    cuda,
     gemm,
     gram,
-    kernels,
     masked_solve,
     projection,
     selection,
@@ -422,8 +422,8 @@ def test_hessian_from_the_host(cp, rng, monkeypatch, dtype, rows):
 def test_every_variant_compiles_and_loads(cp):
     """What CI compiles without a device is what the device gets."""
     seen = set()
-    for file, defines in kernels.variants():
-        code = kernels.source(file)
+    for file, defines in cuda.variants():
+        code = cuda.source(file)
         seen.add(file)
-        cp.RawModule(code=code, options=kernels.options(defines)).compile()
-    assert seen == set(kernels.sources())
+        cp.RawModule(code=code, options=cuda.options(defines)).compile()
+    assert seen == set(cuda.sources())

@@ -9,7 +9,7 @@ import pytest
 from layers import PATTERNS, ROWS, TALL, TILE, layer, prune
 
 import cuobs
-from cuobs.methods.admm import AHEAD, LIMIT, SCHEDULES
+from cuobs.algorithms.admm import AHEAD, LIMIT, SCHEDULES
 
 SPLIT = ("obs-split", "obs-interleaved")
 

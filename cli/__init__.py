@@ -1,9 +1,9 @@
 """The command line: parse, call cuobs, print. It knows no method, no pattern and no algebra."""
 
 import click
+from cuobs_cli import common, compare, hessian, info, listing, models, prune, verify
 
 import cuobs
-from cuobs.cli import common, compare, hessian, info, listing, models, prune, verify
 
 
 @click.group(cls=common.Commands, context_settings={"help_option_names": ["-h", "--help"]})
