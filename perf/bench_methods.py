@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from sparsegpt_columns import sparsegpt_columns
 
 import cuobs
+from perf.sparsegpt_columns import sparsegpt_columns
 
 # On the GPU the group of scopes is that of the published benchmark.
 METHODS = (

@@ -8,7 +8,6 @@ import itertools
 
 import numpy as np
 import pytest
-from sparsegpt_columns import sparsegpt_columns
 
 import cuobs
 from cuobs import arrays, pattern
@@ -22,6 +21,7 @@ from cuobs.ops import (
     sweep,
 )
 from cuobs.problem import Problem
+from perf.sparsegpt_columns import sparsegpt_columns
 
 pytestmark = pytest.mark.benchmark(group="ops")
 

@@ -10,14 +10,13 @@ import statistics
 import time
 from typing import NamedTuple
 
-import layer
-import measure
 import numpy as np
 import pytest
 
 import cuobs
 from cuobs import arrays
 from cuobs.comparing import text_table
+from perf import layer, measure
 
 LINES = pytest.StashKey()
 LIMITS = pytest.StashKey()

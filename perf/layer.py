@@ -36,7 +36,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 PACK_HELP = (
     "perf: no pack of seven layers (set CUOBS_PERF_PACK, or build perf/data/smollm2-135m-7layers"
-    ".npz by `python perf/pack_smollm2.py TEXT`); using the smaller layer of examples/smollm2"
+    ".npz by `python -m perf.published pack TEXT`); using the smaller layer of examples/smollm2"
 )
 
 

@@ -1,13 +1,15 @@
 """The real layer that perf/ measures on: its forward pass and its layout."""
 
-import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
-import layer  # noqa: E402
+# perf/ is no part of the package.
+spec = spec_from_file_location("layer", Path(__file__).parent.parent / "perf" / "layer.py")
+layer = module_from_spec(spec)
+spec.loader.exec_module(layer)
 
 WIDTH, HEADS, SHARED, INNER, TOKENS = 16, 4, 2, 12, 6
 

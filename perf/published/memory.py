@@ -1,6 +1,6 @@
 """The most memory that pruning a layer from files takes, on the device and on the host.
 
-    PYTHONPATH=. python perf/memory.py FOLDER [--limit 8GiB] [--method admm --method true-obs]
+    python -m perf.published memory FOLDER [--limit 8GiB] [--method admm --method true-obs]
 
 Writes W.npy and X.npy of the published size (4.8 GB) into FOLDER unless they are there, then runs
 each method in a process of its own, from memory-mapped X to weights, and prints the most device
@@ -16,11 +16,10 @@ import threading
 import time
 from pathlib import Path
 
-import layer
-import measure
 import numpy as np
 
 import cuobs
+from perf import layer, measure
 
 
 class Watch(threading.Thread):
@@ -69,15 +68,15 @@ def run(folder, method, limit):
     )
 
 
-def main():
+def main(argv):
     """Make the files, then one process a method."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("perf.published memory", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--method", action="append")
     parser.add_argument("--tokens", type=int, default=layer.PUBLISHED[2])
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     methods = arguments.method or ["sparsegpt", "admm", "true-obs"]
     if arguments.here:
         run(arguments.folder, methods[0], arguments.limit)
@@ -89,10 +88,7 @@ def main():
     limit = ["--limit", arguments.limit] if arguments.limit else []
     for method in methods:
         subprocess.run(
-            [sys.executable, __file__, arguments.folder, "--here", "--method", method, *limit],
+            [sys.executable, "-m", "perf.published", "memory", arguments.folder, "--here",
+             "--method", method, *limit],
             check=True,
         )
-
-
-if __name__ == "__main__":
-    main()

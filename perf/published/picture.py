@@ -1,19 +1,19 @@
 """Loss against time, published and ours, from results.json.
 
-    PYTHONPATH=. python perf/picture.py perf/results.json perf/results.png
+    python -m perf.published picture perf/published/results.json perf/published/results.png
 
 The layers differ, so each loss is set over that of SparseGPT on the same layer. A method's name
 stands beside its variant (splits, group, order, schedule) that loses least.
 """
 
 import json
-import sys
+from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rows import PATTERNS, ROWS
 
 from cuobs.plotting import label_points
+from perf.published.rows import PATTERNS, ROWS
 
 
 def points(results, pattern):
@@ -71,6 +71,7 @@ def draw(results, path):
     figure.savefig(path)
 
 
-if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        draw(json.load(file), sys.argv[2])
+def main(argv):
+    """Draw the results that are named first into the file that is named second."""
+    source, target = argv
+    draw(json.loads(Path(source).read_text()), target)

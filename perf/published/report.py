@@ -1,21 +1,19 @@
 """RESULTS.rst from results.json: the published table and ours side by side.
 
-    PYTHONPATH=. python perf/report.py perf/results.json perf/RESULTS.rst
+    python -m perf.published report perf/published/results.json perf/RESULTS.rst
 
 Only what stands between the two marks in RESULTS.rst is written anew.
 """
 
 import json
-import sys
 from pathlib import Path
 
-from rows import PATTERNS, ROWS
-from stages import table
-
 from cuobs.comparing import rst_table
+from perf.published.rows import PATTERNS, ROWS
+from perf.published.stages import table
 
 BEGIN, END = ".. begin measured", ".. end measured"
-TEMPLATE = Path(__file__).with_name("RESULTS.rst")
+TEMPLATE = Path(__file__).parents[1] / "RESULTS.rst"
 
 
 def write(results, path):
@@ -153,5 +151,7 @@ def _seconds(value):
     return "-" if value is None else f"{value:.4g}" if value >= 100 else f"{value:.3g}"
 
 
-if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+def main(argv):
+    """Write the file that is named second from the results that are named first."""
+    source, target = map(Path, argv)
+    write(json.loads(source.read_text()), target)

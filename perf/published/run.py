@@ -1,6 +1,6 @@
 """The published benchmark on one GPU: every row of `rows.py`, with its time, loss and memory.
 
-    PYTHONPATH=. python perf/gpu_benchmark.py FOLDER [--rows '2:4/*,*/admm'] [--update results.json]
+    python -m perf.published run FOLDER [--rows '2:4/*,*/admm'] [--update results.json]
 
 Makes the layer once, accumulates its Hessian, and runs each row from the Hessian on: once to warm
 up, then the median of three, the device waited for each time. FOLDER gets results.json, written
@@ -17,24 +17,20 @@ import gc
 import json
 import shlex
 import statistics
-import sys
 import time
 import traceback
 from pathlib import Path
 
-import layer
-import measure
-import report
-import stages
-from rows import ROWS
-
 import cuobs
 from cuobs import arrays
+from perf import layer, measure
+from perf.published import report, stages
+from perf.published.rows import ROWS
 
 
-def main():
+def main(argv):
     """Run the rows that were asked for."""
-    arguments = _arguments()
+    arguments = _arguments(argv)
     if arguments.rows_list:
         print("\n".join(row.name for row in ROWS))
         return
@@ -50,7 +46,7 @@ def main():
     results |= {
         "device": measure.device(xp),
         "date": datetime.date.today().isoformat(),
-        "command": "python " + shlex.join(sys.argv),
+        "command": "python -m perf.published run " + shlex.join(argv),
         "layer": name,
         "shapes": f"W {W.shape}, X {X.shape}, {W.dtype}",
         "ceilings": measure.ceilings(xp),
@@ -169,8 +165,8 @@ def _pool_size(xp):
         return None
 
 
-def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _arguments(argv):
+    parser = argparse.ArgumentParser("perf.published run", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("perf-results"))
     parser.add_argument("--rows", default="*", help="names or globs, with commas between them")
     parser.add_argument("--rows-list", action="store_true", help="print the names and stop")
@@ -180,8 +176,4 @@ def _arguments():
                         help="seconds after which no further row starts")
     parser.add_argument("--profile", action="store_true", help="time by function of cuobs, too")
     parser.add_argument("--kernels", action="store_true", help="print the longest kernels, too")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()
+    return parser.parse_args(argv)

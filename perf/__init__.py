@@ -1,0 +1,1 @@
+"""How fast cuobs is: `pytest perf --benchmark-only`, and `python -m perf.published`."""
