@@ -40,8 +40,10 @@ def hessian(specs, out, dtype, device, force):
             else:
                 total.update(part, progress=progress.callback())
     total.save(out, force)
-    click.echo(f"tokens   {total.tokens} from {len(parts)} file{'s' * (len(parts) > 1)}")
-    click.echo(f"columns  {K}, {total.tokens / K:.1f} tokens each")
+    unknown = total.tokens is None
+    found = "an unknown number" if unknown else total.tokens
+    click.echo(f"tokens   {found} from {len(parts)} file{'s' * (len(parts) > 1)}")
+    click.echo(f"columns  {K}" + ("" if unknown else f", {total.tokens / K:.1f} tokens each"))
     click.echo(f"written  {out}")
 
 

@@ -29,9 +29,9 @@ class Hessian:
     Attributes
     ----------
     matrix : array, shape (K, K)
-        The sum so far.
-    tokens : int
-        Rows of X seen so far.
+        The sum so far. An update replaces it by another array.
+    tokens : int or None
+        Rows of X seen so far; None where a file that was loaded does not say.
 
     Examples
     --------
@@ -46,33 +46,53 @@ class Hessian:
     """
 
     def __init__(self, K, dtype="float32", device="cpu", precision="tensor"):
-        validation.integer("K", K)
+        self._K = validation.integer("K", K)
         validation.name_of("dtype", dtype, ("float32", "float64"))
         validation.name_of("precision", precision, ("tensor", "fp32"))
+        self._dtype = np.dtype(dtype)
         self._xp = arrays.choose(device)
         self._tensor = precision == "tensor"
-        self.matrix = self._xp.zeros((K, K), dtype)
-        self.tokens = 0
+        # Sum and tokens are replaced in one assignment: no interrupt comes between them.
+        self._state = None, 0
 
     @property
     def K(self):
         """Input features."""
-        return len(self.matrix)
+        return self._K
+
+    @property
+    def matrix(self):
+        """The sum so far, shape (K, K)."""
+        matrix, tokens = self._state
+        if matrix is None:
+            matrix = self._zeros()
+            self._state = matrix, tokens
+        return matrix
+
+    @property
+    def tokens(self):
+        """Rows of X seen so far; None where a file that was loaded does not say."""
+        return self._state[1]
+
+    def _zeros(self):
+        return self._xp.zeros((self._K, self._K), self._dtype)
 
     def update(self, X, progress=None):
         """Add the activations X, of shape (..., K), reading them in pieces.
 
+        Whatever stops it, an exception of ``progress`` or Ctrl-C among them, leaves the sum as it
+        was.
+
         Raises
         ------
         ValueError
-            X has other features, is empty, or holds NaN or infinity; the sum is then unchanged.
+            X has other features, is empty, or holds NaN or infinity.
         TypeError
             X is not of a floating-point dtype.
         """
         X = check_activations(X, self.K)
-        dtype = self.matrix.dtype
         rows = self._rows_of_piece(X)
-        total = self._xp.zeros_like(self.matrix) if self.tokens else self.matrix
+        total = self._zeros()
         done = 0
         # Whether the sums are finite is looked at afterwards.
         quiet = np.errstate(over="ignore", invalid="ignore")
@@ -82,21 +102,27 @@ class Hessian:
                 done += len(piece)
                 if progress:
                     progress(done, len(X))
-        if not self._xp.isfinite(total.diagonal()).all():
-            if total is self.matrix:
-                total[...] = 0
+        if not self._take(total, len(X)):
             for start in range(0, len(X), rows):
                 validation.all_finite("X", X[start : start + rows], offset=start)
             raise ValueError(
-                f"X: found values whose squares overflow {dtype}, expected smaller ones"
+                f"X: found values whose squares overflow {self._dtype}, expected smaller ones"
             )
-        if total is not self.matrix:
-            self.matrix += total
-        self.tokens += len(X)
+
+    def _take(self, total, tokens):
+        """Add a part, which is overwritten; False where the sum would not be finite."""
+        held, before = self._state
+        if held is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += held
+        if not self._xp.isfinite(total.diagonal()).all():
+            return False
+        self._state = total, None if None in (before, tokens) else before + tokens
+        return True
 
     def _rows_of_piece(self, X):
         if self._xp is np:
-            size, item = PIECE, self.matrix.itemsize
+            size, item = PIECE, self._dtype.itemsize
         else:
             size = COPIED_PIECE if isinstance(X, np.ndarray) else RESIDENT_PIECE
             item = X.dtype.itemsize
@@ -108,19 +134,23 @@ class Hessian:
             raise TypeError(f"other: found {type(other).__name__}, expected a Hessian")
         if other.K != self.K:
             raise ValueError(f"other: found K={other.K}, expected K={self.K}")
-        self.matrix += arrays.asarray(other.matrix, self._xp, self.matrix.dtype)
-        self.tokens += other.tokens
+        with np.errstate(over="ignore"):
+            total = self._xp.array(arrays.asarray(other.matrix, self._xp), self._dtype)
+        if not self._take(total, other.tokens):
+            raise ValueError(
+                f"other: found a sum that overflows {self._dtype} with this one, expected parts of "
+                "smaller activations"
+            )
         return self
 
     def save(self, path, force=False):
         """Write the sum and the number of tokens to an .npz file, whole or not at all."""
         from cuobs import files
 
-        files.save_arrays(
-            path,
-            {"hessian": arrays.to_numpy(self.matrix), "tokens": np.int64(self.tokens)},
-            force=force,
-        )
+        content = {"hessian": arrays.to_numpy(self.matrix)}
+        if self.tokens is not None:
+            content["tokens"] = np.int64(self.tokens)
+        files.save_arrays(path, content, force=force)
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -133,12 +163,26 @@ class Hessian:
                 f"{path}: found the arrays {', '.join(content) or 'none'}, expected 'hessian' "
                 "as cuobs hessian writes it"
             )
-        H = validation.matrix("hessian", content["hessian"])
-        self = cls(len(H), dtype="float64" if H.dtype == np.float64 else "float32", device=device)
-        check_symmetric(H, self.K)
-        self.matrix[...] = arrays.asarray(H, self._xp)
-        self.tokens = int(content.get("tokens", 0))
+        with validation.naming(path):
+            H = validation.matrix("hessian", content["hessian"])
+            tokens = _check_tokens(content.get("tokens"))
+            dtype = "float64" if H.dtype == np.float64 else "float32"
+            self = cls(len(H), dtype=dtype, device=device)
+            check_symmetric(H, self.K)
+        self._state = self._xp.array(arrays.asarray(H, self._xp), dtype), tokens
         return self
+
+
+def _check_tokens(array):
+    """The number of tokens in a file, None where it has none."""
+    if array is None:
+        return None
+    if array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(())) < 0:
+        raise ValueError(
+            f"tokens: found {np.array2string(array, threshold=4)} of {array.dtype}, expected a "
+            "whole number that is not negative"
+        )
+    return int(array.reshape(()))
 
 
 def check_activations(X, K=None):

@@ -148,6 +148,112 @@ def test_overflow_is_said():
     assert h.tokens == 0 and not h.matrix.any()
 
 
+class Failing:
+    """A progress callback that raises after so many calls."""
+
+    def __init__(self, error, calls):
+        self.error, self.calls = error, calls
+
+    def __call__(self, done, total):
+        self.calls -= 1
+        if self.calls < 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("before", [0, 12])
+@pytest.mark.parametrize("calls", [0, 2, 4])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_an_interrupted_update_changes_nothing(monkeypatch, error, calls, before):
+    """After the first piece, in the middle, at the end; then all of it counts once."""
+    monkeypatch.setattr(hessian, "PIECE", 8 * 4 * 8)
+    h, X = cuobs.Hessian(4, dtype="float64"), activations(before + 40, 4)
+    if before:
+        h.update(X[:before])
+    held = h.matrix.copy()
+    with pytest.raises(error):
+        h.update(X[before:], progress=Failing(error, calls))
+    np.testing.assert_array_equal(h.matrix, held)
+    assert h.tokens == before
+    h.update(X[before:])
+    np.testing.assert_allclose(h.matrix, X.T @ X, rtol=0, atol=1e-12)
+    assert h.tokens == len(X)
+
+
+def test_memory_that_runs_out_changes_nothing(monkeypatch):
+    h, X = cuobs.Hessian(4, dtype="float64"), activations(40, 4)
+    h.update(X)
+    held, product = h.matrix.copy(), hessian.add_gram
+    monkeypatch.setattr(hessian, "PIECE", 8 * 4 * 8)
+    left = [1, 1]
+
+    def failing(piece, out, half):
+        product(piece, out, half)
+        left.pop() if left else (_ for _ in ()).throw(MemoryError())
+
+    monkeypatch.setattr(hessian, "add_gram", failing)
+    with pytest.raises(MemoryError):
+        h.update(X)
+    np.testing.assert_array_equal(h.matrix, held)
+    assert h.tokens == 40
+
+
+def test_sums_that_overflow_together_are_refused():
+    """Each part is finite, their sum is not: it is said, and both stay as they are."""
+    X = np.full((1, 2), 1.5e19, "float32")
+    h, other = cuobs.Hessian(2), cuobs.Hessian(2)
+    h.update(X)
+    other.update(X)
+    held = h.matrix.copy()
+    with pytest.raises(ValueError, match="X: found values whose squares overflow float32"):
+        h.update(X)
+    with pytest.raises(ValueError, match="other: found a sum that overflows float32"):
+        h.merge(other)
+    wide = cuobs.Hessian(2, dtype="float64")
+    wide.update(np.full((1, 2), 1e30))
+    with pytest.raises(ValueError, match="other: found a sum that overflows float32"):
+        h.merge(wide)
+    np.testing.assert_array_equal(h.matrix, held)
+    assert h.tokens == other.tokens == wide.tokens == 1
+
+
+def test_a_part_stays_as_it_is_when_the_other_goes_on():
+    left, right = cuobs.Hessian(4, dtype="float64"), cuobs.Hessian(4, dtype="float64")
+    right.update(activations(9, 4))
+    held = right.matrix.copy()
+    left.merge(right)
+    left.update(activations(5, 4, seed=1))
+    np.testing.assert_array_equal(right.matrix, held)
+    left.merge(left)
+    assert left.tokens == 28
+
+
+def test_a_file_without_tokens(tmp_path):
+    """What another program wrote: the sum counts, how many tokens it is of stays unknown."""
+    X = activations(9, 4)
+    np.savez(tmp_path / "H.npz", hessian=X.T @ X)
+    h = cuobs.Hessian.load(tmp_path / "H.npz")
+    assert h.tokens is None
+    broken = X.copy()
+    broken[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"X: found 1 .*\(3, 1\)"):
+        h.update(broken)
+    np.testing.assert_array_equal(h.matrix, X.T @ X)
+    h.update(X)
+    np.testing.assert_allclose(h.matrix, 2 * X.T @ X, rtol=1e-14)
+    known = cuobs.Hessian(4)
+    known.update(X)
+    assert h.tokens is None and known.merge(h).tokens is None
+    known.save(tmp_path / "again.npz")
+    assert cuobs.Hessian.load(tmp_path / "again.npz").tokens is None
+
+
+@pytest.mark.parametrize("tokens", [-5, 2.5, np.nan, True, "nine", [1, 2], [], 1 + 2j])
+def test_tokens_of_a_file_refused(tmp_path, tokens):
+    np.savez(tmp_path / "H.npz", hessian=np.eye(4), tokens=tokens)
+    with pytest.raises(ValueError, match="H.npz: tokens: found .*whole number"):
+        cuobs.Hessian.load(tmp_path / "H.npz")
+
+
 @pytest.mark.parametrize("X, error, words", [
     (np.ones((3, 5)), ValueError, "5 features.*K=4"),
     (np.ones(4), ValueError, "1 dimension"),
