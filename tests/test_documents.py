@@ -1,0 +1,104 @@
+"""Every snippet of README.rst and docs/ runs as it stands.
+
+Python blocks of a page run one after the other in one namespace, as a reader would type them, in a
+folder that holds the files that they name. Commands run with the names that the pages use.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from cuobs_cli import main
+from extras import MODEL
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.rst", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.rst"))]
+# Pages whose snippets need the extra ``model``.
+MODEL_PAGES = ("docs/models.rst",)
+# Commands that need a GPU, or take longer than a test may.
+NOT_RUN = re.compile(r"cuobs (speedup|compare examples)")
+# Commands that write the folder that they name last.
+WRITES = ("prune-model", "rotate", "pack-model", "unpack-model")
+
+
+def blocks(page, kind):
+    """The literal blocks of a page: of Python, or those after ``::``."""
+    text = (ROOT / page).read_text()
+    start = r"\.\. code-block:: python\n" if kind == "python" else r"[^\n]*(?<!code-block)::\n"
+    for match in re.finditer(start + r"(?:\s*\n)((?:[ ]+[^\n]*\n|\s*\n)+)", text):
+        lines = match[1].rstrip().splitlines()
+        indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+        yield "\n".join(line[indent:] for line in lines)
+
+
+def commands(page):
+    """The commands of cuobs in the literal blocks of a page, lines that go on joined."""
+    for block in blocks(page, "shell"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("cuobs "):
+                yield line.partition("  # ")[0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with what the pages name: the example layer, a part of it, and a tiny model SRC."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    W, X = (np.load(ROOT / "examples" / "smollm2" / f"{name}.npy") for name in "WX")
+    np.save("W.npy", W[:16, :64])
+    np.save("X.npy", X[:512, :64])
+    return tmp_path
+
+
+@pytest.fixture
+def model_folder(folder):
+    """The same with a tiny model in SRC, texts, and windows of tokens."""
+    from small_models import make_source, make_tokens
+
+    make_source(folder / "SRC")
+    words = " ".join(f"w{n}" for n in make_tokens(40, 64).ravel())
+    for name in ("text.txt", "other.txt"):
+        (folder / name).write_text(words)
+    np.savez("tokens.npz", calibration=make_tokens(), evaluation=make_tokens(seed=1))
+    return folder
+
+
+def enter(page, request):
+    """The folder of a page; skips where it needs an extra that is not installed."""
+    if page in MODEL_PAGES and not MODEL:
+        pytest.skip("the extra 'model' is not installed")
+    return request.getfixturevalue("model_folder" if page in MODEL_PAGES else "folder")
+
+
+def with_blocks(kind):
+    """Pages that hold some; contributing.rst is followed word for word by test_recipe.py."""
+    return [page for page in PAGES if any(kind(page)) and "contributing" not in page]
+
+
+@pytest.mark.parametrize("page", with_blocks(lambda page: blocks(page, "python")))
+def test_python(page, request):
+    enter(page, request)
+    scope = {}
+    for block in blocks(page, "python"):
+        if "register_forward_pre_hook" in block:
+            continue
+        exec(compile(block, page, "exec"), scope)
+
+
+@pytest.mark.parametrize("page", with_blocks(commands))
+def test_commands(page, request):
+    folder = enter(page, request)
+    for line in commands(page):
+        words = shlex.split(line)[1:]
+        if NOT_RUN.search(line) or "SRC" in words and page not in MODEL_PAGES:
+            continue
+        for path in folder.glob("W-pruned*"):
+            path.unlink()
+        if words[0] in WRITES and "--resume" not in words:
+            shutil.rmtree(folder / words[2], ignore_errors=True)
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, f"{line}\n{result.output}"
