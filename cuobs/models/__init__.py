@@ -16,15 +16,18 @@ from cuobs.models.folder import evaluate_folder, prune_folder
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.speedup import speedup
+from cuobs.torch import keep_zeros, merge_masked
 
 __all__ = [
     "BlockReport",
     "LayerReport",
     "ModelReport",
     "evaluate_folder",
+    "keep_zeros",
     "load_masks",
     "load_model",
     "load_tokens",
+    "merge_masked",
     "perplexity",
     "prune_folder",
     "prune_model",

@@ -1,0 +1,203 @@
+"""Zeros stay zero in any training loop."""
+
+import inspect
+
+import pytest
+import torch
+from small_models import make_model
+from torch import nn
+
+from cuobs.models import keep_zeros
+from cuobs.torch import merge_masked
+
+OPTIMIZERS = [
+    name
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and kind is not torch.optim.Optimizer
+]
+VARIANTS = [
+    (name, {key: True})
+    for name in OPTIMIZERS
+    for key in ("foreach", "fused")
+    if key in inspect.signature(getattr(torch.optim, name).__init__).parameters
+]
+
+
+def make_layers(seed=0):
+    """Two linears, half of whose weights are zero, and inputs."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    for module in (model[0], model[2]):
+        weight = module.weight.data.reshape(-1, 4)
+        weight[:, torch.randperm(4)[:2]] = 0
+    return model, torch.randn(32, 8)
+
+
+def zeros_of(model):
+    return [p == 0 for p in model.parameters()]
+
+
+def train(model, x, optimizer, steps=3):
+    """Fit a fixed goal; LBFGS calls the loss itself."""
+    goal = torch.sin(x @ torch.ones(8, 4))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - goal).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def make_optimizer(name, parameters, **options):
+    signature = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    wanted = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+    options = {**{k: v for k, v in wanted.items() if k in signature}, **options}
+    return getattr(torch.optim, name)(parameters, **options)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, {}) for name in OPTIMIZERS if name != "SparseAdam"] + VARIANTS
+)
+def test_every_optimizer(name, options, given):
+    model, x = make_layers()
+    before, start = zeros_of(model), [p.clone() for p in model.parameters()]
+    try:
+        optimizer = make_optimizer(name, list(model.parameters()), **options)
+    except (RuntimeError, TypeError) as error:
+        pytest.skip(str(error))
+    train(model, x, optimizer)  # momentum that moves pruned weights
+    with torch.no_grad():
+        for parameter, first in zip(model.parameters(), start, strict=True):
+            parameter.copy_(first)
+    with keep_zeros(model, optimizer if given else None):
+        train(model, x, optimizer)
+        found = zeros_of(model)
+    for mine, theirs, parameter, first in zip(
+        found, before, model.parameters(), start, strict=True
+    ):
+        assert torch.equal(mine, theirs)
+        assert not torch.equal(parameter, first)
+
+
+def test_an_optimizer_of_sparse_gradients_trains_the_embedding_beside():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4, bias=False))
+    model[1].weight.data[:, ::2] = 0
+    model[0].weight.data[3] = 0
+    mask = model[0].weight.data != 0
+    optimizer = torch.optim.SparseAdam(model[0].parameters(), lr=0.1)
+    with keep_zeros(model, masks={"0": mask, "1": model[1].weight != 0}):
+        model(torch.tensor([2, 3])).square().sum().backward()
+        start = model[0].weight.detach().clone()
+        optimizer.step()
+    assert not model[0].weight[3].any() and not torch.equal(model[0].weight[2], start[2])
+    assert not model[1].weight[:, ::2].any() and not model[1].weight.grad[:, ::2].any()
+
+
+def test_gradients_accumulate_masked_under_autocast_and_are_clipped():
+    model, x = make_layers()
+    before = zeros_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    with keep_zeros(model):
+        for _ in range(3):
+            for part in x.split(8):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    model(part).square().sum().backward()
+            for parameter, zeros in zip(model.parameters(), before, strict=True):
+                assert not parameter.grad[zeros].any() and parameter.grad.any()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            kept = sum(p.grad[~z].square().sum() for p, z in zip(
+                model.parameters(), before, strict=True)).sqrt()  # fmt: skip
+            assert norm > 1 and float(kept) == pytest.approx(1, rel=1e-4)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(map(torch.equal, zeros_of(model), before))
+
+
+def test_gradients_that_are_no_numbers():
+    model, x = make_layers()
+    before = zeros_of(model)
+    with keep_zeros(model):
+        (model(x).sum() * float("nan")).backward()
+    for parameter, zeros in zip(model.parameters(), before, strict=True):
+        assert not parameter.grad[zeros].any()
+
+
+def test_an_optimizer_of_another_kind():
+    """One that holds quantised moments need not be of PyTorch's class."""
+
+    class Other:
+        def step(self):
+            for parameter in model.parameters():
+                parameter.data.add_(1)
+            return "done"
+
+    model, _ = make_layers()
+    before, optimizer = zeros_of(model), Other()
+    with keep_zeros(model, optimizer):
+        assert optimizer.step() == "done"
+        assert all(map(torch.equal, zeros_of(model), before))
+    optimizer.step()
+    assert not any(zeros.any() for zeros in zeros_of(model))
+
+
+def test_afterwards_nothing_is_held():
+    model, x = make_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_zeros(model, optimizer)
+    kept.remove()
+    train(model, x, optimizer)
+    assert not any(zeros.all() or zeros.sum() > 2 for zeros in zeros_of(model))
+
+
+def test_another_models_optimizer_is_left_alone():
+    model, _ = make_layers()
+    other, x = make_layers(seed=1)
+    with keep_zeros(model):
+        model[0].weight.data += 1
+        train(other, x, torch.optim.SGD(other.parameters(), lr=0.1), steps=1)
+        assert not (model[0].weight == 0).any()
+
+
+def test_masks_that_do_not_fit():
+    model, _ = make_layers()
+    dense = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="model: found no zeros in the linears of Linear"):
+        keep_zeros(dense)
+    for masks, match in (
+        ({"1": torch.ones(2, 2, dtype=bool)}, "masks: found '1', expected names"),
+        ({"0": torch.ones(2, 2, dtype=bool)}, r"masks: found shape \(2, 2\) for 0, expected"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            keep_zeros(model, masks=masks)
+    with pytest.raises(TypeError, match="masks: found torch.float32 for 0, expected bool"):
+        keep_zeros(model, masks={"0": torch.ones(16, 8)})
+    with pytest.raises(TypeError, match="optimizer: found int, expected one with step"):
+        keep_zeros(model, 3)
+
+
+def test_adapters_that_begin_at_zero_are_free():
+    peft = pytest.importorskip("peft")
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[:, ::2] = 0
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    tokens = torch.arange(3, 27)[None]
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    with keep_zeros(adapted, optimizer):
+        for _ in range(2):
+            adapted(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+    layers = adapted.base_model.model.model.layers
+    up = layers[0].mlp.up_proj
+    base = up.weight.detach().clone()
+    product = 0.5 * 8 * (up.lora_B["default"].weight @ up.lora_A["default"].weight).detach()
+    assert product[:, ::2].any()
+    merged = merge_masked(adapted)
+    found = merged.model.layers[0].mlp.up_proj.weight
+    assert not found[:, ::2].any()
+    torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
