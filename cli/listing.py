@@ -37,8 +37,8 @@ def methods():
     for name, method in known.items():
         click.echo(f"{name:{width}}  {method.summary}")
         for option in method.options:
-            choices = f" {', '.join(method.orders)}" if option == "order" else ""
-            click.echo(f"{'':{width}}  --{option}{choices}")
+            choices = f" {', '.join(option.choices)}" if option.choices else ""
+            click.echo(f"{'':{width}}  --{option.name}{choices}")
 
 
 def drawing(pattern):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+DEVICES = ("auto", "cpu", "cuda")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

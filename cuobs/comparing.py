@@ -1,12 +1,10 @@
 """Every method side by side on one layer: the benchmark's table."""
 
-from inspect import signature
 from typing import NamedTuple
 
-from cuobs import arrays, validation
-from cuobs.algorithms import methods as known_methods
-from cuobs.pattern import parse
-from cuobs.pruning import hessian_of, prepare, prune
+from cuobs import arrays, recipe, validation
+from cuobs.layer import check_layer, hessian_of, prune_checked
+from cuobs.recipe import SETTINGS, Recipe, Settings
 
 REFERENCE = "sparsegpt"
 HEADER = ("method", "loss %", f"/ {REFERENCE}", "sparsity %", "seconds")
@@ -81,8 +79,8 @@ class Table(list):
 
 
 def compare(
-    W, X=None, *, hessian=None, pattern="2:4", methods=None, refine=None, progress=None,
-    starting=None, **options,
+    W, X=None, *, hessian=None, pattern="2:4", methods=None, refine=None, damp=0.01, target=None,
+    progress=None, starting=None, finished=None, **options,
 ):  # fmt: skip
     """Prune one layer by several methods and set what they lose and take side by side.
 
@@ -97,13 +95,17 @@ def compare(
     methods : list of str or str, optional
         All of `cuobs.methods` unless given.
     refine : None or "exact"
+    damp : float
+    target : array, shape (M, K), optional
     progress : callable, optional
         Called with (done, total) of the method that runs.
     starting : callable, optional
         Called with the name of each method before it runs.
+    finished : callable, optional
+        Called with the `Table` of the methods that ran, after each.
     **options
-        Of `cuobs.prune`. A method's own option goes to the methods that take it, and an order to
-        those that know it.
+        Of `cuobs.Settings` and of the methods. A method's own option goes to the methods that take
+        it, and a choice that not all of them know to those that do.
 
     Returns
     -------
@@ -114,53 +116,83 @@ def compare(
     ValueError, TypeError
         As `cuobs.prune`, and for an option that none of the methods takes.
     """
-    known = known_methods()
     if methods is None:
-        methods = known
+        methods = recipe.methods()
     names = [methods] if isinstance(methods, str) else list(methods)
-    if not names:
-        raise ValueError("methods: found none, expected at least one name")
-    for name in names:
-        validation.name_of("methods", name, known)
-    chosen = {name: dict(options) for name in names}
-    own_options = {option for method in known.values() for option in method.options}
-    for option in options:
-        if option == "method" or option not in signature(prune).parameters:
-            raise TypeError(f"{option}: found an option that cuobs.compare does not take")
-    for option in own_options & set(options):
-        takers = [name for name in names if option in known[name].options]
-        if not takers:
-            raise ValueError(f"{option}: found it given, but none of {', '.join(names)} takes it")
-        for name in set(names) - set(takers):
-            del chosen[name][option]
-    if (order := options.get("order")) is not None:
-        takers = [name for name in names if known[name].orders]
-        validation.name_of("order", order, sorted({o for n in takers for o in known[n].orders}))
-        for name in takers:
-            if order not in known[name].orders:
-                del chosen[name]["order"]
-    pattern = parse(pattern)
-    plans = {}
+    settings = Settings(
+        **{key: options.pop(key) for key in SETTINGS if key in options}, progress=progress
+    )
+    recipes = recipes_of(names, options, pattern=pattern, refine=refine, damp=damp)
+    pattern = recipes[names[0]].pattern
     with arrays.stream_of(W, X, hessian):
-        for name in names:
-            own = {key: chosen[name].pop(key) for key in own_options & set(chosen[name])}
-            plans[name] = prepare(
-                W, pattern, name, refine=refine, progress=progress, options=own, **chosen[name]
-            )
-        plan = plans[names[0]]
-        H = hessian_of(plan.layout.shape[1], X, hessian, plan.dtype, plan.xp, plan.settings)
-        rows = []
-        for name, plan in plans.items():
+        layer = check_layer(W, target, settings.dtype)
+        shape = layer.weight.shape
+        pattern.compile(*shape)
+        H = hessian_of(shape[1], X, hessian, settings, settings.namespace(W))
+        done = {}
+        # The others' ratios are known at once where the reference is the first to run.
+        for name in sorted(recipes, key=lambda name: name != REFERENCE):
             if starting:
                 starting(name)
-            result = plan.run(H)
-            rows.append(Row(name, result.loss, None, result.sparsity, result.seconds))
+            result = prune_checked(recipes[name], settings, layer, H)
+            done[name] = Row(name, result.loss, None, result.sparsity, result.seconds)
+            table = Table(_with_ratios([done[n] for n in names if n in done]), pattern, shape)
+            if finished:
+                finished(table)
+    return table
+
+
+def recipes_of(names, options, **common):
+    """A `Recipe` for each method of these names, each with those options that it takes.
+
+    Parameters
+    ----------
+    names : list of str
+    options : dict
+        Options of any of the methods; a None is left out.
+    **common
+        What all recipes share.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A name is unknown, or none of the methods takes an option or its value.
+    """
+    if not names:
+        raise ValueError("methods: found none, expected at least one name")
+    known = recipe.methods()
+    for name in names:
+        validation.name_of("methods", name, known)
+    every = recipe.method_options()
+    own = {name: {} for name in names}
+    for option, value in options.items():
+        if option not in every:
+            raise TypeError(f"{option}: found an option that cuobs.compare does not take")
+        if value is None:
+            continue
+        takers = {m.name: o for m, o in every[option] if m.name in own}
+        if not takers:
+            raise ValueError(f"{option}: found it given, but none of {', '.join(names)} takes it")
+        for name in _takers_of(value, takers):
+            own[name][option] = value
+    return {name: Recipe(method=name, options=own[name], **common) for name in names}
+
+
+def _takers_of(value, takers):
+    """The names of the methods, of those in a dict of their options, that know a value."""
+    choices = {choice for option in takers.values() for choice in option.choices}
+    if not choices:
+        return takers
+    option = next(iter(takers.values())).name
+    validation.name_of(option, value, sorted(choices))
+    return [name for name, option in takers.items() if value in option.choices]
+
+
+def _with_ratios(rows):
     losses = {row.method: row.loss for row in rows}
     if reference := losses.get(REFERENCE):
-        rows = [row._replace(ratio=row.loss / reference) for row in rows]
-    return Table(rows, pattern, plan.layout.shape)
-
-
+        return [row._replace(ratio=row.loss / reference) for row in rows]
+    return rows
 def text_table(header, rows):
     """Lines of cells under a header, the first column to the left and the others to the right."""
     lines, rule = _aligned(header, rows)

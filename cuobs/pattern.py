@@ -5,9 +5,11 @@ compete with each other (scopes). It is written on a strided view of the row-maj
 compiled once, for a given shape, into a `Layout` that every method works on.
 """
 
+import dataclasses
 import difflib
 import itertools
 import math
+import numbers
 import re
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -24,7 +26,7 @@ def _items(text):
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-_SYMBOL = re.compile(r"(\d*)\*?([MK]?)(?:/(\d+))?")
+_SYMBOL = re.compile(r"([0-9]{0,9})\*?([MK]?)(?:/(0*[1-9][0-9]{0,8}))?")
 
 
 def _symbol(value):
@@ -286,6 +288,7 @@ def verify(W, pattern):
     return Verification(len(broken), R * G, first)
 
 
+_N_M = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:x([0-9]{1,9}))?")
 _NAMED = {
     "2:4": Pattern(scope=(1, 4), keep=2, name="2:4"),
     "4:8": Pattern(block=(1, 2), scope=(1, 4), keep=2, name="4:8"),
@@ -303,12 +306,49 @@ def patterns():
     return dict(_NAMED)
 
 
+def register_pattern(name, pattern):
+    """Make a pattern known by a name, wherever a pattern is named.
+
+    Parameters
+    ----------
+    name : str
+    pattern : str or Pattern
+
+    Returns
+    -------
+    Pattern
+        The pattern, with its name.
+
+    Raises
+    ------
+    ValueError
+        The name is another pattern's, or a text that is read as a pattern.
+
+    Examples
+    --------
+    >>> import cuobs
+    >>> thirds = cuobs.Pattern(scope=(1, 3), keep=1)
+    >>> cuobs.register_pattern("thirds", thirds)  # doctest: +SKIP
+    """
+    if not isinstance(name, str) or not name.strip() or "=" in name:
+        raise ValueError(f"name: found {name!r}, expected a name for a pattern")
+    named = dataclasses.replace(parse(pattern), name=name)
+    known = _NAMED.get(name)
+    if known is None and _N_M.fullmatch(name):
+        known = parse(name)
+    if known not in (None, named):
+        raise ValueError(f"name: found {name!r}, which means {known}, expected another name")
+    _NAMED[name] = named
+    return named
+
+
 def parse(text):
     """Read a pattern from its name, from ``n:m`` or ``n:mxb``, or from its text form.
 
     Parameters
     ----------
-    text : str or Pattern
+    text : str, Pattern or (int, int)
+        A pair (n, m) is ``n:m``.
 
     Returns
     -------
@@ -322,11 +362,13 @@ def parse(text):
     """
     if isinstance(text, Pattern):
         return text
+    if isinstance(text, tuple | list) and len(text) == 2 and all(_is_int(v) for v in text):
+        text = f"{text[0]}:{text[1]}"
     if not isinstance(text, str):
         raise TypeError(f"pattern: found {type(text).__name__}, expected a name or a Pattern")
     if text in _NAMED:
         return _NAMED[text]
-    if match := re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", text):
+    if match := _N_M.fullmatch(text):
         keep, blocks, width = (int(g or 1) for g in match.groups())
         if not (0 < keep < blocks and width):
             raise ValueError(
@@ -342,6 +384,10 @@ def parse(text):
     )
 
 
+def _is_int(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _parse_fields(text):
     found = re.findall(r"(\w+)=(\S+)", re.sub(r"\s*([,:()])\s*(?![a-z]+=)", r"\1", text))
     names = sorted(name for name, _ in found)
@@ -351,15 +397,15 @@ def _parse_fields(text):
             "view, block, scope and keep, each once"
         )
     found = dict(found)
-    numbers = {}
+    sizes = {}
     for name in ("block", "scope", "keep"):
         items = _items(found[name].strip("()"))
-        if not items or not all(item.isdigit() for item in items):
+        if not items or not all(re.fullmatch("[0-9]{1,9}", item) for item in items):
             raise ValueError(f"{name}: found {found[name]!r}, expected positive integers")
-        numbers[name] = tuple(map(int, items))
-    if len(numbers["keep"]) != 1:
+        sizes[name] = tuple(map(int, items))
+    if len(sizes["keep"]) != 1:
         raise ValueError(f"keep: found {found['keep']!r}, expected one integer")
-    return Pattern(found["view"], numbers["block"], numbers["scope"], numbers["keep"][0])
+    return Pattern(found["view"], sizes["block"], sizes["scope"], sizes["keep"][0])
 
 
 def _evaluate(value, sizes):

@@ -4,7 +4,7 @@ Rows and columns are permuted once so that scopes lie side by side: row group by
 column group by column group. Factors are made on first use and shared by whoever asks next.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,36 +13,6 @@ import numpy as np
 from cuobs import arrays
 from cuobs.ops import cholesky
 from cuobs.ops.selection import factor_scope_blocks
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run, as opposed to what to compute: nothing but rounding depends on it.
-
-    Attributes
-    ----------
-    precision : {"tensor", "fp32"}
-        Whether products may run on tensor cores inside float32.
-    workers : int or None
-        Threads that share the rows on the CPU; None takes one a core.
-    batch_rows : int or None
-        Rows in a batch; None sizes batches from the memory that is free.
-    memory_limit : int or None
-        Bytes that the computation may hold in all.
-    progress : callable or None
-        Called with (done, total).
-    """
-
-    precision: str = "tensor"
-    workers: int | None = None
-    batch_rows: int | None = None
-    memory_limit: int | None = None
-    progress: object = None
-
-    def report(self, done, total):
-        """Tell the caller how far the work is."""
-        if self.progress:
-            self.progress(done, total)
 
 
 class Pruned(NamedTuple):
@@ -83,10 +53,10 @@ class Problem:
     H: object
     diagonal: object
     layout: object
-    settings: Settings = field(default_factory=Settings)
+    settings: object
 
     @classmethod
-    def build(cls, W, H, layout, damp, settings=None):
+    def build(cls, W, H, layout, damp, settings):
         """Permute, damp, and retire dead columns.
 
         Parameters
@@ -98,7 +68,7 @@ class Problem:
         layout : Layout
         damp : float
             λ as a share of the mean of the diagonal of H.
-        settings : Settings, optional
+        settings : Settings
         """
         xp = arrays.namespace(H)
         W = permute(W, layout)
@@ -110,7 +80,7 @@ class Problem:
         lam = damp * float(diagonal.mean(dtype="float64"))
         H.ravel()[:: len(H) + 1] += xp.where(dead, 1, lam).astype(H.dtype)
         W = xp.where(dead, W.dtype.type(0), W)
-        return cls(W, H, diagonal, layout, settings or Settings())
+        return cls(W, H, diagonal, layout, settings)
 
     @property
     def xp(self):

@@ -1,67 +1,11 @@
 """The front door: prune a weight, or re-solve the weights of a mask."""
 
-import time
-from dataclasses import dataclass, field
-
-import numpy as np
-
 from cuobs import arrays, validation
-from cuobs.algorithms import methods
-from cuobs.algorithms.admm import SCHEDULES
-from cuobs.hessian import Hessian, check_symmetric
-from cuobs.loss import loss
-from cuobs.pattern import Layout, Pattern, parse, verify
-from cuobs.problem import Problem, Settings, permute_back
+from cuobs.layer import check_layer, hessian_of, prune_layer
+from cuobs.pattern import Layout
+from cuobs.problem import Problem
+from cuobs.recipe import Recipe, Settings
 from cuobs.refine import resolve
-
-DTYPES = ("float32", "float64")
-PRECISIONS = ("tensor", "fp32")
-
-
-@dataclass
-class Result:
-    """A pruned weight and what became of it.
-
-    Attributes
-    ----------
-    weight : array, shape (M, K)
-        In the kind, dtype and place of the weight that came in; exact zeros where pruned.
-    mask : array of bool, shape (M, K)
-        True = kept.
-    loss : float
-        Relative output error ‖X(Wp − W)ᵀ‖ / ‖XWᵀ‖, a fraction, by the undamped Hessian.
-    sparsity : float
-        Share of elements of `weight` that are exactly zero.
-    seconds : float
-        From the Hessian to the pruned weights, the measurement of the loss apart.
-    hessian_seconds : float
-        What the Hessian took: reading X and its products, or checking the one that came.
-    method : str
-    pattern : Pattern
-    refine : str or None
-        "exact" where the weights were solved again for the mask.
-    damp : float
-    options : dict
-        The method's options, as given.
-    cost : array, shape (M,), or None
-        The damped cost of each row, summed by the method as it went (true-obs, obs-ordered).
-    device : str
-        "cpu" or "cuda": where it was computed.
-    """
-
-    weight: object
-    mask: object
-    loss: float
-    sparsity: float
-    seconds: float
-    hessian_seconds: float
-    method: str
-    pattern: Pattern
-    refine: str | None
-    damp: float
-    options: dict = field(default_factory=dict)
-    cost: object = None
-    device: str = "cpu"
 
 
 def prune(
@@ -76,15 +20,12 @@ def prune(
     target=None,
     dtype="float32",
     device="auto",
-    splits=None,
-    group=None,
-    order=None,
-    schedule=None,
     precision="tensor",
     memory_limit=None,
     workers=None,
     batch_rows=None,
     progress=None,
+    **options,
 ):
     """Prune the weight of a linear layer to a pattern.
 
@@ -111,25 +52,19 @@ def prune(
         The compute precision.
     device : {"auto", "cpu", "cuda"}
         "auto" takes the GPU where there is one.
-    splits : int, optional
-        Spans of obs-split and obs-interleaved, 64 by default.
-    group : int, optional
-        Scopes in a Schur update of obs-ordered and true-obs, a tenth of all by default.
-    order : str, optional
-        Which scopes come first in obs-ordered (largest, left, smallest) and true-obs (gap, left,
-        shared, largest, smallest).
-    schedule : {"default", "slow"}, optional
-        How admm's penalty grows.
     precision : {"tensor", "fp32"}
         Whether products in float32 may run on tensor cores (tf32, float16); float64 never does.
     memory_limit : int or str, optional
-        Bytes, or a size like "8GiB", that the computation may hold, down to batches of one row.
+        Bytes, or a size like "8GiB", that the computation may hold in all.
     workers : int, optional
         Threads that share the rows on the CPU; one for each core by default.
     batch_rows : int, optional
         Rows in a batch; sized from the free memory by default.
     progress : callable, optional
         Called with (done, total) as the method goes.
+    **options
+        The method's own, see ``cuobs.methods()[method].options`` or ``cuobs methods``; a None is
+        the default.
 
     Returns
     -------
@@ -156,116 +91,9 @@ def prune(
     >>> bool(cuobs.verify(result.weight, "2:4"))
     True
     """
-    with arrays.stream_of(W, X, hessian):
-        plan = prepare(
-            W, pattern, method, refine=refine, damp=damp, target=target, dtype=dtype,
-            device=device, precision=precision, memory_limit=memory_limit, workers=workers,
-            batch_rows=batch_rows, progress=progress,
-            options=dict(splits=splits, group=group, order=order, schedule=schedule),
-        )  # fmt: skip
-        began = time.perf_counter()
-        H = hessian_of(plan.layout.shape[1], X, hessian, dtype, plan.xp, plan.settings)
-        return plan.run(H, _since(began, plan.xp))
-
-
-@dataclass
-class Plan:
-    """A call of `prune` with everything checked but the Hessian, and nothing computed."""
-
-    W: object
-    weight: object
-    target: object
-    pattern: Pattern
-    layout: Layout
-    method: object
-    options: dict
-    exact: bool
-    damp: float
-    dtype: str
-    xp: object
-    settings: Settings
-
-    def run(self, H, hessian_seconds=0.0):
-        """Prune under an undamped Hessian on this plan's namespace and of its dtype."""
-        xp = self.xp
-        began = time.perf_counter()
-        base = arrays.asarray(self.weight, xp, self.dtype)
-        goal = base if self.target is None else arrays.asarray(self.target, xp, self.dtype)
-        with arrays.tensor_cores(xp, self.settings.precision == "tensor"):
-            problem = Problem.build(goal, H, self.layout, self.damp, self.settings)
-            if self.exact:
-                problem.check_definite()
-            pruned = self.method.function(problem, **self.options)
-            problem.check_factored()
-            new = pruned.weight
-            if self.exact:
-                new = resolve(problem, pruned.mask, new)
-        mask = permute_back(pruned.mask, self.layout)
-        new = arrays.round_to(xp.where(mask, permute_back(new, self.layout), 0), self.W)
-        seconds = _since(began, xp)
-        validation.holds(new, self.W)
-        found = verify(new, self.pattern)
-        if not found:
-            raise RuntimeError(f"{self.method.name} broke the pattern in {found.broken} scopes")
-        cost = pruned.cost
-        if cost is not None:
-            order = xp.asarray(np.argsort(self.layout.rows.ravel()))
-            cost = arrays.hand_back(cost[order].astype("float64"), self.W, cast=False)
-        return Result(
-            weight=arrays.hand_back(new, self.W),
-            mask=arrays.hand_back(mask, self.W),
-            loss=loss(base, new.astype(base.dtype, copy=False), H),
-            sparsity=1 - int(xp.count_nonzero(new)) / new.size,
-            seconds=seconds,
-            hessian_seconds=hessian_seconds,
-            method=self.method.name,
-            pattern=self.pattern,
-            refine="exact" if self.exact else None,
-            damp=self.damp,
-            options=self.options,
-            cost=cost,
-            device=arrays.device_name(xp),
-        )
-
-
-def prepare(
-    W, pattern, method, *, refine=None, damp=0.01, target=None, dtype="float32", device="auto",
-    precision="tensor", memory_limit=None, workers=None, batch_rows=None, progress=None,
-    options=None,
-):  # fmt: skip
-    """Check the arguments of `prune`, all but the Hessian, and give what runs it."""
-    entry, options = _check_options(method, options or {})
-    if refine not in (None, "exact"):
-        raise ValueError(f"refine: found {refine!r}, expected None or 'exact'")
-    validation.name_of("dtype", dtype, DTYPES)
-    validation.name_of("precision", precision, PRECISIONS)
-    for name, value in ("workers", workers), ("batch_rows", batch_rows):
-        if value is not None:
-            validation.integer(name, value)
-    settings = Settings(
-        precision=precision,
-        workers=workers,
-        batch_rows=batch_rows,
-        memory_limit=None if memory_limit is None else arrays.parse_size(memory_limit),
-        progress=progress,
-    )
-    damp = validation.damping(damp)
-    pattern = parse(pattern)
-    W, weight, target = _check_weights(W, target, dtype)
-    return Plan(
-        W=W,
-        weight=weight,
-        target=target,
-        pattern=pattern,
-        layout=pattern.compile(*weight.shape),
-        method=entry,
-        options=options,
-        exact=refine == "exact" or entry.resolves,
-        damp=damp,
-        dtype=dtype,
-        xp=arrays.choose(device, W),
-        settings=settings,
-    )
+    recipe = Recipe(pattern, method, options, refine, damp)
+    settings = Settings(device, dtype, precision, workers, batch_rows, memory_limit, progress)
+    return prune_layer(recipe, settings, W, X, hessian, target)
 
 
 def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="auto"):
@@ -300,69 +128,15 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
     """
     with arrays.stream_of(W, mask, H):
         damp = validation.damping(damp)
-        validation.name_of("dtype", dtype, DTYPES)
-        W, weight, target = _check_weights(W, target, dtype)
+        settings = Settings(device, dtype)
+        W, weight, target = check_layer(W, target, dtype)
         mask = validation.mask("mask", mask, weight.shape)
-        xp = arrays.choose(device, W, H)
-        H = hessian_of(weight.shape[1], None, H, dtype, xp, Settings())
+        xp = settings.namespace(W, H)
+        H = hessian_of(weight.shape[1], None, H, settings, xp)
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         with arrays.tensor_cores(xp, True):
-            problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp)
+            problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp, settings)
             problem.check_definite()
             new = arrays.round_to(resolve(problem, arrays.asarray(mask, xp)), W)
         validation.holds(new, W)
         return arrays.hand_back(new, W)
-
-
-def hessian_of(K, X, hessian, dtype, xp, settings):
-    """The undamped Hessian, shape (K, K), on a namespace, from activations or as it came.
-
-    Raises
-    ------
-    ValueError
-        Neither or both of X and hessian are given, or one does not fit K.
-    """
-    if (X is None) == (hessian is None):
-        found = "neither" if X is None else "both"
-        raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
-    if hessian is None:
-        part = Hessian(K, dtype, arrays.device_name(xp), settings.precision)
-        part.update(X, settings.progress)
-        return part.matrix
-    H = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    return arrays.asarray(check_symmetric(H, K), xp, dtype)
-
-
-def _check_weights(W, target, dtype):
-    """W as it came, as a matrix of NumPy or CuPy, and the target as such a matrix or None."""
-    W = arrays.typed(W, "W")
-    weight = validation.matrix("W", W)
-    validation.squares("W", weight, dtype)
-    if target is not None:
-        target = validation.matrix("target", target, weight.shape)
-        validation.squares("target", target, dtype)
-    return W, weight, target
-
-
-def _check_options(name, given):
-    """The method of a name, and those of its options that were given."""
-    validation.name_of("method", name, methods())
-    method = methods()[name]
-    options = {key: value for key, value in given.items() if value is not None}
-    for key, value in options.items():
-        if key not in method.options:
-            takes = " and ".join(method.options) or "no options"
-            raise ValueError(f"{key}: found {value!r}, but {name} takes {takes}")
-    for key in ("splits", "group"):
-        if key in options:
-            options[key] = validation.integer(key, options[key])
-    if "order" in options:
-        validation.name_of("order", options["order"], method.orders)
-    if "schedule" in options:
-        validation.name_of("schedule", options["schedule"], SCHEDULES)
-    return method, options
-
-
-def _since(began, xp):
-    arrays.synchronize(xp)
-    return time.perf_counter() - began

@@ -6,11 +6,15 @@ ValueError for shapes and values, TypeError for dtypes.
 
 import contextlib
 import difflib
+import math
 import numbers
 
 import numpy as np
 
 from cuobs.arrays import FLOATS, dtype_of, largest, namespace, receive, typed
+
+# A larger share of the mean diagonal leaves no digit of the Hessian in float32.
+MAX_DAMP = 1e6
 
 
 @contextlib.contextmanager
@@ -133,12 +137,32 @@ def integer(name, value, low=1, high=None):
     return int(value)
 
 
+def number(name, value, low=-math.inf, high=math.inf):
+    """Refuse anything but a finite number in a range; it as a float."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        found = float(value) if real else math.nan
+    except OverflowError:
+        found = math.inf
+    if not (math.isfinite(found) and low <= found <= high):
+        limits = (
+            f"from {low:g} to {high:g}" if high < math.inf
+            else f"that is at least {low:g}" if low > -math.inf
+            else "that is finite"
+        )
+        raise ValueError(f"{name}: found {_shown(value)}, expected a number {limits}")
+    return found
+
+
 def damping(value):
-    """Refuse a damping that is negative or no number."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 <= value < float("inf"):
-        raise ValueError(f"damp: found {value!r}, expected a number that is not negative")
-    return float(value)
+    """Refuse a damping that is negative, no number, or leaves nothing of the Hessian."""
+    return number("damp", value, 0, MAX_DAMP)
+
+
+def _shown(value):
+    """A value as a message shows it: not all digits of one that has hundreds."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def _shape(array):

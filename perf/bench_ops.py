@@ -30,7 +30,7 @@ pytestmark = pytest.mark.benchmark(group="ops")
 def damped(problem):
     """What a method gets for 2:4, in float32."""
     layout = pattern.parse("2:4").compile(*problem.W.shape)
-    return Problem.build(problem.W.astype(np.float32), problem.H, layout, 0.01)
+    return Problem.build(problem.W.astype(np.float32), problem.H, layout, 0.01, cuobs.Settings())
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 import cuobs
 
 PUBLIC = [
-    "Hessian", "Pattern", "Result", "Verification", "View", "compare", "methods", "patterns",
-    "prune", "reconstruct", "relative_loss", "verify",
+    "Hessian", "Method", "Option", "Pattern", "Problem", "Pruned", "Recipe", "Result", "Settings",
+    "Verification", "View", "compare", "methods", "patterns", "prune", "reconstruct",
+    "register_method", "register_pattern", "relative_loss", "verify",
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(cuobs.__path__, "cuobs.")]
 
@@ -44,20 +45,41 @@ def test_signatures_that_others_rely_on():
     parameters = inspect.signature(cuobs.prune).parameters
     assert list(parameters) == [
         "W", "X", "hessian", "pattern", "method", "refine", "damp", "target", "dtype", "device",
-        "splits", "group", "order", "schedule", "precision", "memory_limit", "workers",
-        "batch_rows", "progress",
+        "precision", "memory_limit", "workers", "batch_rows", "progress", "options",
     ]
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not None}
+    assert parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
+    defaults = {name: p.default for name, p in parameters.items()
+                if p.default is not None and name != "options"}
     assert defaults == {
         "W": inspect.Parameter.empty, "pattern": "2:4", "method": "admm", "damp": 0.01,
         "dtype": "float32", "device": "auto", "precision": "tensor",
+    }
+    own = {(m.name, o.name): (o.type, o.default) for m in cuobs.methods().values()
+           for o in m.options}
+    assert own == {
+        ("obs-split", "splits"): (int, 64), ("obs-interleaved", "splits"): (int, 64),
+        ("obs-ordered", "group"): (int, None), ("obs-ordered", "order"): (str, "largest"),
+        ("true-obs", "group"): (int, None), ("true-obs", "order"): (str, "gap"),
+        ("admm", "schedule"): (str, "default"),
     }
     assert names(cuobs.reconstruct) == ["W", "mask", "H", "damp", "target", "dtype", "device"]
     assert names(cuobs.relative_loss) == ["W", "W_pruned", "H"]
     assert names(cuobs.verify) == ["W", "pattern"]
     fields = {f.name for f in dataclasses.fields(cuobs.Result)}
-    assert fields >= {"weight", "mask", "loss", "sparsity", "seconds", "method", "pattern",
-                      "refine", "damp", "options", "cost", "device"}
+    assert fields >= {"weight", "mask", "loss", "sparsity", "seconds", "hessian_seconds", "recipe",
+                      "settings", "cost"}
+    for name in ("method", "pattern", "refine", "damp", "options", "device"):
+        assert isinstance(getattr(cuobs.Result, name), property)
+    assert [f.name for f in dataclasses.fields(cuobs.Recipe)] == [
+        "pattern", "method", "options", "refine", "damp"
+    ]
+    assert [f.name for f in dataclasses.fields(cuobs.Settings)] == [
+        "device", "dtype", "precision", "workers", "batch_rows", "memory_limit", "progress"
+    ]
+    for method in cuobs.methods().values():
+        defaults = {o.name: o.default for o in method.options}
+        function = inspect.signature(method.function).parameters
+        assert {n: p.default for n, p in function.items() if n != "problem"} == defaults
 
 
 @pytest.mark.parametrize("name", PUBLIC)

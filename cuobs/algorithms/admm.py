@@ -8,6 +8,7 @@ from cuobs.ops.cholesky import inverse
 from cuobs.ops.gemm import gemm, tensor_operand
 from cuobs.ops.projection import project_mask, project_update, ridge_right_side
 from cuobs.problem import Pruned
+from cuobs.recipe import Method, Option
 
 
 class Schedule(NamedTuple):
@@ -102,3 +103,13 @@ def _shifted(H, rho):
     shifted = H.copy()
     shifted.ravel()[:: len(H) + 1] += rho
     return shifted
+
+
+METHOD = Method(
+    "admm",
+    "alternating directions towards mask and weights together",
+    admm,
+    (Option("schedule", str, tuple(SCHEDULES), "default",
+            "How the penalty grows; slow is better and takes longer."),),
+    resolves=True,
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from cuobs.ops.selection import block_sums, expand, prune_lowest
 from cuobs.problem import Pruned
+from cuobs.recipe import Method
 
 
 def magnitude(problem):
@@ -16,3 +17,6 @@ def prune_by_score(problem, scores):
     pruned = prune_lowest(sums, layout.n_blocks - layout.keep)
     mask = ~expand(pruned, layout).reshape(problem.W.shape)
     return Pruned(mask, problem.W * mask)
+
+
+METHOD = Method("magnitude", "smallest weights, no compensation", magnitude)

@@ -4,6 +4,7 @@ from cuobs.ops.gemm import gemm
 from cuobs.ops.selection import select_mask
 from cuobs.ops.sweep import scope_solutions
 from cuobs.problem import Pruned
+from cuobs.recipe import Method
 
 
 def obs_full(problem):
@@ -20,3 +21,6 @@ def obs_full(problem):
     gemm(multipliers, C, weight, alpha=-1, beta=1)
     weight *= mask
     return Pruned(mask, weight)
+
+
+METHOD = Method("obs-full", "obs-local's masks, compensation everywhere, C frozen", obs_full)

@@ -4,6 +4,7 @@ from cuobs.ops.gemm import gemm
 from cuobs.ops.selection import scope_blocks, select_mask
 from cuobs.ops.sweep import scope_solutions, span_inverses
 from cuobs.problem import Pruned
+from cuobs.recipe import Method, Option
 
 
 def obs_split(problem, splits=64):
@@ -77,3 +78,10 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
         problem.settings.report(min(a + width, W.shape[1]), W.shape[1])
     weight *= mask
     return Pruned(mask, weight)
+
+
+SPLITS = Option("splits", int, default=64, help="Spans of columns.")
+SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_split, (SPLITS,))
+METHOD = Method(
+    "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,)
+)

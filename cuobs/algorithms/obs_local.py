@@ -3,6 +3,7 @@
 from cuobs.ops.masked_solve import scope_compensation
 from cuobs.ops.selection import select_mask
 from cuobs.problem import Pruned
+from cuobs.recipe import Method
 
 
 def obs_local(problem):
@@ -20,3 +21,6 @@ def obs_local(problem):
     mask = problem.xp.empty(W.shape, bool)
     select_mask(problem.by_scope(W), C, layout, mask)
     return Pruned(mask, scope_compensation(W, C, mask))
+
+
+METHOD = Method("obs-local", "exact scope costs, compensation inside each scope", obs_local)

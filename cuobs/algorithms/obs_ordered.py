@@ -8,9 +8,11 @@ from cuobs.ops.gemm import gemm
 from cuobs.ops.schur import eliminate
 from cuobs.ops.selection import expand, scope_blocks, select
 from cuobs.problem import Pruned
+from cuobs.recipe import Method, Option
 
 # The joint solves are systems of a group's size; the tolerance is that of the dtype.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-14}
+ORDERS = ("largest", "left", "smallest")
 
 
 def obs_ordered(problem, group=None, order="largest"):
@@ -85,3 +87,14 @@ def _first(costs, group, order):
 def _columns(scopes, c):
     """Columns of scopes, in layout order."""
     return (scopes[:, None] * c + np.arange(c)).ravel()
+
+
+GROUP = Option(
+    "group", int, help="Scopes between two Schur updates.", computed="a tenth of them"
+)
+METHOD = Method(
+    "obs-ordered",
+    "groups of scopes, dearest first, one C for all rows",
+    obs_ordered,
+    (GROUP, Option("order", str, ORDERS, "largest", "Which scopes go first.")),
+)

@@ -3,6 +3,7 @@
 from cuobs.ops.gemm import gemm
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
+from cuobs.recipe import Method
 
 # Blocks of columns that are finished before all to their right are updated by one product.
 BLOCKS = 4
@@ -41,3 +42,6 @@ def sparsegpt(problem):
         gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1)
         problem.settings.report(b, K)
     return Pruned(mask, (W - S) * mask)
+
+
+METHOD = Method("sparsegpt", "column by column, kept columns freeze", sparsegpt)

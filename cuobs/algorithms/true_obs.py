@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cuobs import arrays
-from cuobs.algorithms.obs_ordered import default_group
+from cuobs.algorithms.obs_ordered import GROUP, default_group
 from cuobs.batches import Workspace, run_batches
 from cuobs.ops import schur
 from cuobs.ops.cholesky import cholesky_inverse
 from cuobs.ops.gemm import CHUNK
 from cuobs.ops.selection import scope_blocks, select
 from cuobs.problem import Pruned
+from cuobs.recipe import Method, Option
 
 # Z is made wide enough for this share of all columns times all that a row may lose. It outgrows
 # that two or three times, as columns get fewer and Z wider.
 SHARE = 0.4
+ORDERS = ("gap", "left", "shared", "largest", "smallest")
 
 
 def true_obs(problem, group=None, order="gap"):
@@ -189,3 +191,12 @@ def _shared_rank(W, C, layout):
     _, best, _ = select(w, scope_blocks(C, len(w)), layout)
     order = xp.argsort(-best.sum(0, dtype="float64"), kind="stable")
     return xp.argsort(order)
+
+
+METHOD = Method(
+    "true-obs",
+    "every row has its own C and its own order",
+    true_obs,
+    (GROUP, Option("order", str, ORDERS, "gap", "Which scopes go first.")),
+    resolves=True,
+)

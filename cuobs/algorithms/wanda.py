@@ -1,6 +1,7 @@
 """Wanda: weights times activation norms."""
 
 from cuobs.algorithms.magnitude import prune_by_score
+from cuobs.recipe import Method
 
 
 def wanda(problem):
@@ -12,3 +13,8 @@ def wanda(problem):
        models", ICLR 2024.
     """
     return prune_by_score(problem, problem.W**2 * problem.diagonal)
+
+
+METHOD = Method(
+    "wanda", "smallest weights times activation norms, no compensation", wanda
+)

@@ -38,7 +38,7 @@ from cuobs.models.structure import (
 )
 from cuobs.models.targets import TARGETS, Moments, target_weights
 from cuobs.models.tuning import STEP_WINDOWS, tune_block
-from cuobs.pruning import prepare
+from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
@@ -46,9 +46,8 @@ MAX_DAMP = 10.0
 WINDOWS_DIFFER = 0.1
 # Tokens that run through a block at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-# Options of `cuobs.prune` that are passed on, and those of them that belong to a method.
-OPTIONS = ("refine", "dtype", "precision", "memory_limit", "workers", "batch_rows")
-METHOD_OPTIONS = ("splits", "group", "order", "schedule")
+# Options of `cuobs.prune` that are passed on beside those of its method.
+OPTIONS = ("refine", *(key for key in SETTINGS if key != "device"))
 
 
 def prune_model(
@@ -298,15 +297,13 @@ def check_arguments(
     device = choose_device(device)
     pattern = cuobs.pattern.parse(pattern)
     for key in options:
-        if key not in OPTIONS + METHOD_OPTIONS:
-            known = ", ".join(OPTIONS + METHOD_OPTIONS)
+        if key not in OPTIONS and key not in method_options():
+            known = ", ".join([*OPTIONS, *method_options()])
             raise TypeError(f"{key}: found an unknown argument, expected one of {known}")
     options = {key: value for key, value in options.items() if value is not None}
-    prepare(  # a weight that stands for any
-        np.ones((1, 4), np.float32), "2:4", method, damp=damp, device=device.type,
-        options={key: value for key, value in options.items() if key in METHOD_OPTIONS},
-        **{key: value for key, value in options.items() if key in OPTIONS},
-    )  # fmt: skip
+    Settings(**{key: value for key, value in options.items() if key in SETTINGS})
+    own = {key: value for key, value in options.items() if key not in OPTIONS}
+    Recipe(pattern, method, own, options.get("refine"), damp)
     return pattern, shares, _check_skip(skip), device, options
 
 

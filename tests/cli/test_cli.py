@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pty
@@ -401,9 +402,9 @@ def test_patterns_and_methods_are_all_listed():
 
 
 def test_a_new_method_and_a_new_pattern_need_no_change_here(monkeypatch):
-    methods, pattern = sys.modules["cuobs.algorithms"], sys.modules["cuobs.pattern"]
-    new = methods.methods()["wanda"]._replace(name="novel", summary="brand new")
-    monkeypatch.setattr(methods, "_METHODS", (*methods._METHODS, new))
+    recipe, pattern = sys.modules["cuobs.recipe"], sys.modules["cuobs.pattern"]
+    new = dataclasses.replace(cuobs.methods()["wanda"], name="novel", summary="brand new")
+    monkeypatch.setitem(recipe._METHODS, "novel", new)
     monkeypatch.setitem(pattern._NAMED, "thirds", cuobs.Pattern(scope=(1, 8), keep=3,
                                                                 name="thirds"))  # fmt: skip
     run("prune", "W.npy", "X.npy", "--method", "novel", "--pattern", "thirds")

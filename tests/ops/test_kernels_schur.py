@@ -11,7 +11,8 @@ from cuobs.algorithms.true_obs import _bytes_per_row, _prune_rows, true_obs
 from cuobs.batches import Workspace
 from cuobs.ops import cholesky, gemm, schur
 from cuobs.pattern import parse, patterns
-from cuobs.problem import Problem, Settings
+from cuobs.problem import Problem
+from cuobs.recipe import Settings
 
 pytestmark = pytest.mark.gpu
 
@@ -335,7 +336,8 @@ def test_half_precision_does_not_move_the_cost(cp, example):
     H = X.T @ X
     costs = {}
     for tensor in False, True:
-        problem = Problem.build(cp.asarray(W), cp.asarray(H), parse("2:4").compile(*W.shape), 0.01)
+        layout = parse("2:4").compile(*W.shape)
+        problem = Problem.build(cp.asarray(W), cp.asarray(H), layout, 0.01, Settings())
         with arrays.tensor_cores(cp, tensor):
             costs[tensor] = float(true_obs(problem, group=40).cost.sum())
     assert costs[True] == pytest.approx(costs[False], rel=5e-3)

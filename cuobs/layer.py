@@ -1,0 +1,130 @@
+"""One layer: its weight and Hessian checked once, then pruned by a recipe."""
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from cuobs import arrays, validation
+from cuobs.hessian import Hessian, check_symmetric
+from cuobs.loss import loss
+from cuobs.pattern import verify
+from cuobs.problem import Problem, permute_back
+from cuobs.refine import resolve
+from cuobs.result import Result
+
+
+class Layer(NamedTuple):
+    """A weight that was checked.
+
+    Attributes
+    ----------
+    W : array
+        As it came.
+    weight : array, shape (M, K)
+        The same as an array of NumPy or CuPy.
+    target : array, shape (M, K), or None
+        What is to be replaced, where that is not W.
+    """
+
+    W: object
+    weight: object
+    target: object
+
+
+def check_layer(W, target, dtype):
+    """Refuse a weight, or a target for it, that no recipe can work on; a `Layer`."""
+    W = arrays.typed(W, "W")
+    weight = validation.matrix("W", W)
+    validation.squares("W", weight, dtype)
+    if target is not None:
+        target = validation.matrix("target", target, weight.shape)
+        validation.squares("target", target, dtype)
+    return Layer(W, weight, target)
+
+
+def hessian_of(K, X, hessian, settings, xp):
+    """The undamped Hessian, shape (K, K), on a namespace, from activations or as it came.
+
+    Raises
+    ------
+    ValueError
+        Neither or both of X and hessian are given, or one does not fit K.
+    """
+    if (X is None) == (hessian is None):
+        found = "neither" if X is None else "both"
+        raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
+    if hessian is None:
+        part = Hessian(K, settings.dtype, arrays.device_name(xp), settings.precision)
+        part.update(X, settings.progress)
+        return part.matrix
+    H = hessian.matrix if isinstance(hessian, Hessian) else hessian
+    return arrays.asarray(check_symmetric(H, K), xp, settings.dtype)
+
+
+def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
+    """Check a weight, make or check its Hessian, and prune it; a `Result`."""
+    with arrays.stream_of(W, X, hessian):
+        layer = check_layer(W, target, settings.dtype)
+        recipe.pattern.compile(*layer.weight.shape)
+        xp = settings.namespace(layer.W)
+        began = time.perf_counter()
+        H = hessian_of(layer.weight.shape[1], X, hessian, settings, xp)
+        return prune_checked(recipe, settings, layer, H, _since(began, xp))
+
+
+def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
+    """Prune a `Layer` under an undamped Hessian on the namespace and of the dtype to compute in."""
+    xp = arrays.namespace(H)
+    layout = recipe.pattern.compile(*layer.weight.shape)
+    began = time.perf_counter()
+    base = arrays.asarray(layer.weight, xp, settings.dtype)
+    goal = base if layer.target is None else arrays.asarray(layer.target, xp, settings.dtype)
+    mask, new, cost = _apply(recipe, settings, goal, H, layout)
+    new = arrays.round_to(xp.where(mask, new, 0), layer.W)
+    seconds = _since(began, xp)
+    validation.holds(new, layer.W)
+    found = verify(new, recipe.pattern)
+    if not found:
+        raise RuntimeError(f"{recipe.method} broke the pattern in {found.broken} scopes")
+    if cost is not None:
+        cost = arrays.hand_back(cost, layer.W, cast=False)
+    return Result(
+        weight=arrays.hand_back(new, layer.W),
+        mask=arrays.hand_back(mask, layer.W),
+        loss=loss(base, new.astype(base.dtype, copy=False), H),
+        sparsity=1 - int(xp.count_nonzero(new)) / new.size,
+        seconds=seconds,
+        hessian_seconds=hessian_seconds,
+        recipe=recipe,
+        settings=dataclasses.replace(settings, device=arrays.device_name(xp), progress=None),
+        cost=cost,
+    )
+
+
+def _apply(recipe, settings, goal, H, layout):
+    """Mask, weights and costs, in the weight's own order, as a recipe's method finds them."""
+    xp = arrays.namespace(H)
+    with arrays.tensor_cores(xp, settings.precision == "tensor"):
+        problem = Problem.build(goal, H, layout, recipe.damp, settings)
+        if recipe.exact:
+            problem.check_definite()
+        pruned = recipe.entry.function(problem, **recipe.options)
+        problem.check_factored()
+        new = pruned.weight
+        if new is None and not recipe.exact:
+            raise TypeError(
+                f"method: found no weights from {recipe.method}, expected some, or resolves=True"
+            )
+        if recipe.exact:
+            new = resolve(problem, pruned.mask, new)
+    cost = pruned.cost
+    if cost is not None:
+        cost = cost[xp.asarray(np.argsort(layout.rows.ravel()))].astype("float64")
+    return permute_back(pruned.mask, layout), permute_back(new, layout), cost
+
+
+def _since(began, xp):
+    arrays.synchronize(xp)
+    return time.perf_counter() - began

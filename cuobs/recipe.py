@@ -1,0 +1,325 @@
+"""What to do to a layer and how: methods with their options, recipes and settings.
+
+A `Recipe` says what is computed and needs no weight; `Settings` say how it runs, and nothing but
+rounding depends on them.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from cuobs import arrays, layer, validation
+from cuobs.pattern import Pattern, parse
+
+DTYPES = ("float32", "float64")
+PRECISIONS = ("tensor", "fp32")
+REFINEMENTS = ("exact",)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method.
+
+    Parameters
+    ----------
+    name : str
+        Of the keyword argument, in Python and, with dashes, on the command line.
+    type : {int, float, str}
+        An int is positive, a float finite.
+    choices : tuple of str
+        What a str may be.
+    default : optional
+        None where the method finds one itself.
+    help : str
+        One sentence that fits every method which takes an option of this name.
+    computed : str
+        What a default of None comes to, in words.
+
+    Examples
+    --------
+    >>> import cuobs
+    >>> cuobs.Option("passes", int, default=3, help="Sweeps over the columns.").check(2)
+    2
+    """
+
+    name: str
+    type: type = str
+    choices: tuple = ()
+    default: object = None
+    help: str = ""
+    computed: str = ""
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"name: found {self.name!r}, expected a Python name for an option")
+        if self.type not in (int, float, str):
+            raise TypeError(f"{self.name}: found type {self.type!r}, expected int, float or str")
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if self.default is not None:
+            self.check(self.default)
+
+    def check(self, value):
+        """The value as the method takes it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It is not of the type or not among the choices.
+        """
+        if self.type is int:
+            return validation.integer(self.name, value)
+        if self.type is float:
+            return validation.number(self.name, value)
+        if self.choices:
+            validation.name_of(self.name, value, self.choices)
+        elif not isinstance(value, str):
+            raise TypeError(f"{self.name}: found {type(value).__name__}, expected a text")
+        return value
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
+
+    Parameters
+    ----------
+    name : str
+    summary : str
+        A few words for the list of methods.
+    function : callable
+        Called with a `Problem` and every option by name; returns `Pruned`.
+    options : tuple of Option
+    resolves : bool
+        Whether the method always leaves its weights to the exact re-solve.
+
+    Examples
+    --------
+    >>> import cuobs
+    >>> [option.name for option in cuobs.methods()["true-obs"].options]
+    ['group', 'order']
+    """
+
+    name: str
+    summary: str
+    function: object
+    options: tuple = ()
+    resolves: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name: found {self.name!r}, expected a name for a method")
+        if not callable(self.function):
+            raise TypeError(f"function: found {self.function!r}, expected a function")
+        object.__setattr__(self, "options", tuple(self.options))
+        for option in self.options:
+            if not isinstance(option, Option):
+                raise TypeError(f"options: found {option!r}, expected cuobs.Option")
+            if option.name in RESERVED:
+                raise ValueError(
+                    f"options: found {option.name!r}, which cuobs.prune takes already, expected "
+                    "another name"
+                )
+
+    def fill(self, given):
+        """All options by name: those given, checked, and the defaults of the others.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A value is wrong, or the method has no such option.
+        """
+        known = {option.name: option for option in self.options}
+        for name, value in given.items():
+            if name not in known:
+                takes = " and ".join(known) or "no options"
+                raise ValueError(f"{name}: found {value!r}, but {self.name} takes {takes}")
+        filled = {}
+        for name, option in known.items():
+            value = given.get(name)
+            filled[name] = option.default if value is None else option.check(value)
+        return filled
+
+
+_METHODS = {}
+
+
+def methods():
+    """The methods, by name, in the order in which they were registered."""
+    return dict(_METHODS)
+
+
+def register_method(method):
+    """Make a method known by its name, in `prune`, `compare`, whole models and the command line.
+
+    Parameters
+    ----------
+    method : Method
+
+    Raises
+    ------
+    ValueError
+        The name is another method's already.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: found {type(method).__name__}, expected cuobs.Method")
+    if _METHODS.get(method.name, method) != method:
+        raise ValueError(f"method: found {method.name!r}, a name that is taken, expected another")
+    _METHODS[method.name] = method
+
+
+def method_options():
+    """Every option of any method: name to the methods that take it, as (Method, Option) pairs."""
+    found = {}
+    for method in _METHODS.values():
+        for option in method.options:
+            found.setdefault(option.name, []).append((method, option))
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what to compute: nothing but rounding depends on it.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        "auto" takes the GPU where there is one.
+    dtype : {"float32", "float64"}
+        The compute precision.
+    precision : {"tensor", "fp32"}
+        Whether products in float32 may run on tensor cores (tf32, float16); float64 never does.
+    workers : int, optional
+        Threads that share the rows on the CPU; one for each core by default.
+    batch_rows : int, optional
+        Rows in a batch; sized from the free memory by default.
+    memory_limit : int or str, optional
+        Bytes, or a size like "8GiB", that the computation may hold in all.
+    progress : callable, optional
+        Called with (done, total) as the work goes.
+
+    Examples
+    --------
+    >>> import cuobs
+    >>> cuobs.Settings(memory_limit="8GiB").memory_limit
+    8589934592
+    """
+
+    device: str = "auto"
+    dtype: str = "float32"
+    precision: str = "tensor"
+    workers: int | None = None
+    batch_rows: int | None = None
+    memory_limit: int | None = None
+    progress: object = field(default=None, compare=False)
+
+    def __post_init__(self):
+        validation.name_of("device", self.device, arrays.DEVICES)
+        validation.name_of("dtype", self.dtype, DTYPES)
+        validation.name_of("precision", self.precision, PRECISIONS)
+        for name in ("workers", "batch_rows"):
+            if getattr(self, name) is not None:
+                validation.integer(name, getattr(self, name))
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", arrays.parse_size(self.memory_limit))
+
+    def report(self, done, total):
+        """Tell the caller how far the work is."""
+        if self.progress:
+            self.progress(done, total)
+
+    def namespace(self, *given):
+        """The namespace to compute on, NumPy or CuPy, for arrays that were given."""
+        return arrays.choose(self.device, *given)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a weight: valid, and checked, without one.
+
+    Parameters
+    ----------
+    pattern : str or Pattern
+        A name, ``n:m``, ``n:mxb`` or the text form; see `cuobs.patterns`.
+    method : str
+        See `cuobs.methods`.
+    options : dict
+        The method's own; those not given are filled in with their defaults.
+    refine : {None, "exact"}
+        "exact" solves the weights again for the mask.
+    damp : float
+        λ as a share of the mean of the Hessian's diagonal.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A name or a value is wrong, or an option does not belong to the method.
+
+    Examples
+    --------
+    >>> import cuobs
+    >>> recipe = cuobs.Recipe("4:8", "true-obs", {"group": 4})
+    >>> recipe.options
+    {'group': 4, 'order': 'gap'}
+    >>> recipe.replace(order="left", damp=0.1).options
+    {'group': 4, 'order': 'left'}
+    """
+
+    pattern: Pattern = "2:4"
+    method: str = "admm"
+    options: dict = field(default_factory=dict, hash=False)
+    refine: str | None = None
+    damp: float = 0.01
+
+    def __post_init__(self):
+        validation.name_of("method", self.method, _METHODS)
+        if self.refine is not None:
+            validation.name_of("refine", self.refine, REFINEMENTS)
+        for name, value in (
+            ("pattern", parse(self.pattern)),
+            ("options", self.entry.fill(self.options)),
+            ("damp", validation.damping(self.damp)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def entry(self):
+        """The `Method` of this name."""
+        return _METHODS[self.method]
+
+    @property
+    def exact(self):
+        """Whether the weights are solved again for the mask."""
+        return self.refine == "exact" or self.entry.resolves
+
+    def replace(self, **changes):
+        """The same with some keys changed; a method's options are keys like any other.
+
+        With another method, its options begin at their defaults.
+        """
+        own = {name: changes.pop(name) for name in KEYS if name in changes}
+        kept = {} if own.get("method", self.method) != self.method else self.options
+        return dataclasses.replace(self, **own, options={**kept, **changes})
+
+    def run(self, W, H, settings=None, *, target=None):
+        """Prune a weight.
+
+        Parameters
+        ----------
+        W : array, shape (M, K)
+        H : array, shape (K, K), or Hessian
+            XᵀX, undamped.
+        settings : Settings, optional
+        target : array, shape (M, K), optional
+            As in `cuobs.prune`.
+
+        Returns
+        -------
+        Result
+        """
+        return layer.prune_layer(self, settings or Settings(), W, hessian=H, target=target)
+
+
+# Keys of a recipe beside a method's options, and those of the settings that a file may hold.
+KEYS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "options")
+SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.name != "progress")
+# What `cuobs.prune` takes, which no option of a method may be called.
+RESERVED = frozenset({*KEYS, *SETTINGS, "W", "X", "hessian", "target", "options", "progress"})
