@@ -1,5 +1,7 @@
 """The Hessian of a layer's output error, XᵀX, from calibration activations in pieces."""
 
+import math
+
 import numpy as np
 
 from cuobs import arrays, validation
@@ -102,23 +104,30 @@ class Hessian:
                 done += len(piece)
                 if progress:
                     progress(done, len(X))
-        if not self._take(total, len(X)):
+        largest = self._add_held(total)
+        if not math.isfinite(largest):
             for start in range(0, len(X), rows):
                 validation.all_finite("X", X[start : start + rows], offset=start)
             raise ValueError(
                 f"X: found values whose squares overflow {self._dtype}, expected smaller ones"
             )
+        if largest < least_square(self._dtype):
+            size = max(arrays.largest(X[a : a + rows]) for a in range(0, len(X), rows))
+            if size:
+                raise _too_small("X", size, "whose squares", self._dtype)
+        self._replace(total, len(X))
 
-    def _take(self, total, tokens):
-        """Add a part, which is overwritten; False where the sum would not be finite."""
-        held, before = self._state
+    def _add_held(self, part):
+        """Add what is held to a part, which is overwritten; the largest square of the sum."""
+        held = self._state[0]
         if held is not None:
             with np.errstate(over="ignore", invalid="ignore"):
-                total += held
-        if not self._xp.isfinite(total.diagonal()).all():
-            return False
+                part += held
+        return float(part.diagonal().max())
+
+    def _replace(self, total, tokens):
+        before = self._state[1]
         self._state = total, None if None in (before, tokens) else before + tokens
-        return True
 
     def _rows_of_piece(self, X):
         if self._xp is np:
@@ -136,11 +145,12 @@ class Hessian:
             raise ValueError(f"other: found K={other.K}, expected K={self.K}")
         with np.errstate(over="ignore"):
             total = self._xp.array(arrays.asarray(other.matrix, self._xp), self._dtype)
-        if not self._take(total, other.tokens):
+        if not math.isfinite(self._add_held(total)):
             raise ValueError(
                 f"other: found a sum that overflows {self._dtype} with this one, expected parts of "
                 "smaller activations"
             )
+        self._replace(total, other.tokens)
         return self
 
     def save(self, path, force=False):
@@ -214,3 +224,33 @@ def check_symmetric(H, K):
     if float(H.diagonal().min()) < 0:
         raise ValueError("hessian: found a negative diagonal element, expected XᵀX")
     return H
+
+
+def check_held(H, dtype, name="hessian"):
+    """Refuse a Hessian of nothing, and one whose diagonal a compute dtype can't hold."""
+    largest = float(H.diagonal().max())
+    if not largest:
+        raise ValueError(
+            f"{name}: found nothing but zeros, or no token, expected inputs that the layer is given"
+        )
+    if largest > float(np.finfo(dtype).max):
+        raise ValueError(
+            f"{name}: found values up to {largest:.3g}, more than {dtype} can hold, expected "
+            "smaller ones or dtype='float64'"
+        )
+    if largest < least_square(dtype):
+        raise _too_small(name, largest, "which", dtype)
+
+
+def least_square(dtype):
+    """How large the largest square has to be for those eps² times as large to keep their digits."""
+    limits = np.finfo(dtype)
+    return float(limits.tiny) / float(limits.eps) ** 2
+
+
+def _too_small(name, size, what, dtype):
+    wider = " or dtype='float64'" if np.dtype(dtype) != np.float64 else ""
+    return ValueError(
+        f"{name}: found values up to {size:.3g}, {what} {dtype} can't hold with all digits, "
+        f"expected larger ones{wider}"
+    )

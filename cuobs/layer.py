@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian, check_symmetric
+from cuobs.hessian import Hessian, check_held, check_symmetric
 from cuobs.loss import loss
 from cuobs.pattern import verify
 from cuobs.problem import Problem, permute_back
@@ -58,9 +58,11 @@ def hessian_of(K, X, hessian, settings, xp):
     if hessian is None:
         part = Hessian(K, settings.dtype, arrays.device_name(xp), settings.precision)
         part.update(X, settings.progress)
+        check_held(part.matrix, settings.dtype, "X")
         return part.matrix
-    H = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    return arrays.asarray(check_symmetric(H, K), xp, settings.dtype)
+    H = check_symmetric(hessian.matrix if isinstance(hessian, Hessian) else hessian, K)
+    check_held(H, settings.dtype)
+    return arrays.asarray(H, xp, settings.dtype)
 
 
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
@@ -119,9 +121,11 @@ def _apply(recipe, settings, goal, H, layout):
             )
         if recipe.exact:
             new = resolve(problem, pruned.mask, new)
+        new = problem.unscaled(new)
     cost = pruned.cost
     if cost is not None:
         cost = cost[xp.asarray(np.argsort(layout.rows.ravel()))].astype("float64")
+        cost *= problem.cost_unit
     return permute_back(pruned.mask, layout), permute_back(new, layout), cost
 
 

@@ -49,6 +49,9 @@ def loss(W, W_pruned, H):
     # A power of two, so that squares neither overflow nor vanish and no digit is lost.
     size = arrays.largest(W)
     unit = 2.0 ** (math.frexp(size)[1] - 1) if size else 1.0
+    # Where the Hessian is tiny, weights as much larger.
+    unit *= 2.0 ** min(0, math.frexp(float(H.diagonal().max()))[1] // 2)
+    unit = max(unit, float(np.finfo(W.dtype).tiny))
     with np.errstate(over="ignore", invalid="ignore"):
         whole, lost = output_energy(W / unit, H), output_energy((W_pruned - W) / unit, H)
     if not math.isfinite(whole + lost):

@@ -2,8 +2,11 @@
 
 Rows and columns are permuted once so that scopes lie side by side: row group by row group and
 column group by column group. Factors are made on first use and shared by whoever asks next.
+Targets and Hessians of extraordinary sizes are divided by a power of two, so that no square of
+theirs overflows or vanishes; it changes no digit of a result.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +16,9 @@ import numpy as np
 from cuobs import arrays
 from cuobs.ops import cholesky
 from cuobs.ops.selection import factor_scope_blocks
+
+# Largest targets and mean diagonals of Hessians that are left as they are.
+ORDINARY = 2.0**-16, 2.0**16
 
 
 class Pruned(NamedTuple):
@@ -40,13 +46,15 @@ class Problem:
     Attributes
     ----------
     W : array, shape (M, K)
-        The target; dead columns are 0.
+        The target in terms of `weight_unit`; dead columns are 0.
     H : array, shape (K, K)
-        The damped Hessian.
+        The damped Hessian in terms of `hessian_unit`.
     diagonal : array, shape (K,)
-        The diagonal of the undamped Hessian.
+        The diagonal of the undamped Hessian, likewise.
     layout : Layout
     settings : Settings
+    weight_unit, hessian_unit : float
+        Powers of four; 1 for ordinary sizes.
     """
 
     W: object
@@ -54,10 +62,12 @@ class Problem:
     diagonal: object
     layout: object
     settings: object
+    weight_unit: float = 1.0
+    hessian_unit: float = 1.0
 
     @classmethod
     def build(cls, W, H, layout, damp, settings):
-        """Permute, damp, and retire dead columns.
+        """Permute, scale, damp, and retire dead columns.
 
         Parameters
         ----------
@@ -76,11 +86,18 @@ class Problem:
         H = H.copy() if _ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
         diagonal = H.diagonal().copy()
         dead = diagonal == 0
+        hessian_unit = _unit(float(diagonal.mean(dtype="float64")))
+        if hessian_unit != 1:
+            H /= hessian_unit
+            diagonal /= hessian_unit
         # λ is that of the original diagonal; a dead column then stands alone with H_jj = 1.
         lam = damp * float(diagonal.mean(dtype="float64"))
         H.ravel()[:: len(H) + 1] += xp.where(dead, 1, lam).astype(H.dtype)
         W = xp.where(dead, W.dtype.type(0), W)
-        return cls(W, H, diagonal, layout, settings)
+        weight_unit = _unit(arrays.largest(W))
+        if weight_unit != 1:
+            W /= weight_unit
+        return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit)
 
     @property
     def xp(self):
@@ -91,6 +108,15 @@ class Problem:
     def dtype(self):
         """The compute dtype."""
         return self.W.dtype
+
+    @property
+    def cost_unit(self):
+        """What the costs of a method are in terms of."""
+        return self.weight_unit**2 * self.hessian_unit
+
+    def unscaled(self, weight):
+        """Weights in terms of 1 again."""
+        return weight if self.weight_unit == 1 else weight * self.weight_unit
 
     def by_scope(self, array):
         """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
@@ -153,6 +179,13 @@ class Problem:
             value.nbytes for value in vars(self).values() if hasattr(value, "nbytes")
         )
         return min(free, max(self.settings.memory_limit - held, 0))
+
+
+def _unit(size):
+    """A power of four near a size, 1 where it is ordinary or 0."""
+    if not size or ORDINARY[0] <= size <= ORDINARY[1]:
+        return 1.0
+    return 4.0 ** (math.frexp(size)[1] // 2)
 
 
 def permute(array, layout):

@@ -137,6 +137,7 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         with arrays.tensor_cores(xp, True):
             problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp, settings)
             problem.check_definite()
-            new = arrays.round_to(resolve(problem, arrays.asarray(mask, xp)), W)
+            new = problem.unscaled(resolve(problem, arrays.asarray(mask, xp)))
+            new = arrays.round_to(new, W)
         validation.holds(new, W)
         return arrays.hand_back(new, W)

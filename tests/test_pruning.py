@@ -332,11 +332,22 @@ def test_dead_columns(method, options):
     np.testing.assert_array_equal(again.weight, result.weight)
 
 
-def test_all_columns_dead():
-    W, H = np.ones((2, 8)), np.zeros((8, 8))
+@pytest.mark.parametrize("given", [
+    {"hessian": np.zeros((8, 8))}, {"hessian": cuobs.Hessian(8)}, {"X": np.zeros((20, 8))},
+])
+def test_nothing_to_prune_by(given):
+    """Everything would be pruned, and the loss given as 0."""
+    name = next(iter(given))
     for method, options in ALL:
-        result = prune(np, W, H, method=method, **options)
-        assert not result.weight.any() and result.loss == 0
+        with pytest.raises(ValueError, match=f"{name}: found nothing but zeros, or no token"):
+            cuobs.prune(np.ones((2, 8)), method=method, **given, **CPU, **options)
+    with pytest.raises(ValueError, match="hessian: found nothing but zeros"):
+        cuobs.reconstruct(np.ones((2, 8)), np.ones((2, 8), bool), np.zeros((8, 8)), device="cpu")
+    if "X" in given:
+        given = {"X": given["X"].astype("float32")}
+        h = cuobs.Hessian(8)
+        h.update(given["X"])
+        assert h.tokens == 20
 
 
 def test_a_weight_of_zeros():
