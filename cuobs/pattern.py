@@ -348,7 +348,7 @@ def parse(text):
     Parameters
     ----------
     text : str, Pattern or (int, int)
-        A pair (n, m) is ``n:m``.
+        A pair (n, m) is read as the text ``n:m``.
 
     Returns
     -------

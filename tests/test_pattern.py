@@ -1,5 +1,7 @@
 """Patterns: what they compile to against brute enumeration, their text form, refusals, verify."""
 
+import sys
+
 import numpy as np
 import oracles
 import pytest
@@ -338,3 +340,45 @@ def test_patterns_that_scopes_of_several_rows_share():
     assert parse(FAR).compile(1, 16).columns[0].tolist() == [0, 4, 8, 12]
     assert parse(TALL).compile(4, 8).blocks.tolist() == [[0], [1], [2], [3]]
     assert parse(ROWS).compile(4, 2).blocks.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_a_pair_is_read_as_its_text():
+    assert parse((2, 4)) == parse([2, 4]) == parse("2:4")
+    assert parse((1, 4)) == parse("1:4")
+    assert parse((np.int64(4), 8)) == parse("4:8")
+    for pair in ((4, 2), (0, 4), (-1, 4)):
+        with pytest.raises(ValueError, match=f"pattern: found '{pair[0]}:{pair[1]}'"):
+            parse(pair)
+    for other in ((2,), (2, 4, 8), (2.0, 4), (True, 2), 24):
+        with pytest.raises(TypeError, match="pattern: found .*expected a name or a Pattern"):
+            parse(other)
+
+
+@pytest.mark.parametrize("view", [
+    "(M,K/0):(K,1)", "(M,K):(K/00,1)", "(M,K/²):(K,1)", f"(M,K/{'9' * 5000}):(K,1)",
+    f"({'9' * 5000}M,K):(K,1)", "(M,K/-2):(K,1)", "(M,K//2):(K,1)",
+])
+def test_views_that_mean_nothing_are_refused(view):
+    with pytest.raises(ValueError, match="^view: found .*expected an integer, or M or K"):
+        parse(f"view={view} block=(1,1) scope=(1,4) keep=2")
+
+
+@pytest.mark.parametrize("text", [
+    f"{'1' * 5000}:{'2' * 5000}", "1²:4", "view=(M,K):(K,1) block=(1,1) scope=(1,4) keep=²",
+    f"view=(M,K):(K,1) block=(1,1) scope=(1,{'4' * 5000}) keep=2",
+])
+def test_numbers_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="^(pattern|keep|scope): found "):
+        parse(text)
+
+
+def test_a_pattern_of_ones_own_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(sys.modules["cuobs.pattern"], "_NAMED", cuobs.patterns())
+    thirds = cuobs.register_pattern("thirds", cuobs.Pattern(scope=(1, 3), keep=1))
+    assert parse("thirds") == thirds and thirds.label == "thirds"
+    assert list(cuobs.patterns())[-1] == "thirds"
+    assert cuobs.register_pattern("thirds", "1:3") == thirds  # the same again
+    for name, pattern in (("thirds", "2:3"), ("2:4", "1:4"), ("3:8", "2:4"), ("a=b", "2:4"),
+                          ("", "2:4")):  # fmt: skip
+        with pytest.raises(ValueError, match="^name: found "):
+            cuobs.register_pattern(name, pattern)
