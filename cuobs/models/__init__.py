@@ -11,6 +11,7 @@ except ImportError as error:
 
 from cuobs.models.calibration import load_tokens, tokenize
 from cuobs.models.checkpoint import load_masks, load_model
+from cuobs.models.distillation import DistillationReport, distill
 from cuobs.models.evaluate import perplexity
 from cuobs.models.folder import evaluate_folder, prune_folder
 from cuobs.models.prune import prune_model
@@ -20,8 +21,10 @@ from cuobs.torch import keep_zeros, merge_masked
 
 __all__ = [
     "BlockReport",
+    "DistillationReport",
     "LayerReport",
     "ModelReport",
+    "distill",
     "evaluate_folder",
     "keep_zeros",
     "load_masks",

@@ -130,7 +130,7 @@ def keep_zeros(model, optimizer=None, *, masks=None):
     >>> (layer.weight != 0).tolist()
     [[True, False, False, True]]
     """
-    weights, masks = pruned_weights(model) if masks is None else _given(model, masks)
+    weights, masks = pruned_weights(model) if masks is None else masked_weights(model, masks)
     if not weights:
         raise ValueError(
             f"model: found no zeros in the linears of {type(model).__name__}, expected a pruned "
@@ -171,7 +171,7 @@ def merge_masked(model, masks=None):
         merged = model.merge_and_unload()
     else:
         merged = model.merge_and_unload()
-        weights, masks = _given(merged, masks)
+        weights, masks = masked_weights(merged, masks)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.data.masked_fill_(~masks[name].to(weight.device), 0)
@@ -191,7 +191,7 @@ def pruned_weights(model):
     return weights, masks
 
 
-def _given(model, masks):
+def masked_weights(model, masks):
     """The weights that masks name, and the masks by the weights' names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights, found = {}, {}
