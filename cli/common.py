@@ -1,8 +1,6 @@
 """What the commands share: errors, options, outputs, progress."""
 
 import os
-import sys
-import time
 
 import click
 
@@ -130,62 +128,6 @@ def check_outputs(inputs, outputs, force):
             raise ValueError(f"{option}: found {path}, which {taken[place]} writes already")
         taken[place] = option
         files.check_output(path, force)
-
-
-class Progress:
-    """A line on the terminal with the time left; silence anywhere else.
-
-    Parameters
-    ----------
-    label : str
-    stream : file, optional
-        stderr by default.
-    clock : callable
-        Seconds.
-    """
-
-    def __init__(self, label, stream=None, clock=time.monotonic):
-        self.label = label
-        self._stream = stream or sys.stderr
-        self._clock = clock
-        self._shown = None
-        self._position = (0, 0)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._shown is not None:
-            self._write("")
-
-    def callback(self):
-        """What to give as ``progress``: None unless somebody looks."""
-        return self if self._stream.isatty() else None
-
-    def __call__(self, done, total):
-        now = self._clock()
-        if total != self._position[1] or done < self._position[0]:
-            self._started, self._first = now, done  # another stage has begun
-            self._shown = None
-        self._position = (done, total)
-        if self._shown is not None and now - self._shown < 0.1:
-            return
-        self._shown = now
-        text = f"{self.label}  {done / total:4.0%}"
-        if done > self._first:
-            left = (now - self._started) / (done - self._first) * (total - done)
-            text += f"  {duration(left)} left"
-        self._write(text)
-
-    def _write(self, text):
-        self._stream.write("\r\x1b[K" + text)
-        self._stream.flush()
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def keeps(pattern):

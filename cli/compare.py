@@ -3,7 +3,7 @@
 import json
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, display
 
 import cuobs
 from cuobs import files
@@ -37,7 +37,7 @@ def compare(w, x, hessian, pattern, methods, plot, rst, json_path, force, **opti
 
         plotting.check_picture(plot)
     W, data = common.load_layer(w, x, hessian, options["device"])
-    with common.Progress("hessian") as progress:
+    with display.Progress("hessian") as progress:
 
         def starting(name):
             progress.label = name

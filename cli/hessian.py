@@ -1,7 +1,7 @@
 """cuobs hessian"""
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, display
 
 import cuobs
 from cuobs import files, validation
@@ -34,7 +34,7 @@ def hessian(specs, out, dtype, device, force):
                 K = check_activations(part, K).shape[1]
     total = cuobs.Hessian(K, dtype=dtype, device=device)
     for spec, part in parts:
-        with validation.naming(spec), common.Progress(spec) as progress:
+        with validation.naming(spec), display.Progress(spec) as progress:
             if isinstance(part, cuobs.Hessian):
                 total.merge(part)
             else:

@@ -4,7 +4,7 @@ import os
 import sys
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, display
 
 import cuobs
 from cuobs import files, plotting
@@ -172,7 +172,7 @@ class _View:
 
     def progress(self, label, done, total):
         if self._bar is None or self._bar.label != label:
-            self._bar = common.Progress(label)
+            self._bar = display.Progress(label)
         callback = self._bar.callback()
         if callback:
             callback(done, total)
@@ -207,7 +207,7 @@ class _View:
         left = ""
         if fresh:
             seconds = sum(fresh) / len(fresh) * (blocks - len(report.blocks))
-            left = f"  {common.duration(seconds)} left"
+            left = f"  {display.duration(seconds)} left"
         how = "read back" if block.resumed else f"{block.seconds:.1f} s"
         drift = "" if block.drift is None else f"  drift {block.drift:.1%}"
         click.echo(

@@ -4,7 +4,7 @@ import json
 import os
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, display
 
 import cuobs
 from cuobs import files
@@ -35,7 +35,7 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
     files.check_format(out, W.dtype)
     if mask_out:
         files.check_format(mask_out, bool)
-    with common.Progress(method) as progress:
+    with display.Progress(method) as progress:
         result = cuobs.prune(
             W,
             **data,

@@ -1,0 +1,71 @@
+"""What a person sees while work goes on: bars with the time left, on a terminal alone.
+
+Drawn by rich, which is imported when there is a terminal to draw on. It leaves colours out where
+NO_COLOR is set.
+"""
+
+import sys
+
+
+class Progress:
+    """A bar that goes away when the work is done; silence in a pipe.
+
+    Parameters
+    ----------
+    label : str
+        What is being done; may be set anew as the work goes on.
+    stream : file, optional
+        stderr by default.
+    clock : callable, optional
+        Seconds.
+    """
+
+    def __init__(self, label, stream=None, clock=None):
+        self.label = label
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._bars = None
+        self._position = (0, 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def callback(self):
+        """What to give as ``progress``: None unless somebody looks."""
+        return self if self._stream.isatty() else None
+
+    def __call__(self, done, total):
+        if self._bars is None:
+            self._bars = bars(self._stream, self._clock)
+            self._task = self._bars.add_task(self.label, total=total, completed=done)
+            self._bars.start()
+        elif total != self._position[1] or done < self._position[0]:
+            # Another stage has begun, and the old pace is no guide.
+            self._bars.reset(self._task, total=total, completed=done)
+        self._position = (done, total)
+        self._bars.update(self._task, description=self.label, completed=done)
+
+
+def bars(stream, clock=None):
+    """Bars of rich with a label, the share that is done and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TimeLeft(compact=True), TextColumn("left"),
+        console=Console(file=stream), transient=True, get_time=clock,
+    )  # fmt: skip
+
+
+def duration(seconds):
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

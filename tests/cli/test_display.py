@@ -1,0 +1,67 @@
+import io
+import re
+
+import pytest
+from cuobs_cli import display
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def shown(self):
+        """What was written last, without colours and the moves of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue()).rpartition("\r")[2]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def test_progress_tells_the_time_left(terminal):
+    now = [100.0]
+    with display.Progress("admm", terminal, lambda: now[0]) as progress:
+        show = progress.callback()
+
+        def seen(done, total, after):
+            now[0] += after
+            show(done, total)
+            progress._bars.refresh()
+            text = terminal.shown()
+            assert len(text) <= 80
+            return text
+
+        assert re.match(r"admm \S+ +10% --:-- left", seen(1, 10, 0))
+        assert "20%" in seen(2, 10, 10)
+        assert re.search(r"30% 01:10 left", seen(3, 10, 10))
+        progress.label = "exact"
+        assert re.match(r"exact \S+ +2% --:-- left", seen(1, 50, 10))  # the old pace is no guide
+    assert terminal.getvalue().rstrip("\n").endswith("\x1b[2K")  # nothing stays
+
+
+def test_no_colour_where_none_is_wanted(terminal, monkeypatch):
+    def drawn():
+        terminal.truncate(0)
+        with display.Progress("admm", terminal) as progress:
+            progress(1, 2)
+        return re.findall(r"\x1b\[[0-9;]*m", terminal.getvalue())
+
+    assert any("3" in code for code in drawn())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any(re.search(r"\b3[0-9]|38;", code) for code in drawn())
+
+
+def test_progress_is_silent_elsewhere(capsys):
+    with display.Progress("admm") as progress:
+        assert progress.callback() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_duration():
+    assert [display.duration(s) for s in (0.4, 80, 3600, 10020)] == [
+        "0:00", "1:20", "1:00:00", "2:47:00"
+    ]  # fmt: skip
