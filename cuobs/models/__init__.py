@@ -17,6 +17,7 @@ from cuobs.models.folder import evaluate_folder, prune_folder
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.speedup import speedup
+from cuobs.models.writing import write_windows
 from cuobs.torch import keep_zeros, merge_masked
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "prune_model",
     "speedup",
     "tokenize",
+    "write_windows",
 ]
