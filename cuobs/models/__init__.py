@@ -12,7 +12,7 @@ except ImportError as error:
 from cuobs.models.calibration import load_tokens, tokenize
 from cuobs.models.checkpoint import load_masks, load_model
 from cuobs.models.distillation import DistillationReport, distill
-from cuobs.models.evaluate import perplexity
+from cuobs.models.evaluate import Agreement, agreement, perplexity
 from cuobs.models.folder import evaluate_folder, prune_folder
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
@@ -21,10 +21,12 @@ from cuobs.models.writing import write_windows
 from cuobs.torch import keep_zeros, merge_masked
 
 __all__ = [
+    "Agreement",
     "BlockReport",
     "DistillationReport",
     "LayerReport",
     "ModelReport",
+    "agreement",
     "distill",
     "evaluate_folder",
     "keep_zeros",

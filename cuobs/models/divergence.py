@@ -45,6 +45,25 @@ def divergence(pruned, dense, hidden, goals, counts):
     return sum(parts)
 
 
+@torch.no_grad()
+def comparison(pruned, dense, hidden, goals):
+    """`divergence` over tokens that all count, and for how many of them the likeliest next token
+    is the same.
+
+    Returns
+    -------
+    lost, same : tensor, shape ()
+        Sums in float64.
+    """
+    lost = same = 0.0
+    counts = torch.ones(len(hidden), device=hidden.device)
+    for h, g, c in _chunks(pruned, dense, hidden, goals, counts):
+        logits, goal = pruned.logits(h), dense.logits(g)
+        lost = lost + _Divergence.apply(logits, goal, c).double()
+        same = same + (logits.argmax(1) == goal.argmax(1)).sum().double()
+    return lost, same
+
+
 def divergence_gradient(pruned, dense, hidden, goals, counts, weights):
     """The gradient of `divergence`, one chunk of logits after the other.
 

@@ -1,11 +1,14 @@
-"""Perplexity on windows of tokens."""
+"""Perplexity on windows of tokens, and how far two models agree on them."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from cuobs.models.blocks import evaluating
 from cuobs.models.calibration import check_tokens
+from cuobs.models.divergence import comparison
+from cuobs.models.logits import Cut
 from cuobs.models.memory import Room
 
 # Tokens whose logits are held at once: each is a row of the vocabulary in float32.
@@ -59,6 +62,89 @@ def perplexity(model, tokens, device=None, progress=None):
         model.to(home)
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
     return math.inf if mean > 700 else math.exp(mean)
+
+
+class Agreement(NamedTuple):
+    """How near a model is to another one, the dense.
+
+    Attributes
+    ----------
+    divergence : float
+        KL(dense ‖ model) of the next-token distributions, nats a token.
+    same_top : float
+        Share of tokens after which both hold the same next one for the likeliest.
+    """
+
+    divergence: float
+    same_top: float
+
+
+def agreement(model, dense, tokens, device=None, progress=None):
+    """Compare a model with the dense one on windows of tokens, at all their places.
+
+    One model at a time lies on the device, then only what follows the hidden states of both.
+
+    Parameters
+    ----------
+    model, dense : transformers.PreTrainedModel
+        Of one vocabulary; moved to ``device`` meanwhile.
+    tokens : array of int, shape (windows, length)
+    device : torch.device or str, optional
+        The model's own by default.
+    progress : callable, optional
+        Called with (done, total) windows of both models.
+
+    Returns
+    -------
+    Agreement
+    """
+    tokens = torch.from_numpy(check_tokens(model, tokens))
+    home = next(model.parameters()).device
+    device = torch.device(home if device is None else device)
+    try:
+        hidden = [
+            _hidden(part, tokens, device, progress, place * len(tokens))
+            for place, part in enumerate((model, dense))
+        ]
+        cuts, states = zip(*hidden, strict=True)
+        lost = same = 0.0
+        for cut in cuts:
+            if cut.head is not None:
+                cut.head.to(device)
+        for h, g in zip(*states, strict=True):
+            found = comparison(*cuts, h.to(device), g.to(device))
+            lost, same = lost + found[0], same + found[1]
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError(
+            "memory: found that the model takes more than the device has free, expected a smaller "
+            "one or device='cpu'"
+        ) from None
+    finally:
+        model.to(home)
+        dense.to(home)
+    return Agreement(float(lost) / tokens.numel(), float(same) / tokens.numel())
+
+
+@torch.no_grad()
+def _hidden(model, tokens, device, progress, done):
+    """A model cut before its head, and what its head reads of each window, on the CPU."""
+    home = next(model.parameters()).device
+    batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
+    try:
+        model.to(device)
+        with evaluating(model):
+            cut = Cut(model, tokens.to(device))
+
+            def part(start, stop):
+                states = cut.hidden(tokens[start:stop].to(device)).cpu()
+                if progress:
+                    progress(done + stop, 2 * len(tokens))
+                return states
+
+            parts = Room(batch).each(len(tokens), part)
+    finally:
+        model.to(home)
+    return cut, [window for states in parts for window in states]
 
 
 def _surprise(model, tokens):

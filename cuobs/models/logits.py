@@ -30,15 +30,17 @@ class Cut:
 
     Attributes
     ----------
+    head : torch.nn.Module or None
+        Makes logits of what is given to `logits`; the rest of the model has no part in that.
     whole : bool
         Whether the model can't be cut: `hidden` gives logits then, and `logits` passes them on.
     """
 
     def __init__(self, model, tokens):
         self.model = model
-        self._head = _head_of(model)
+        self.head = _head_of(model)
         self._body, self._form = None, None
-        self.whole = self._head is None or not self._fits(tokens[:1, :SHOWN])
+        self.whole = self.head is None or not self._fits(tokens[:1, :SHOWN])
 
     def hidden(self, tokens, mask=None):
         """What the head reads.
@@ -62,7 +64,7 @@ class Cut:
             seen.append(hidden)
             return hidden[..., :1]  # what follows the head has next to nothing to do
 
-        with _acting(self._head, note):
+        with _acting(self.head, note):
             _run(self.model, tokens, mask)
         return seen[0]
 
@@ -88,9 +90,9 @@ class Cut:
     def _fits(self, tokens):
         """Find the module whose output the head reads, and see whether the parts fit together."""
         read, given = [], []
-        hooks = [self._head.register_forward_pre_hook(lambda _, args: read.append(args[0]))]
+        hooks = [self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))]
         for module in self.model.modules():
-            if module not in (self.model, self._head):
+            if module not in (self.model, self.head):
                 hooks.append(
                     module.register_forward_hook(lambda m, _, out: given.append((m, out)))
                 )
