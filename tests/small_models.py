@@ -40,6 +40,13 @@ def make_model(family, seed=0, **changes):
         ),
         "opt": (t.OPTForCausalLM, t.OPTConfig, {**own, "ffn_dim": 64, "word_embed_proj_dim": 32}),
         "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, gpt2),
+        "gemma": (t.GemmaForCausalLM, t.GemmaConfig, heads),
+        "granite": (
+            t.GraniteForCausalLM, t.GraniteConfig,
+            {**common, "residual_multiplier": 0.3, "embedding_multiplier": 2.0},
+        ),
+        "olmo2": (t.Olmo2ForCausalLM, t.Olmo2Config, common),
+        "phi3": (t.Phi3ForCausalLM, t.Phi3Config, common),
         "mixtral": (t.MixtralForCausalLM, t.MixtralConfig, {**common, **experts}),
     }  # fmt: skip
     model_class, config_class, arguments = classes[family]

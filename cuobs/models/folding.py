@@ -290,12 +290,13 @@ def check_logits(model, tokens, dense):
         They are not those of the dense model.
     """
     deviation = _distance(logits_of(model, tokens), dense)
-    dtype = next(model.parameters()).dtype
     # In float64 too, transformers' norms compute in float32.
-    epsilon = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    epsilon = max(epsilon, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
-    if not deviation <= (limit := min(LOGITS * epsilon, LOGITS_MOST)):
-        raise refused(f"logits that differ by {deviation:.1e} of their norm", f"at most {limit:.1g}")
+    dtypes = next(model.parameters()).dtype, torch.float32
+    limit = min(LOGITS * max(torch.finfo(dtype).eps for dtype in dtypes), LOGITS_MOST)
+    if not deviation <= limit:
+        raise refused(
+            f"logits that differ by {deviation:.1e} of their norm", f"at most {limit:.1g}"
+        )
     return deviation
 
 

@@ -181,7 +181,7 @@ def read_block(block, hidden, call, where):
             norms.setdefault(maker.name, []).append(linear.name)
         elif linear.x.shape == hidden.shape and in_stream(linear.x):
             raise refused(
-                f"{where}.{linear.name} reads the residual stream with no norm before it",
+                f"that {where}.{linear.name} reads the residual stream with no norm before it",
                 "an RMSNorm there",
             )
     modules = dict(block.named_modules())

@@ -1,0 +1,295 @@
+"""Learn another basis by gradient descent on the share of the score that a pattern prunes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from cuobs.models.folding import Rotation
+from cuobs.models.pruned_share import Scopes, pruned_share
+from cuobs.models.rotation_moments import gather
+
+STEPS = 100
+RATE = 3e-3
+# What the score of a weight w in column j is: w² H_jj; or w² / C_jj with C the inverse of the
+# damped H, which is what is lost when all others may make up for it.
+SCORES = ("activations", "compensated")
+# Elements of weights that are rotated at once.
+PIECE = 2**27
+
+
+class Learned(NamedTuple):
+    """A rotation and how the objective went: a number a step and one after the last."""
+
+    rotation: Rotation
+    history: tuple
+
+
+def learn(
+    model, stream, tokens, pattern, *, attention_mask=None, counted=None, steps=STEPS, rate=RATE,
+    score="activations", permute=False, damp=0.01, device="cpu", progress=None,
+):  # fmt: skip
+    """Learn R1 and R2 for a pattern; the model stays as it is.
+
+    ``R = exp(A − Aᵀ)``, A = 0 at the start. What falls is the share of the score that the pattern
+    prunes in each layer, weighted by the layers' sizes. Nothing is drawn at random.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    stream : cuobs.models.folding.Stream
+        Of `cuobs.models.folding.examine`.
+    tokens : tensor of int, shape (windows, length)
+    pattern : Pattern
+    attention_mask, counted : tensor, shape (windows, length), optional
+    steps, rate, score, permute, damp, device, progress
+        See `cuobs.models.rotate`.
+
+    Returns
+    -------
+    Learned
+        The best basis that was seen.
+
+    Raises
+    ------
+    ValueError
+        The pattern divides no layer.
+    """
+    device = torch.device(device)
+    if counted is None:
+        counted = torch.ones_like(tokens) if attention_mask is None else attention_mask.clone()
+        counted[torch.arange(len(counted)), counted.argmax(1)] = 0
+    gathered = gather(
+        model, stream, tokens, attention_mask, counted.bool(), pattern, device,
+        compensated=score == "compensated", permute=permute, damp=damp,
+    )  # fmt: skip
+    orders = tuple(block.orders for block in gathered)
+    objective = Objective(stream, gathered, pattern, score == "compensated", device)
+    best, history = _descend(objective, steps, rate, progress)
+    return Learned(objective.rotation(best, orders), tuple(history))
+
+
+@torch.enable_grad()
+def _descend(objective, steps, rate, progress):
+    """Adam on the generators of the rotations; the best ones, and the objective at each step."""
+    generators = [A.requires_grad_() for A in objective.zeros()]
+    optimizer = torch.optim.Adam(generators, lr=rate)
+    best, history = None, []
+    for step in range(steps + 1):
+        bases = [exponential(A) for A in generators]
+        leaves = [R.detach().requires_grad_() for R in bases]
+        history.append(objective.backward(leaves))
+        if history[-1] <= min(history):
+            best = [A.detach().clone() for A in generators]
+        if step == steps:
+            return best, history
+        optimizer.zero_grad()
+        torch.autograd.backward(bases, [R.grad for R in leaves])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.step()
+        if progress:
+            progress(step + 1, steps)
+
+
+def exponential(A):
+    """exp(A − Aᵀ), orthogonal."""
+    return torch.linalg.matrix_exp(A - A.mT)
+
+
+class Stack(NamedTuple):
+    """Weights of one name and shape in several blocks.
+
+    Attributes
+    ----------
+    weight : tensor, shape (L, M, K)
+    scopes : Scopes
+    blocks : list of int
+    norm : str or None
+        The norm whose output they read.
+    writes : bool
+        Whether they write into the residual stream.
+    values : tuple or None
+        What `Heads` they belong to, and the place of each weight in it.
+    scale : tensor, shape (L, K), or None
+        What the squares of weights are multiplied with, where no basis changes it.
+    """
+
+    weight: torch.Tensor
+    scopes: Scopes
+    blocks: list
+    norm: str | None
+    writes: bool
+    values: tuple | None
+    scale: torch.Tensor | None
+
+
+class Heads(NamedTuple):
+    """Blocks whose values are rotated alike: same rows, same columns.
+
+    Attributes
+    ----------
+    values : cuobs.models.residual.Values
+    blocks : list of int
+    moments : tensor, shape (L, heads, queries, d, d)
+    """
+
+    values: tuple
+    blocks: list
+    moments: torch.Tensor
+
+
+class Objective:
+    """The share of the score that a pattern prunes, by size, as a function of the bases.
+
+    Parameters
+    ----------
+    stream : cuobs.models.folding.Stream
+    gathered : list of cuobs.models.rotation_moments.BlockMoments
+        Emptied of weights.
+    pattern : Pattern
+    inverse : bool
+        Whether moments are inverses, which divide.
+    device : torch.device
+    """
+
+    def __init__(self, stream, gathered, pattern, inverse, device):
+        self.width, self.depth = stream.width, len(gathered)
+        self.inverse, self.device = inverse, device
+        self.heads = _group_heads(stream, gathered)
+        names = dict.fromkeys(name for block in gathered for name in block.norms)
+        self.places = {n: [i for i, b in enumerate(gathered) if n in b.norms] for n in names}
+        self.norms = {
+            name: torch.stack([gathered[i].norms[name] for i in places])
+            for name, places in self.places.items()
+        }
+        self.stacks = _stack(stream, gathered, pattern, self.heads, device)
+        self.size = sum(stack.weight.numel() for stack in self.stacks)
+        if not self.stacks:
+            raise ValueError(
+                f"pattern: found that {pattern.label} divides no linear of the model, expected one"
+            )
+
+    def zeros(self):
+        """Generators of no rotation: of the stream, and of each of the heads."""
+        sizes = [(self.width, self.width)]
+        sizes += [(len(h.blocks), len(h.values.rows), *h.moments.shape[-2:]) for h in self.heads]
+        return [torch.zeros(size, device=self.device) for size in sizes]
+
+    def rotation(self, generators, orders):
+        """The `Rotation` of generators, orthogonal to float64's rounding."""
+        bases = []
+        for A in generators:
+            R = exponential(A.double())
+            bases.append((1.5 * R - 0.5 * R @ (R.mT @ R)).cpu())
+        values = [None] * self.depth
+        for heads, R2 in zip(self.heads, bases[1:], strict=True):
+            for place, index in enumerate(heads.blocks):
+                values[index] = R2[place]
+        return Rotation(bases[0], tuple(values), orders)
+
+    def backward(self, bases):
+        """The objective; its gradient is added to that of the bases, which are leaves."""
+        stream, values = bases[0], bases[1:]
+        roots = [self._scale(M, stream) for M in self.norms.values()]
+        roots += [
+            self._scale(heads.moments, R2[:, :, None])
+            for heads, R2 in zip(self.heads, values, strict=True)
+        ]
+        scales = [root.detach().requires_grad_() for root in roots]
+        total = 0.0
+        for stack in self.stacks:
+            L, M, K = stack.weight.shape
+            for part in torch.arange(L, device=self.device).split(max(1, PIECE // (M * K))):
+                share = self._share(stack, part, stream, values, scales)
+                loss = share.sum() * (M * K / self.size)
+                loss.backward()
+                total += loss.detach()
+        torch.autograd.backward(roots, [s.grad for s in scales])
+        return float(total)
+
+    def _scale(self, moments, basis):
+        """diag(Rᵀ H R): what squares of weights are multiplied with in the new basis."""
+        diagonal = ((moments @ basis) * basis).sum(-2)
+        return 1 / diagonal if self.inverse else diagonal
+
+    def _share(self, stack, part, stream, values, scales):
+        """What is pruned of some weights' score, in the new basis."""
+        W = stack.weight[part]
+        stream = stream.to(W.dtype)
+        heads = place = None
+        if stack.values is not None:
+            which, places = stack.values
+            heads, place = self.heads[which], places[part]
+            R2 = values[which][place].to(W.dtype)
+        if stack.norm is not None:
+            W = W @ stream
+            among = self.places[stack.norm]
+            rows = torch.tensor([among.index(stack.blocks[i]) for i in part.tolist()])
+            h = scales[list(self.norms).index(stack.norm)][rows.to(self.device)]
+            if heads is not None:
+                W = _by_rows(W, R2, heads.values.rows)
+        elif heads is not None:
+            W = _by_columns(W, R2, heads.values.columns)
+            flat = heads.values.columns.flatten().argsort().to(self.device)
+            h = scales[len(self.norms) + which][place].flatten(1)[:, flat]
+        else:
+            h = stack.scale[part]
+        if stack.writes:
+            W = stream.T @ W
+        return pruned_share(W, h, stack.scopes)
+
+
+def _by_rows(W, R2, rows):
+    """R2ᵀ V of each head; W (L, M, K), R2 (L, heads, d, d)."""
+    flat = rows.flatten().to(W.device)
+    V = R2.mT @ W[:, flat].unflatten(1, rows.shape)
+    return V.flatten(1, 2)[:, flat.argsort()]
+
+
+def _by_columns(W, R2, columns):
+    """O R2 of each query head; W (L, M, K), R2 (L, heads, d, d)."""
+    flat = columns.flatten().to(W.device)
+    by_head = W[:, :, flat].unflatten(2, columns.shape)
+    return torch.einsum("lmhqd,lhde->lmhqe", by_head, R2).flatten(2)[:, :, flat.argsort()]
+
+
+def _group_heads(stream, gathered):
+    """Blocks by what their values look like."""
+    groups = {}
+    for index, part in enumerate(stream.blocks):
+        if part.values is not None:
+            v = part.values
+            key = v.source, v.target, str(v.rows.tolist()), str(v.columns.tolist())
+            groups.setdefault(key, []).append(index)
+    return [
+        Heads(stream.blocks[own[0]].values, own, torch.stack([gathered[i].heads for i in own]))
+        for own in groups.values()
+    ]
+
+
+def _stack(stream, gathered, pattern, heads, device):
+    """Weights of one name, shape and role in one tensor; those that the pattern divides."""
+    kinds = {}
+    for index, (part, block) in enumerate(zip(stream.blocks, gathered, strict=True)):
+        norms = {name: norm.name for norm in part.norms for name in norm.readers}
+        for name, W in block.weights.items():
+            own = part.values is not None and name in (part.values.source, part.values.target)
+            which = next(i for i, h in enumerate(heads) if index in h.blocks) if own else None
+            key = name, tuple(W.shape), norms.get(name), name in part.writers, which
+            kinds.setdefault(key, []).append(index)
+    stacks = []
+    for (name, shape, norm, writes, which), blocks in kinds.items():
+        try:
+            scopes = Scopes(pattern.compile(*shape), device)
+        except ValueError:
+            continue
+        values = scale = None
+        if which is not None:
+            places = torch.tensor([heads[which].blocks.index(i) for i in blocks], device=device)
+            values = which, places
+        elif norm is None:
+            scale = torch.stack([gathered[i].scales[name] for i in blocks])
+        weight = torch.stack([gathered[i].weights.pop(name) for i in blocks])
+        stacks.append(Stack(weight, scopes, blocks, norm, writes, values, scale))
+    return stacks
