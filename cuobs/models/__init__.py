@@ -16,6 +16,7 @@ from cuobs.models.evaluate import Agreement, agreement, perplexity
 from cuobs.models.folder import evaluate_folder, prune_folder
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
+from cuobs.models.rotation import RotationReport, rotate
 from cuobs.models.speedup import speedup
 from cuobs.models.writing import write_windows
 from cuobs.torch import keep_zeros, merge_masked
@@ -26,6 +27,7 @@ __all__ = [
     "DistillationReport",
     "LayerReport",
     "ModelReport",
+    "RotationReport",
     "agreement",
     "distill",
     "evaluate_folder",
@@ -37,6 +39,7 @@ __all__ = [
     "perplexity",
     "prune_folder",
     "prune_model",
+    "rotate",
     "speedup",
     "tokenize",
     "write_windows",
