@@ -33,8 +33,10 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
     )
     W, data = common.load_layer(w, x, hessian, options["device"])
     files.check_format(out, W.dtype)
+    files.check_replaced(out)
     if mask_out:
         files.check_format(mask_out, bool)
+        files.check_replaced(mask_out)
     with display.Progress(method) as progress:
         result = cuobs.prune(
             W,

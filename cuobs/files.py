@@ -8,25 +8,27 @@ temporary file in the same folder, renamed when it is complete.
 
 import contextlib
 import difflib
-import json
+import errno
+import lzma
 import math
 import os
 import re
 import secrets
+import struct
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from cuobs import containers
+
 SUFFIXES = (".npy", ".npz", ".safetensors")
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
-
+# What zipfile raises on a damaged archive.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, OverflowError,
+    UnicodeDecodeError,
+)  # fmt: skip
 
 def split(spec):
     """Split ``path:key`` into the path and the key of an array in it, None where there is none.
@@ -104,15 +106,15 @@ def keys(path):
 def save(spec, array, force=False):
     """Save an array under ``path`` or ``path:key``, whole or not at all.
 
-    In a .npz or .safetensors file it is called ``key``, or ``weight`` without one. Other arrays
-    that the file held before are gone: the file is replaced as a whole.
+    In a .npz or .safetensors file it is called ``key``, or ``weight`` without one. Where the file
+    exists, the key names what is replaced or added; its other arrays and its metadata stay.
 
     Parameters
     ----------
     spec : str or path
     array : ndarray
     force : bool
-        Overwrite an existing file.
+        Overwrite an existing file, or what it holds under the key.
 
     Raises
     ------
@@ -121,36 +123,54 @@ def save(spec, array, force=False):
     OSError
         The folder is missing or not writable, or the disk is full; no partial file is left.
     ValueError, ImportError
-        The format is not known, cannot hold the dtype, or needs the extra ``safetensors``.
+        The format is not known, cannot hold the dtype or the name, or needs the extra
+        ``safetensors``; or the file holds several arrays and no key says which one is meant.
     """
     path, key = split(spec)
-    if _suffix(path) != ".npy":
-        return save_arrays(path, {key or "weight": array}, force)
     array = np.asarray(array)
-    check_format(path, array.dtype)
+    check_format(spec, array.dtype)
+    check_replaced(spec)
+    suffix = _suffix(path)
+    if suffix != ".npy" and (key is None or not os.path.exists(path)):
+        return save_arrays(path, {key or "weight": array}, force)
     with replacing(path, force) as f:
-        np.lib.format.write_array(f, array, allow_pickle=False)
+        if suffix == ".npy":
+            containers.write_npy(f, array)
+        elif suffix == ".npz":
+            with _unpacking(path):
+                containers.replace_in_npz(f, path, key, array)
+        else:
+            containers.replace_in_safetensors(f, path, key, array)
 
 
 def save_arrays(path, content, force=False):
-    """Save arrays by name in a .npz or .safetensors file, whole or not at all; see `save`."""
+    """Save arrays by name as a .npz or .safetensors file, whole or not at all; see `save`.
+
+    Other arrays that the file held before are gone.
+    """
     content = {name: np.asarray(a) for name, a in content.items()}
-    for a in content.values():
-        check_format(path, a.dtype)
-    suffix = _suffix(path)
-    if suffix == ".npy":
+    if _suffix(path) == ".npy":
         raise ValueError(f"{path}: found .npy for named arrays, expected .npz or .safetensors")
+    for name, a in content.items():
+        check_format(f"{path}:{name}", a.dtype)
     with replacing(path, force) as f:
-        if suffix == ".npz":
-            # numpy.savez takes the names as keywords, so one called "file" would break it
-            with zipfile.ZipFile(f, "w") as archive:
-                for name, a in content.items():
-                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, a, allow_pickle=False)
-        else:
-            # safetensors writes the memory as it lies
-            content = {name: np.asarray(a, order="C") for name, a in content.items()}
-            f.write(_safetensors().numpy.save(content))
+        write = containers.write_npz if _suffix(path) == ".npz" else containers.write_safetensors
+        write(f, content)
+
+
+def check_replaced(spec):
+    """Refuse to replace one array of a file that is damaged, or of several without its name."""
+    path, key = split(spec)
+    if not (by_name(path) and os.path.isfile(path)):
+        return
+    # Without a key what is damaged is replaced as a whole.
+    with contextlib.nullcontext() if key else contextlib.suppress(ValueError):
+        names = keys(path)
+        if key or len(names) < 2:
+            return
+        raise FileExistsError(
+            f"{path}: found {len(names)} arrays in it, expected {path}:NAME for the one to replace"
+        )
 
 
 def check_format(spec, dtype):
@@ -160,7 +180,9 @@ def check_format(spec, dtype):
     dtype = np.dtype(dtype)
     if suffix == ".safetensors":
         _safetensors()
-        if dtype.name not in _SAFETENSORS_DTYPES.values():
+        if key == containers.METADATA:
+            raise ValueError(f"{path}: found the name {key}, which the format keeps for itself")
+        if dtype.name not in containers.DTYPES.values():
             raise ValueError(f"{path}: found {dtype} to write, expected .npy or .npz for it")
     elif dtype.name == "bfloat16":
         raise ValueError(f"{path}: found bfloat16 to write, expected .safetensors for it")
@@ -305,8 +327,11 @@ def _npy_header(f, name):
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(f)
-    except (ValueError, KeyError):
-        raise ValueError(f"{name}: found a broken or truncated .npy header") from None
+        broken = any(n < 0 for n in shape)
+    except Exception:  # NumPy parses the header as Python, which fails in any way that Python can
+        broken = True
+    if broken:
+        raise ValueError(f"{name}: found a broken or truncated .npy header")
     if dtype.hasobject:
         raise ValueError(f"{name}: found pickled Python objects, expected an array of floats")
     return shape, fortran, dtype
@@ -316,25 +341,47 @@ def _map_npy(path, start, name):
     with open(path, "rb") as f:
         f.seek(start)
         shape, fortran, dtype = _npy_header(f, name)
-        return _map(path, f.tell(), shape, dtype, "F" if fortran else "C", name)
+        offset = f.tell()
+    _check_length(shape, dtype, os.path.getsize(path) - offset, name)
+    return _map(path, offset, shape, dtype, "F" if fortran else "C")
 
 
-def _map(path, offset, shape, dtype, order, name):
-    wanted, found = math.prod(shape) * dtype.itemsize, os.path.getsize(path) - offset
+def _check_length(shape, dtype, found, name):
+    wanted = math.prod(shape) * dtype.itemsize
     if found < wanted:
         raise ValueError(
             f"{name}: found {max(found, 0)} bytes of data (truncated), expected {wanted} for "
             f"{dtype} {shape}"
         )
-    if wanted == 0:
+
+
+def _map(path, offset, shape, dtype, order):
+    if math.prod(shape) * dtype.itemsize == 0:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", offset, shape, order)
+
+
+@contextlib.contextmanager
+def _unpacking(name):
+    """Whatever a damaged archive may raise, in one sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # encrypted, or packed in a way that is not known
+        raise ValueError(f"{name}: found an archive that can't be unpacked ({error})") from None
+    except (*_DAMAGE, OSError) as error:
+        # A seek before the file's beginning is no failure of the disk.
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise
+        raise ValueError(
+            f"{name}: found damaged data that does not unpack, expected a .npz file as numpy.savez "
+            "writes it"
+        ) from None
 
 
 def _open_zip(path):
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
+    except (*_DAMAGE, ValueError, RuntimeError):
         raise ValueError(f"{path}: found a broken or truncated .npz file") from None
 
 
@@ -343,22 +390,25 @@ def _load_npz(path, key):
     with _open_zip(path) as archive:
         members = {n.removesuffix(".npy"): n for n in archive.namelist()}
         member = archive.getinfo(members[key])
-        if member.compress_type == zipfile.ZIP_STORED:
-            with open(path, "rb") as f:
-                f.seek(member.header_offset)
-                local = f.read(30)
-            lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:], "little")
-            return _map_npy(path, member.header_offset + 30 + lengths, name)
-        try:
-            with archive.open(member) as f:
-                _npy_header(f, name)
-            with archive.open(member) as f:
-                return np.lib.format.read_array(f, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, EOFError):
-            raise ValueError(
-                f"{name}: found damaged data that does not unpack, expected a .npz file as "
-                "numpy.savez_compressed writes it"
-            ) from None
+        with _unpacking(name), archive.open(member) as f:
+            shape, fortran, dtype = _npy_header(f, name)
+            header = f.tell()
+            _check_length(shape, dtype, member.file_size - header, name)
+            packed = member.compress_type != zipfile.ZIP_STORED
+            if packed:
+                f.seek(0)
+                array = np.lib.format.read_array(f, allow_pickle=False)
+            # At the end of the member its CRC is looked at.
+            while f.read(containers.PIECE):
+                pass
+        if packed:
+            return array
+    with open(path, "rb") as f:
+        f.seek(member.header_offset)
+        local = f.read(30)
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:], "little")
+    offset = member.header_offset + 30 + lengths + header
+    return _map(path, offset, shape, dtype, "F" if fortran else "C")
 
 
 def _safetensors():
@@ -383,13 +433,8 @@ def _open_safetensors(path):
 
 def _load_safetensors(path, key):
     # keys() had safe_open check the header; it would copy the whole tensor, so map it instead
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        entry = json.loads(f.read(length))[key]
-    if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise TypeError(
-            f"{path}:{key}: found dtype {entry['dtype']}, expected F16, BF16, F32 or F64"
-        )
-    dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-    offset = 8 + length + entry["data_offsets"][0]
-    return _map(path, offset, tuple(entry["shape"]), dtype, "C", f"{path}:{key}")
+    entry = containers.read_header(path)[0][key]
+    if entry.dtype not in containers.DTYPES:
+        raise TypeError(f"{path}:{key}: found dtype {entry.dtype}, expected F16, BF16, F32 or F64")
+    dtype = np.dtype(containers.DTYPES[entry.dtype])
+    return _map(path, entry.offset, tuple(entry.shape), dtype, "C")

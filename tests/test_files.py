@@ -1,12 +1,17 @@
+import io
 import os
 import pickle
+import resource
 import stat
 import sys
+import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cuobs import files
 
@@ -236,3 +241,229 @@ def test_a_mapped_weight_can_be_overwritten_by_its_own_result(W):
     files.save("W.npy", np.zeros_like(W), force=True)
     np.testing.assert_array_equal(mapped, W)
     assert not files.load("W.npy").any()
+
+
+# One array of a file of several
+
+
+def several(name, W):
+    """A file of odd arrays beside W, and what it holds."""
+    content = {
+        "flags": np.array([True, False, True]),
+        "layers.0.up": W,
+        "half": W[:3].astype(np.float16),
+        "scalar": np.array(2.5),
+        "none": np.zeros((0, 4), np.float32),
+    }
+    if name.endswith(".npz"):
+        np.savez_compressed(name, **content)
+    else:
+        content["short"] = W[:1].astype(ml_dtypes.bfloat16)
+        safetensors.numpy.save_file(content, name, {"format": "pt", "note": "keep \u00fc"})
+    return content
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+@pytest.mark.parametrize("key, value", [
+    ("layers.0.up", np.full((6, 8), 3, np.float32)), ("layers.0.up", np.ones((3, 5), np.float64)),
+    ("flags", np.ones(7, bool)), ("new", np.full((2, 2), 7, np.float16)),
+    ("half", np.asfortranarray(np.arange(12, dtype=">f4").reshape(3, 4))),
+])  # fmt: skip
+def test_a_key_names_the_one_array_that_is_replaced(name, key, value, W):
+    content = several(name, W)
+    before = open(name, "rb").read()
+    with pytest.raises(FileExistsError):
+        files.save(f"{name}:{key}", value)
+    assert open(name, "rb").read() == before
+    files.save(f"{name}:{key}", value, force=True)
+    back = dict(np.load(name)) if name.endswith(".npz") else safetensors.numpy.load_file(name)
+    assert set(back) == {*content, key}
+    for each, expected in {**content, key: value}.items():
+        assert back[each].shape == np.shape(expected)
+        assert back[each].dtype.newbyteorder("=") == np.asarray(expected).dtype.newbyteorder("=")
+        np.testing.assert_array_equal(back[each], expected)
+        np.testing.assert_array_equal(files.load(f"{name}:{each}"), expected)
+    if name.endswith(".safetensors"):
+        with safetensors.safe_open(name, "numpy") as f:
+            assert f.metadata() == {"format": "pt", "note": "keep \u00fc"}
+    assert listing() == [name]
+
+
+def test_tensors_of_unknown_dtypes_are_kept():
+    """float8, and elements of half a byte: only their bytes are copied."""
+    header = (
+        b'{"a":{"dtype":"F8_E4M3","shape":[5],"data_offsets":[0,5]},'
+        b'"w":{"dtype":"F32","shape":[2],"data_offsets":[5,13]}}'
+    )
+    with open("a.safetensors", "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header + bytes([1, 2, 3, 4, 5]) + bytes(8))
+    files.save("a.safetensors:w", np.full(3, 1.5, np.float32), force=True)
+    data = open("a.safetensors", "rb").read()
+    assert data.endswith(np.full(3, 1.5, "<f4").tobytes() + bytes([1, 2, 3, 4, 5]))
+    assert (len(data) - 17) % 8 == 0 and b"F8_E4M3" in data
+    np.testing.assert_array_equal(files.load("a.safetensors:w"), [1.5] * 3)
+
+
+def test_a_large_file_is_copied_in_pieces(monkeypatch, W):
+    from cuobs import containers
+
+    several("a.safetensors", W)
+    several("a.npz", W)
+    monkeypatch.setattr(containers, "PIECE", 7)
+    for name in ("a.safetensors", "a.npz"):
+        files.save(f"{name}:half", W, force=True)
+        np.testing.assert_array_equal(files.load(f"{name}:layers.0.up"), W)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_without_a_key_a_file_of_several_is_not_replaced(name, W):
+    several(name, W)
+    before = open(name, "rb").read()
+    with pytest.raises(FileExistsError, match=f"^{name}: found . arrays in it, .*{name}:NAME"):
+        files.save(name, W, force=True)
+    assert open(name, "rb").read() == before
+    files.save("one" + name, W)
+    files.save("one" + name, 2 * W, force=True)
+    np.testing.assert_array_equal(files.load("one" + name), 2 * W)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_what_interrupts_a_replacement_leaves_all_of_it(name, W, monkeypatch):
+    from cuobs import containers
+
+    several(name, W)
+    before = open(name, "rb").read()
+    where = "_write_member" if name.endswith(".npz") else "_write_entries"
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(containers, where, failing)
+    with pytest.raises(KeyboardInterrupt):
+        files.save(f"{name}:half", W, force=True)
+    assert open(name, "rb").read() == before and listing() == [name]
+
+
+def test_a_damaged_file_is_not_written_again(W):
+    several("a.npz", W)
+    data = bytearray(open("a.npz", "rb").read())
+    data[60:80] = bytes(20)
+    open("a.npz", "wb").write(data)
+    with pytest.raises(ValueError, match="^a.npz: found "):
+        files.save("a.npz:half", W, force=True)
+    assert open("a.npz", "rb").read() == data and listing() == ["a.npz"]
+
+
+def test_the_name_that_safetensors_keeps_for_itself(W):
+    for save in (files.save, files.check_format):
+        with pytest.raises(ValueError, match="^a.safetensors: found the name __metadata__"):
+            save("a.safetensors:__metadata__", W if save is files.save else W.dtype)
+    with pytest.raises(ValueError, match="__metadata__"):
+        files.save_arrays("a.safetensors", {"__metadata__": W})
+    assert listing() == []
+
+
+# Damage
+
+
+def npy(array):
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def test_a_stored_member_shorter_than_its_header_says(W):
+    with zipfile.ZipFile("short.npz", "w") as archive:
+        archive.writestr("w.npy", npy(W)[:-100])
+        archive.writestr("other.npy", npy(W))
+    with pytest.raises(ValueError, match=r"^short.npz:w: found \d+ bytes of data \(truncated\)"):
+        files.load("short.npz:w")
+    np.testing.assert_array_equal(files.load("short.npz:other"), W)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_bit_is_found_by_its_checksum(save, W):
+    W = np.tile(W, (30, 3))
+    save("a.npz", w=W)
+    data = bytearray(open("a.npz", "rb").read())
+    data[len(data) // 2] ^= 0x40
+    open("a.npz", "wb").write(data)
+    with pytest.raises(ValueError, match="^a.npz:w: found damaged data"):
+        files.load("a.npz")
+
+
+@pytest.mark.parametrize("header", [
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-6, 8), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (6, -8), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (6, 8), ",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (6L, '''",
+    "  {'descr'\n'<f4'\n   'x", "[" * 900, "-" * 3000, "{'descr': '<q9'}", "0xZ", "\0", "",
+    "{'descr': {1}, 'fortran_order': False, 'shape': (6, 8)}",
+    "{'descr': ('<f4', 10**99), 'fortran_order': False, 'shape': (6, 8)}",
+])
+def test_damaged_headers(header):
+    text = header.encode().ljust(118) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4 * 48)
+    open("a.npy", "wb").write(data)
+    with zipfile.ZipFile("a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", data)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(ValueError, match=f"^{name}.*: found a broken or truncated .npy header"):
+            files.load(name)
+
+
+@pytest.mark.parametrize("place, value, words", [
+    (8, 99, "can't be unpacked"), (6, 1, "can't be unpacked.*encrypted"), (8, 14, "damaged|can't"),
+])
+def test_members_packed_in_ways_that_are_not_known(place, value, words, W):
+    """The method and the flags of a member, in its own header and in the directory."""
+    np.savez("a.npz", w=W)
+    data = bytearray(open("a.npz", "rb").read())
+    data[place] = value
+    data[data.index(b"PK\x01\x02") + place + 2] = value
+    open("a.npz", "wb").write(data)
+    with pytest.raises(ValueError, match=f"^a.npz:w: found .*({words})") as caught:
+        files.load("a.npz")
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["a.npy", "s.npz", "c.npz", "a.safetensors"]),
+       damage=st.lists(st.tuples(st.floats(0, 0.999), st.integers(1, 255)), min_size=1, max_size=4))
+def test_flipped_bits_anywhere(name, damage, W):
+    """A value or one sentence, whatever the bytes are; in an archive never a wrong value."""
+    if name == "c.npz":
+        np.savez_compressed(name, weight=W)
+    else:
+        files.save(name, W, force=True)
+    data = bytearray(open(name, "rb").read())
+    for place, flip in damage:
+        data[int(place * len(data))] ^= flip
+    open(name, "wb").write(data)
+    try:
+        array = files.load(name)
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(name) and "\n" not in str(error)
+    else:
+        if name.endswith(".npz") and array.shape == W.shape and array.dtype == W.dtype:
+            np.testing.assert_array_equal(array, W)
+
+
+@pytest.mark.parametrize("spec", ["a.npy", "a.npz", "a.safetensors", "old.npz:w",
+                                  "old.safetensors:w"])
+def test_a_full_disk_is_named_with_its_reason(spec):
+    W = np.zeros((600, 700))
+    if spec.startswith("old"):
+        files.save(spec.replace(":w", ":other"), np.zeros(3))
+    before = listing()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            files.save(spec, W, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = spec.partition(":")[0]
+    assert str(caught.value) == f"{path}: found that it can't be written (File too large)"
+    assert listing() == before
