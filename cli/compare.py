@@ -3,55 +3,88 @@
 import json
 
 import click
-from cuobs_cli import common, display
+from cuobs_cli import common, display, options
 
 import cuobs
-from cuobs import files
+from cuobs import comparing, files, plotting
 
 
-@click.command(short_help="Set methods side by side on a layer.")
+@click.command(cls=options.CompareCommand, short_help="Set methods side by side on a layer.")
 @common.layer_arguments
-@common.pattern_option
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="M",
-    help="One of " + ", ".join(cuobs.methods()) + "; may be repeated.  [all]",
-)
-@common.method_options
-@click.option("--plot", metavar="F.png", help="Also draw loss against time (extra: plot).")
-@click.option("--rst", metavar="F", help="Also write the table as reStructuredText.")
-@click.option("--json", "json_path", metavar="F", help="Also write the table as JSON.")
-@common.force_option
-def compare(w, x, hessian, pattern, methods, plot, rst, json_path, force, **options):
+@options.output("--plot", metavar="F.png", help="Also draw loss against time (extra: plot).")
+@options.output("--rst", metavar="F", help="Also write the table as reStructuredText.")
+@options.output("--json", "json_path", metavar="F", help="Also write the table as JSON.")
+@options.force
+def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
     """Run every method, or those named, on one layer and print a table.
 
-    An option goes to the methods that take it.
+    An option goes to the methods that take it. Rows are printed as they are found; Ctrl-C keeps
+    them, in the files too.
     """
+    common.one_layer(config)
+    shared = {
+        "pattern": config.recipe.pattern,
+        "refine": config.recipe.refine,
+        "damp": config.recipe.damp,
+    }
+    comparing.recipes_of(methods, own, **shared)
     common.check_outputs(
         [w, x, hessian], {"--plot": plot, "--rst": rst, "--json": json_path}, force
     )
     if plot:
-        from cuobs import plotting
-
         plotting.check_picture(plot)
-    W, data = common.load_layer(w, x, hessian, options["device"])
+    settings = {key: getattr(config.settings, key) for key in cuobs.recipe.SETTINGS}
+    W, X, H = common.load_layer(w, x, hessian, config.settings.device)
     with display.Progress("hessian") as progress:
+        rows = _Rows(methods, progress)
+        try:
+            cuobs.compare(
+                W, X, hessian=H, methods=methods, progress=progress.callback(),
+                starting=rows.starting, finished=rows.finished, **shared, **own, **settings,
+            )  # fmt: skip
+        finally:
+            rows.show_rest()
+            _write(rows.table, plot, rst, json_path, force)
 
-        def starting(name):
-            progress.label = name
 
-        table = cuobs.compare(
-            W,
-            **data,
-            pattern=pattern,
-            methods=methods or None,
-            progress=progress.callback(),
-            starting=starting,
-            **common.given(options),
-        )
-    click.echo(table.text())
+class _Rows:
+    """Prints the rows of a table as soon as all before them are there."""
+
+    def __init__(self, methods, progress):
+        self.table = None
+        self._methods = methods
+        self._progress = progress
+        self._shown = 0
+
+    def starting(self, name):
+        self._progress.label = name
+
+    def finished(self, table):
+        self.table = table
+        found = {row.method for row in table}
+        while self._shown < len(self._methods) and self._methods[self._shown] in found:
+            self._show(self._methods[self._shown])
+            self._shown += 1
+
+    def show_rest(self):
+        """The rows that wait for others, where it was stopped."""
+        for row in self.table or ():
+            if row.method in self._methods[self._shown :]:
+                self._show(row.method)
+
+    def _show(self, name):
+        self._progress.clear()
+        lines = self.table.lines(self._methods)
+        if self._shown == 0:
+            click.echo("\n".join(lines[:2]))
+        position = [row.method for row in self.table].index(name)
+        click.echo(lines[2 + position])
+
+
+def _write(table, plot, rst, json_path, force):
+    """Write what was found to the files that were named."""
+    if table is None:
+        return
     if rst:
         files.write_text(rst, table.rst() + "\n", force)
     if json_path:

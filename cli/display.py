@@ -31,6 +31,10 @@ class Progress:
         return self
 
     def __exit__(self, *_):
+        self.clear()
+
+    def clear(self):
+        """Make room for a line of something else; the bar comes back with the next step."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

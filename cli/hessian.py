@@ -1,19 +1,20 @@
 """cuobs hessian"""
 
 import click
-from cuobs_cli import common, display
+from cuobs_cli import common, display, options
 
 import cuobs
-from cuobs import files, validation
+from cuobs import files
 from cuobs.hessian import check_activations
 
 
-@click.command(short_help="Add up the Hessian of activations.")
-@click.argument("specs", metavar="X...", nargs=-1, required=True)
-@click.option("-o", "--out", metavar="H.npz", required=True, help="Where to write.")
-@click.option("--dtype", metavar="T", help="Add up in float32 or float64.  [float32]")
-@click.option("--device", metavar="D", default="auto", help="auto, cpu or cuda.  [auto]")
-@common.force_option
+@click.command(cls=options.Command, short_help="Add up the Hessian of activations.")
+@click.argument("specs", metavar="X...", nargs=-1, required=True, type=click.Path())
+@options.output("-o", "--out", metavar="H.npz", required=True, help="Where to write.")
+@options.setting("dtype", default=None, show_default="float32, or the widest of the files",
+                 help="Add up in this precision.")
+@options.setting("device")
+@options.force
 def hessian(specs, out, dtype, device, force):
     """Add up the Hessian of activations X, read in pieces, for 'prune --hessian'.
 
@@ -30,11 +31,11 @@ def hessian(specs, out, dtype, device, force):
     K = sums[0].K if sums else None
     for spec, part in parts:
         if not isinstance(part, cuobs.Hessian):
-            with validation.naming(spec):
+            with files.naming(spec):
                 K = check_activations(part, K).shape[1]
     total = cuobs.Hessian(K, dtype=dtype, device=device)
     for spec, part in parts:
-        with validation.naming(spec), display.Progress(spec) as progress:
+        with files.naming(spec), display.Progress(spec) as progress:
             if isinstance(part, cuobs.Hessian):
                 total.merge(part)
             else:

@@ -5,7 +5,7 @@ import re
 import string
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, options
 
 import cuobs
 
@@ -14,11 +14,10 @@ WIDTH = 32
 
 
 @click.command(short_help="Draw the patterns.")
-@click.argument("names", metavar="[PATTERN]...", nargs=-1)
-def patterns(names):
+@click.argument("chosen", metavar="[PATTERN]...", nargs=-1, type=options.PatternName())
+def patterns(chosen):
     """Draw one scope of each named pattern, or of those given."""
-    for name in names or cuobs.patterns():
-        pattern = cuobs.pattern.parse(name)
+    for pattern in chosen or cuobs.patterns().values():
         click.echo(f"{pattern.label}: {common.keeps(pattern)}")
         if pattern.name:
             click.echo(f"  {pattern}")
@@ -37,8 +36,10 @@ def methods():
     for name, method in known.items():
         click.echo(f"{name:{width}}  {method.summary}")
         for option in method.options:
+            flag = "--" + option.name.replace("_", "-")
             choices = f" {', '.join(option.choices)}" if option.choices else ""
-            click.echo(f"{'':{width}}  --{option.name}{choices}")
+            default = option.computed if option.default is None else option.default
+            click.echo(f"{'':{width}}  {flag}{choices}  [{default}]")
 
 
 def drawing(pattern):

@@ -4,12 +4,13 @@ import os
 import sys
 
 import click
-from cuobs_cli import common, display
+from cuobs_cli import common, display, options
 
 import cuobs
 from cuobs import files, plotting
 
 TARGETS = ("mixed", "pruned", "dense")
+CALIBRATION, TARGET = "Calibration", "Target and tuning"
 
 
 def _share(ctx, parameter, value):
@@ -25,66 +26,64 @@ def _share(ctx, parameter, value):
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-@click.command("prune-model", short_help="Prune a language model, folder to folder.")
-@click.argument("src")
-@click.argument("dst")
-@common.pattern_option
-@click.option(
-    "--calibration", required=True, metavar="F", help="A text, or tokens.npz:key (windows, length)."
-)
-@click.option("--samples", default=128, show_default=True, help="Calibration windows.")
-@click.option("--sequence-length", type=int, metavar="T", help="Tokens of a window.  [2048]")
-@click.option("--seed", default=0, show_default=True, help="Draws the windows of a text.")
-@click.option("--attention-mask", metavar="F:K", help="0 where a calibration token is padding.")
-@click.option(
-    "--method",
-    default="admm",
-    show_default=True,
-    metavar="M",
-    help="One of " + ", ".join(cuobs.methods()) + ".",
-)
-@click.option(
-    "--target",
-    type=click.Choice(TARGETS),
-    default="mixed",
-    show_default=True,
-    help="What a layer is to give: its outputs in the dense model, in the pruned one, or between.",
-)
-@click.option("--dense-share", callback=_share, metavar="A", help="Of a mixed target; two, as "
-              "0.25,0.75, go from the first block to the last.  [0.5]")
-@click.option("--residual-share", callback=_share, metavar="B",
-              help="Of a mixed target: of what the residual stream has lost.  [0.5]")
-@click.option("--drop-first-token/--keep-first-token", default=True, show_default=True,
-              help="Leave the first token of a window out of the sums.")
-@click.option("--skip", metavar="REGEX", help="Linears that stay as they are.")
-@click.option("--tune", default=0, show_default=True, metavar="N",
-              help="Passes of gradient descent over each pruned block's kept weights.")
-@click.option("--tune-rate", type=float, metavar="R", help="Their learning rate.  [3e-4]")
-@click.option("--eval", "evaluate", multiple=True, metavar="F",
-              help="Perplexity on a text or tokens, before and after, in windows as long.")
-@click.option("--masks", is_flag=True, help="Write cuobs_masks.safetensors too.")
-@click.option("--plot", metavar="F.png", help="Draw the loss by layer.")
-@click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
-@click.option("--batch-tokens", type=int, metavar="N", help="Tokens in a block at once.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished run.")
-@common.method_options
+@click.command("prune-model", cls=options.RecipeCommand,
+               short_help="Prune a language model, folder to folder.")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@options.option("--skip", metavar="REGEX", group=options.WHAT,
+                help="Linears that stay as they are.")
+@options.option("--calibration", required=True, type=click.Path(), metavar="F", group=CALIBRATION,
+                help="A text, or tokens.npz:key (windows, length).")
+@options.option("--samples", default=128, type=int, group=CALIBRATION,
+                help="Calibration windows.")
+@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
+                group=CALIBRATION, help="Tokens of a window.")
+@options.option("--seed", default=0, type=int, group=CALIBRATION,
+                help="Draws the windows of a text.")
+@options.option("--attention-mask", type=click.Path(), metavar="F:K", group=CALIBRATION,
+                help="0 where a calibration token is padding.")
+@options.option("--drop-first-token/--keep-first-token", default=True, group=CALIBRATION,
+                help="Leave the first token of a window out of the sums.")
+@options.option("--target", type=options.Name(TARGETS), default="mixed", group=TARGET,
+                help="What a layer is to give: its outputs in the dense model, in the pruned one, "
+                "or between.")
+@options.option("--dense-share", callback=_share, metavar="A", show_default="0.5", group=TARGET,
+                help="Of a mixed target; two, as 0.25,0.75, go from the first block to the last.")
+@options.option("--residual-share", callback=_share, metavar="B", show_default="0.5", group=TARGET,
+                help="Of a mixed target: of what the residual stream has lost.")
+@options.option("--tune", default=0, type=int, metavar="N", group=TARGET,
+                help="Passes of gradient descent over each pruned block's kept weights.")
+@options.option("--tune-rate", type=float, metavar="R", show_default="3e-4", group=TARGET,
+                help="Their learning rate.")
+@options.option("--batch-tokens", type=int, metavar="N", group=options.HOW,
+                help="Tokens in a block at once.")
+@options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
+@options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
+                group=options.OUTPUT,
+                help="Perplexity on a text or tokens, before and after, in windows as long.")
+@options.option("--masks", is_flag=True, group=options.OUTPUT,
+                help="Write cuobs_masks.safetensors too.")
+@options.output("--plot", metavar="F.png", help="Draw the loss by layer.")
+@options.option("--shard-size", default="5GB", group=options.OUTPUT,
+                help="Largest file of weights.")
 def prune_model(
-    src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks, plot,
-    shard_size, tune_rate, batch_tokens, resume, **options,
+    src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
+    plot, shard_size, tune_rate, batch_tokens, resume, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
     Block by block, each fed by what is pruned so far. DST holds plain dense safetensors with exact
     zeros, which opens wherever SRC does.
     """
-    models = _models()
-    from cuobs.models import report as reports
-
+    common.one_layer(config)
     if plot:
         plotting.check_picture(plot)
         if os.path.exists(plot):
             raise FileExistsError(f"--plot: found {plot}, expected a new path")
         files.check_output(plot)
+    models = _models()
+    from cuobs.models import report as reports
+
     view = _View()
     try:
         report = models.prune_folder(
@@ -93,7 +92,8 @@ def prune_model(
             attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
             shard_size=shard_size, resume=resume,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
-            **common.given({**options, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
+            **common.given({**target, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
+            **_arguments(config),
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
         if view.began:
@@ -108,11 +108,23 @@ def prune_model(
         click.echo(f"written  {path}")
 
 
-@click.command("eval-model", short_help="Perplexity of a model.")
-@click.argument("folder", metavar="DIR")
-@click.option("--text", required=True, metavar="F", help="A text, or tokens.npz:key.")
-@click.option("--sequence-length", type=int, metavar="T", help="Tokens of a window.  [2048]")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu or cuda.")
+def _arguments(config):
+    """A config as arguments of `prune_folder`."""
+    recipe, settings = config.recipe, config.settings
+    return common.given({
+        "pattern": recipe.pattern, "method": recipe.method, "refine": recipe.refine,
+        "damp": recipe.damp, **recipe.options,
+        **{key: getattr(settings, key) for key in cuobs.recipe.SETTINGS},
+    })  # fmt: skip
+
+
+@click.command("eval-model", cls=options.Command, short_help="Perplexity of a model.")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@options.option("--text", required=True, type=click.Path(), metavar="F",
+                help="A text, or tokens.npz:key.")
+@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
+                help="Tokens of a window.")
+@options.setting("device")
 def eval_model(folder, text, sequence_length, device):
     """Measure the perplexity of the model in DIR (or a .gguf) on a text.
 
@@ -127,11 +139,11 @@ def eval_model(folder, text, sequence_length, device):
     click.echo(f"perplexity  {found:.2f}")
 
 
-@click.command(short_help="Does 2:4 pay on this GPU?")
-@click.argument("source", metavar="DIR|MxK")
-@click.option("--batch", "batches", type=int, multiple=True, metavar="N", help="Tokens; repeat it.")
-@click.option("--dtype", default="float16", show_default=True, metavar="T",
-              help="float16 or bfloat16.")
+@click.command(cls=options.Command, short_help="Does 2:4 pay on this GPU?")
+@click.argument("source", metavar="DIR|MxK", type=click.Path())
+@options.option("--batch", "batches", type=int, multiple=True, metavar="N",
+                help="Tokens; may be repeated.")
+@options.option("--dtype", default="float16", metavar="T", help="float16 or bfloat16.")
 def speedup(source, batches, dtype):
     """Time each layer shape of the model in DIR, or one shape, dense and 2:4 on this GPU."""
     models = _models()
@@ -146,9 +158,6 @@ def speedup(source, batches, dtype):
         click.echo(f"{shape:>18}  {t.batch:>7}  {1e6 * t.dense:7.1f} us  {sparse}  {gain}")
     for line in verdict(timings):
         click.echo(line)
-
-
-COMMANDS = [prune_model, eval_model, speedup]
 
 
 def _models():

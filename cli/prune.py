@@ -4,48 +4,35 @@ import json
 import os
 
 import click
-from cuobs_cli import common, display
+from cuobs_cli import common, display, options
 
 import cuobs
 from cuobs import files
 
 
-@click.command(short_help="Prune a weight.")
+@click.command(cls=options.RecipeCommand, short_help="Prune a weight.")
 @common.layer_arguments
-@common.pattern_option
-@click.option(
-    "--method",
-    default="admm",
-    show_default=True,
-    metavar="M",
-    help="One of " + ", ".join(cuobs.methods()) + ".",
-)
-@click.option("-o", "--out", metavar="F", help="Where to write.  [W-pruned.npy, or W's format]")
-@click.option("--mask-out", metavar="F", help="Also write the mask, True = kept.")
-@click.option("--report", metavar="F.json", help="Also write what was done and found.")
-@common.method_options
-@common.force_option
-def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **options):
+@options.output("-o", "--out", metavar="F", help="Where to write.",
+                show_default="W-pruned.npy, or W's format")
+@options.output("--mask-out", metavar="F", help="Also write the mask, True = kept.")
+@options.output("--report", metavar="F.json", help="Also write what was done and found.")
+@options.force
+def prune(w, x, hessian, config, out, mask_out, report, force):
     """Prune the weight W under the activations X, or under their Hessian."""
+    common.one_layer(config)
     out = _output(w, out)
     common.check_outputs(
         [w, x, hessian], {"-o": out, "--mask-out": mask_out, "--report": report}, force
     )
-    W, data = common.load_layer(w, x, hessian, options["device"])
+    W, X, H = common.load_layer(w, x, hessian, config.settings.device)
     files.check_format(out, W.dtype)
     files.check_replaced(out)
     if mask_out:
         files.check_format(mask_out, bool)
         files.check_replaced(mask_out)
-    with display.Progress(method) as progress:
-        result = cuobs.prune(
-            W,
-            **data,
-            pattern=pattern,
-            method=method,
-            progress=progress.callback(),
-            **common.given(options),
-        )
+    with display.Progress(config.recipe.method) as progress:
+        settings = config.replace(progress=progress.callback()).settings
+        result = config.recipe.run(W, H, settings, X=X)
     files.save(out, result.weight, force)
     if mask_out:
         files.save(mask_out, result.mask, force)
@@ -59,18 +46,34 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
             "mask": mask_out,
             "shape": list(W.shape),
             "dtype": str(W.dtype),
-            "method": result.method,
-            "pattern": str(result.pattern),
-            "refine": result.refine,
-            "damp": result.damp,
-            "options": result.options,
-            "loss": result.loss,
-            "sparsity": result.sparsity,
-            "seconds": result.seconds,
-            "hessian_seconds": result.hessian_seconds,
-            "device": result.device,
+            **_content(result),
         }
         files.write_text(report, json.dumps(content, indent=2) + "\n", force)
+    _show(result)
+    for path in (out, mask_out, report):
+        if path:
+            click.echo(f"written   {path}")
+
+
+def _content(result):
+    """What a report holds of a result."""
+    settings = result.settings
+    return {
+        "method": result.method,
+        "pattern": str(result.pattern),
+        "refine": result.refine,
+        "damp": result.damp,
+        "options": result.options,
+        "settings": {key: getattr(settings, key) for key in cuobs.recipe.SETTINGS},
+        "loss": result.loss,
+        "sparsity": result.sparsity,
+        "seconds": result.seconds,
+        "hessian_seconds": result.hessian_seconds,
+        "device": result.device,
+    }
+
+
+def _show(result):
     resolved = ", weights re-solved" if result.refine else ""
     click.echo(f"method    {result.method}{resolved}")
     click.echo(f"pattern   {result.pattern.label}: {common.keeps(result.pattern)}")
@@ -79,9 +82,6 @@ def prune(w, x, hessian, pattern, method, out, mask_out, report, force, **option
     click.echo(
         f"time      {result.seconds:.2f} s, and {result.hessian_seconds:.2f} s for the Hessian"
     )
-    for path in (out, mask_out, report):
-        if path:
-            click.echo(f"written   {path}")
 
 
 def _output(w, out):

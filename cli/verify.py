@@ -3,18 +3,17 @@
 import sys
 
 import click
-from cuobs_cli import common
+from cuobs_cli import common, options
 
 import cuobs
 from cuobs import files
 
 
-@click.command()
-@click.argument("w", metavar="W")
-@common.pattern_option
+@click.command(cls=options.Command)
+@click.argument("w", metavar="W", type=click.Path())
+@options.pattern
 def verify(w, pattern):
     """Say whether a weight obeys a pattern; exit code 1 if not."""
-    pattern = cuobs.pattern.parse(pattern)
     found = cuobs.verify(files.load(w), pattern)
     if found:
         click.echo(f"{w} obeys {pattern.label} ({common.keeps(pattern)}) in {found.scopes} scopes")

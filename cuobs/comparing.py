@@ -65,6 +65,11 @@ class Table(list):
         """For a terminal."""
         return text_table(HEADER, self.cells())
 
+    def lines(self, names):
+        """The lines of `text`, the first column as wide as for a table of all these methods."""
+        room = ("m" * max(map(len, names)), *[""] * (len(HEADER) - 1))
+        return text_table(HEADER, [*self.cells(), room]).splitlines()[:-1]
+
     def rst(self):
         """For a document."""
         return rst_table(HEADER, self.cells())

@@ -24,6 +24,8 @@ from cuobs import validation
 from cuobs.pattern import Pattern, parse
 from cuobs.recipe import KEYS, SETTINGS, Recipe, Settings, method_options
 
+__all__ = ["Config", "load_config", "to_toml"]
+
 
 @dataclass(frozen=True)
 class Config:

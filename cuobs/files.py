@@ -22,6 +22,23 @@ from pathlib import Path
 import numpy as np
 
 from cuobs import containers
+from cuobs.validation import naming
+
+__all__ = [
+    "by_name",
+    "check_format",
+    "check_output",
+    "check_replaced",
+    "keys",
+    "load",
+    "load_arrays",
+    "naming",
+    "replacing",
+    "save",
+    "save_arrays",
+    "split",
+    "write_text",
+]
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 # What zipfile raises on a damaged archive.
@@ -29,6 +46,7 @@ _DAMAGE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, OverflowError,
     UnicodeDecodeError,
 )  # fmt: skip
+
 
 def split(spec):
     """Split ``path:key`` into the path and the key of an array in it, None where there is none.

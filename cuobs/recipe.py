@@ -5,6 +5,7 @@ rounding depends on them.
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 
 from cuobs import arrays, layer, validation
@@ -12,7 +13,6 @@ from cuobs.pattern import Pattern, parse
 
 DTYPES = ("float32", "float64")
 PRECISIONS = ("tensor", "fp32")
-REFINEMENTS = ("exact",)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,34 @@ class Method:
         return filled
 
 
-_METHODS = {}
+ENTRY_POINTS = "cuobs.methods"
+_METHODS, _loaded = {}, set()
 
 
 def methods():
-    """The methods, by name, in the order in which they were registered."""
+    """The methods, by name: those of cuobs, those registered, those that packages bring.
+
+    A package brings one by an entry point of the group ``cuobs.methods`` that is a `Method`.
+    """
+    if ENTRY_POINTS not in _loaded:
+        # Noted first: a package may ask for the methods while it is loaded.
+        _loaded.add(ENTRY_POINTS)
+        _load_entry_points()
     return dict(_METHODS)
+
+
+def _load_entry_points():
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            register_method(point.load())
+        except Exception as error:
+            warnings.warn(
+                f"{ENTRY_POINTS}: found that {point.name} = {point.value} can't be used ({error}), "
+                "expected a cuobs.Method",
+                stacklevel=3,
+            )
 
 
 def register_method(method):
@@ -163,13 +185,21 @@ def register_method(method):
         raise TypeError(f"method: found {type(method).__name__}, expected cuobs.Method")
     if _METHODS.get(method.name, method) != method:
         raise ValueError(f"method: found {method.name!r}, a name that is taken, expected another")
+    types = {o.name: (o.type, m.name) for m in _METHODS.values() for o in m.options}
+    for option in method.options:
+        expected, other = types.get(option.name, (option.type, ""))
+        if option.type is not expected:
+            raise ValueError(
+                f"{option.name}: found an option of type {option.type.__name__}, expected "
+                f"{expected.__name__}, as {other} has it"
+            )
     _METHODS[method.name] = method
 
 
 def method_options():
     """Every option of any method: name to the methods that take it, as (Method, Option) pairs."""
     found = {}
-    for method in _METHODS.values():
+    for method in methods().values():
         for option in method.options:
             found.setdefault(option.name, []).append((method, option))
     return found
@@ -212,14 +242,12 @@ class Settings:
     progress: object = field(default=None, compare=False)
 
     def __post_init__(self):
-        validation.name_of("device", self.device, arrays.DEVICES)
-        validation.name_of("dtype", self.dtype, DTYPES)
-        validation.name_of("precision", self.precision, PRECISIONS)
-        for name in ("workers", "batch_rows"):
-            if getattr(self, name) is not None:
-                validation.integer(name, getattr(self, name))
-        if self.memory_limit is not None:
-            object.__setattr__(self, "memory_limit", arrays.parse_size(self.memory_limit))
+        for option in SETTING_OPTIONS:
+            value = getattr(self, option.name)
+            if value is None and option.default is None:
+                continue
+            check = arrays.parse_size if option.name == "memory_limit" else option.check
+            object.__setattr__(self, option.name, check(value))
 
     def report(self, done, total):
         """Tell the caller how far the work is."""
@@ -270,9 +298,9 @@ class Recipe:
     damp: float = 0.01
 
     def __post_init__(self):
-        validation.name_of("method", self.method, _METHODS)
+        validation.name_of("method", self.method, methods())
         if self.refine is not None:
-            validation.name_of("refine", self.refine, REFINEMENTS)
+            REFINE.check(self.refine)
         for name, value in (
             ("pattern", parse(self.pattern)),
             ("options", self.entry.fill(self.options)),
@@ -283,7 +311,7 @@ class Recipe:
     @property
     def entry(self):
         """The `Method` of this name."""
-        return _METHODS[self.method]
+        return methods()[self.method]
 
     @property
     def exact(self):
@@ -299,15 +327,17 @@ class Recipe:
         kept = {} if own.get("method", self.method) != self.method else self.options
         return dataclasses.replace(self, **own, options={**kept, **changes})
 
-    def run(self, W, H, settings=None, *, target=None):
+    def run(self, W, H=None, settings=None, *, X=None, target=None):
         """Prune a weight.
 
         Parameters
         ----------
         W : array, shape (M, K)
-        H : array, shape (K, K), or Hessian
+        H : array, shape (K, K), or Hessian, optional
             XᵀX, undamped.
         settings : Settings, optional
+        X : array, shape (..., K), optional
+            Activations, in place of H.
         target : array, shape (M, K), optional
             As in `cuobs.prune`.
 
@@ -315,11 +345,29 @@ class Recipe:
         -------
         Result
         """
-        return layer.prune_layer(self, settings or Settings(), W, hessian=H, target=target)
+        return layer.prune_layer(self, settings or Settings(), W, X, H, target)
 
 
+REFINE = Option(
+    "refine", str, ("exact",), Recipe.refine,
+    "Solve the weights again for the mask; some methods always do.", "none",
+)  # fmt: skip
+DAMP = Option(
+    "damp", float, (), Recipe.damp, "Damping, as a share of the mean of the Hessian's diagonal."
+)
+SETTING_OPTIONS = (
+    Option("device", str, arrays.DEVICES, Settings.device,
+           "auto takes the GPU where there is one."),
+    Option("dtype", str, DTYPES, Settings.dtype, "Compute precision."),
+    Option("precision", str, PRECISIONS, Settings.precision,
+           "Whether float32 may use tensor cores."),
+    Option("workers", int, (), Settings.workers, "Threads on the CPU.", "one a core"),
+    Option("batch_rows", int, (), Settings.batch_rows, "Rows in a batch.", "by the free memory"),
+    Option("memory_limit", str, (), Settings.memory_limit,
+           "What the computation may hold, such as 8GiB.", "the free memory"),
+)  # fmt: skip
 # Keys of a recipe beside a method's options, and those of the settings that a file may hold.
 KEYS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "options")
-SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.name != "progress")
+SETTINGS = tuple(option.name for option in SETTING_OPTIONS)
 # What `cuobs.prune` takes, which no option of a method may be called.
 RESERVED = frozenset({*KEYS, *SETTINGS, "W", "X", "hessian", "target", "options", "progress"})

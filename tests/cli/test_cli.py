@@ -101,6 +101,8 @@ def test_mask_and_report():
         "written": "P.npy", "mask": "mask.npz", "shape": [M, K], "dtype": "float16",
         "method": "wanda", "pattern": str(cuobs.patterns()["2:4"]), "refine": None,
         "damp": 0.01, "options": {}, "sparsity": 0.5, "device": "cpu",
+        "settings": {"device": "cpu", "dtype": "float32", "precision": "tensor", "workers": None,
+                     "batch_rows": None, "memory_limit": None},
     }  # fmt: skip
     assert result.stdout.count("written") == 3
 
@@ -330,7 +332,7 @@ def test_it_is_refused_before_any_work(arguments, monkeypatch):
     open("old.npz", "w").close()
     safetensors.numpy.save_file({"w": np.load("W.npy").astype(ml_dtypes.bfloat16)},
                                 "half.safetensors")  # fmt: skip
-    for owner, name in ((cuobs, "prune"), (cuobs, "compare"), (cuobs.Hessian, "update")):
+    for owner, name in ((cuobs.Recipe, "run"), (cuobs, "compare"), (cuobs.Hessian, "update")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("work began"))
     refused(*arguments.split())
 

@@ -1,0 +1,128 @@
+"""The command `cuobs`: its commands by name, plugins, and errors in one sentence."""
+
+import contextlib
+import importlib
+import importlib.util
+
+import click
+
+import cuobs
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+# Where each command is. A module is imported when its command is asked for, and imports neither
+# PyTorch nor matplotlib before it runs.
+COMMANDS = {
+    "prune": "prune:prune",
+    "compare": "compare:compare",
+    "hessian": "hessian:hessian",
+    "verify": "verify:verify",
+    "patterns": "listing:patterns",
+    "methods": "listing:methods",
+    "info": "info:info",
+    "prune-model": "models:prune_model",
+    "eval-model": "models:eval_model",
+    "speedup": "models:speedup",
+}
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Turn what a user did wrong into one sentence and exit code 2, and Ctrl-C into 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Stopped.", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        failure = click.ClickException(sentence(error))
+        failure.exit_code = BAD_INPUT
+        raise failure from error
+
+
+class Commands(click.Group):
+    """The commands of `COMMANDS`, with errors in one sentence."""
+
+    def list_commands(self, ctx):
+        """The names, in the order in which they are shown."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        """The command of a name, or None."""
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].split(":")
+        return getattr(importlib.import_module(f"cuobs_cli.{module}"), attribute)
+
+    def parse_args(self, ctx, args):
+        """Read the options before the command, plugins among them."""
+        with one_sentence():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        """Run the command."""
+        with one_sentence():
+            return super().invoke(ctx)
+
+
+def sentence(error):
+    """An exception's message on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) and not text.startswith("memory: "):
+        text = f"out of memory ({text}): try a lower --memory-limit" if text else "out of memory"
+    return text
+
+
+def load_plugin(path):
+    """Run a Python file that brings a method: its METHOD, or what it registers itself.
+
+    Raises
+    ------
+    ValueError
+        It fails, or brings neither a method nor a pattern.
+    """
+    before = cuobs.methods(), cuobs.patterns()
+    spec = importlib.util.spec_from_file_location("cuobs_plugin", path)
+    if spec is None:
+        raise ValueError(f"{path}: found no Python file, expected FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if hasattr(module, "METHOD"):
+            cuobs.register_method(module.METHOD)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if (cuobs.methods(), cuobs.patterns()) == before and not hasattr(module, "METHOD"):
+        raise ValueError(f"{path}: found no METHOD in it, expected a cuobs.Method of this name")
+
+
+def _load_plugins(ctx, parameter, paths):
+    for path in paths:
+        load_plugin(path)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(cuobs.__version__, prog_name="cuobs")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    type=click.Path(),
+    metavar="FILE.py",
+    callback=_load_plugins,
+    help="A method of one's own, see docs/contributing.rst; may be repeated.",
+)
+def main():
+    """Prune linear layers to patterns that hardware can use.
+
+    Arrays are .npy files, or arrays in files of several: file.npz:key,
+    file.safetensors:tensor.name. W is (outputs, inputs), X is (..., inputs).
+    """

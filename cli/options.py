@@ -1,0 +1,275 @@
+"""Options in groups, and those of a recipe and of settings for whatever methods are known."""
+
+import click
+
+import cuobs
+from cuobs import recipe
+from cuobs.config import Config, load_config
+
+WHAT, OWN, HOW, INPUT, OUTPUT, OTHERS = (
+    "What to do", "Options of methods", "How to run", "Input", "Output", "Other options"
+)  # fmt: skip
+NOT_GIVEN = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+
+
+class Option(click.Option):
+    """An option that is shown under a heading, with its default in brackets."""
+
+    def __init__(self, *args, group=OTHERS, show_default=True, **kwargs):
+        super().__init__(*args, show_default=show_default, **kwargs)
+        self.group = group
+
+
+def option(*names, **keys):
+    """`click.option` with a ``group``."""
+    return click.option(*names, cls=Option, **keys)
+
+
+class Command(click.Command):
+    """A command whose help shows its options by group."""
+
+    def format_options(self, ctx, formatter):
+        """Write a section for each group, in the order in which they first come."""
+        groups = {}
+        for parameter in self.get_params(ctx):
+            if not isinstance(parameter, click.Option):
+                continue
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(getattr(parameter, "group", OTHERS), []).append(record)
+        for group in sorted(groups, key=lambda group: group == OTHERS):
+            with formatter.section(group):
+                formatter.write_dl(groups[group])
+
+
+class RecipeCommand(Command):
+    """A command that takes a recipe and settings, from options or from ``--config``.
+
+    Its function gets them as ``config``, a `Config`. The methods are asked for when it is called,
+    so that those of a plugin are among them.
+    """
+
+    def get_params(self, ctx):
+        """The command's own parameters, and those of a recipe and of settings before its options.
+
+        Raises
+        ------
+        ValueError
+            A method has an option that the command has already.
+        """
+        own, added = super().get_params(ctx), self.added()
+        taken = {parameter.name for parameter in own}
+        for parameter in added:
+            if parameter.name in taken:
+                raise ValueError(
+                    f"{parameter.name}: found an option of a method, but '{self.name}' has one of "
+                    "this name already"
+                )
+        arguments = [p for p in own if isinstance(p, click.Argument)]
+        return [*arguments, *added, *(p for p in own if p not in arguments)]
+
+    def added(self):
+        """The options of a recipe and of settings."""
+        return [method_option(), *recipe_options(), *own_options(), *setting_options()]
+
+    def invoke(self, ctx):
+        """Call the function with what the options make of the defaults or of a file."""
+        given = {parameter.name: ctx.params.pop(parameter.name) for parameter in self.added()}
+        self.configure(ctx, given)
+        return super().invoke(ctx)
+
+    def configure(self, ctx, given):
+        """Put the `Config` into the parameters of the function."""
+        path = given.pop("config")
+        config = load_config(path) if path else Config()
+        ctx.params["config"] = config.replace(**chosen(ctx, given))
+
+
+class CompareCommand(RecipeCommand):
+    """A `RecipeCommand` whose ``--method`` may be repeated.
+
+    Its function gets the names as ``methods`` and the methods' options as ``own``.
+    """
+
+    def added(self):
+        """The options, with ``--method`` for several."""
+        return [method_option(many=True), *recipe_options(), *own_options(), *setting_options()]
+
+    def configure(self, ctx, given):
+        """Methods and their options apart from the `Config` of what all of them share."""
+        ctx.params["methods"] = tuple(dict.fromkeys(given.pop("methods") or cuobs.methods()))
+        own = chosen(ctx, {o.name: given.pop(o.name) for o in own_options()})
+        super().configure(ctx, given)
+        found = ctx.params["config"].recipe
+        defaults = {o.name: o.default for o in found.entry.options}
+        kept = {name: v for name, v in found.options.items() if v != defaults[name]}
+        ctx.params["own"] = kept | own
+
+
+def chosen(ctx, options):
+    """Those of some options, a dict by name, that were given and not left to their defaults."""
+    return {
+        name: value
+        for name, value in options.items()
+        if ctx.get_parameter_source(name) not in NOT_GIVEN
+    }
+
+
+def method_option(many=False):
+    """``--method``, of those known by now."""
+    names = list(cuobs.methods())
+    if many:
+        return Option(
+            ["--method", "methods"], type=Name(names), multiple=True, metavar="M", group=WHAT,
+            show_default="all", help="One of " + ", ".join(names) + "; may be repeated.",
+        )  # fmt: skip
+    return Option(
+        ["--method"], type=Name(names), default=cuobs.Recipe.method, metavar="M", group=WHAT,
+        help="One of " + ", ".join(names) + ".",
+    )  # fmt: skip
+
+
+def recipe_options():
+    """The keys of a recipe that all methods share, and the file that holds one."""
+    return [
+        Option(["--pattern"], **_pattern()),
+        of(recipe.REFINE, WHAT),
+        of(recipe.DAMP, WHAT),
+        Option(
+            ["--config"], type=click.Path(), metavar="F.toml", group=WHAT,
+            help="A recipe in TOML; options that are given go before it.",
+        ),
+    ]
+
+
+def own_options():
+    """The options of all methods, one of each name."""
+    return [of(_together(pairs), OWN) for pairs in recipe.method_options().values()]
+
+
+def setting_options():
+    """The settings."""
+    return [of(one, HOW) for one in recipe.SETTING_OPTIONS]
+
+
+def of(one, group):
+    """The option of the command line for one of cuobs."""
+    return Option([_flag(one)], group=group, **_keys(one))
+
+
+def setting(name, **keys):
+    """The decorator that gives a command one of the settings as an option."""
+    (found,) = (one for one in recipe.SETTING_OPTIONS if one.name == name)
+    return option(_flag(found), **{**_keys(found), **keys})
+
+
+def pattern(command):
+    """The decorator that gives a command ``--pattern``, where it takes no recipe."""
+    return option("--pattern", **_pattern())(command)
+
+
+def force(command):
+    """The decorator that gives a command ``--force``."""
+    return option("--force", is_flag=True, group=OUTPUT, help="Overwrite what exists.")(command)
+
+
+def output(*names, **keys):
+    """The decorator for a file to write."""
+    return option(*names, group=OUTPUT, type=click.Path(), **keys)
+
+
+def _flag(one):
+    return "--" + one.name.replace("_", "-")
+
+
+def _keys(one):
+    metavars = {int: "N", float: "NUMBER", str: None if one.choices else "TEXT"}
+    types = {int: Integer(), float: Number(), str: Name(one.choices) if one.choices else None}
+    return {
+        "type": types[one.type],
+        "metavar": metavars[one.type],
+        "default": one.default,
+        "show_default": one.computed or True,
+        "help": one.help,
+    }
+
+
+def _pattern():
+    names = ", ".join(cuobs.patterns())
+    return {
+        "type": PatternName(),
+        "default": cuobs.Recipe.pattern,
+        "metavar": "P",
+        "group": WHAT,
+        "help": f"A name ({names}), n:m, n:mxb, or the text form 'view=... block=... scope=... "
+        "keep=...'; see 'cuobs patterns'.",
+    }
+
+
+def _together(pairs):
+    """One option that stands for those of one name of several methods."""
+    options = [one for _, one in pairs]
+    default, computed = options[0].default, options[0].computed
+    if any(one.default != default for one in options):
+        default = None
+        computed = ", ".join(f"{one.default} for {method.name}" for method, one in pairs)
+    return cuobs.Option(
+        options[0].name,
+        options[0].type,
+        tuple(dict.fromkeys(choice for one in options for choice in one.choices)),
+        default,
+        " ".join(dict.fromkeys(one.help for one in options)),
+        computed,
+    )
+
+
+class Name(click.Choice):
+    """One of some names; another is refused in the words of cuobs."""
+
+    def convert(self, value, param, ctx):
+        """The name as it is."""
+        return cuobs.Option(param.name, str, self.choices).check(value)
+
+
+class Integer(click.IntRange):
+    """A positive integer; another value is refused in the words of cuobs."""
+
+    def __init__(self):
+        super().__init__(min=1)
+
+    def convert(self, value, param, ctx):
+        """The integer."""
+        try:
+            value = int(value)
+        except ValueError:
+            pass
+        return cuobs.Option(param.name, int).check(value)
+
+
+class Number(click.types.FloatParamType):
+    """A number; anything else is refused in the words of cuobs."""
+
+    def convert(self, value, param, ctx):
+        """The number."""
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+        return cuobs.Option(param.name, float).check(value)
+
+
+class PatternName(click.ParamType):
+    """A pattern in any of its forms; completion knows the named ones."""
+
+    name = "pattern"
+
+    def convert(self, value, param, ctx):
+        """The `Pattern`."""
+        return cuobs.pattern.parse(value)
+
+    def shell_complete(self, ctx, param, incomplete):
+        """The names that begin like this."""
+        return [
+            click.shell_completion.CompletionItem(name)
+            for name in cuobs.patterns()
+            if name.startswith(incomplete)
+        ]
