@@ -19,6 +19,7 @@ import cuobs
 from cuobs import files, validation
 from cuobs.models import folding
 from cuobs.models.rotation_learning import RATE, SCORES, STEPS, Learned, learn
+from cuobs.models.structure import find_blocks, linears
 
 WINDOWS = 64
 
@@ -72,7 +73,7 @@ def rotate(
     score="activations",
     permute=False,
     damp=0.01,
-    device="cpu",
+    device="auto",
     stored=None,
     progress=None,
 ):
@@ -89,8 +90,8 @@ def rotate(
         Changed in place, on its own device.
     tokens : array of int, shape (windows, length)
         Calibration windows.
-    pattern : str or Pattern
-        See `cuobs.patterns`.
+    pattern : str, Pattern or dict
+        See `cuobs.patterns`; a dict has one for each linear that counts, by its name.
     attention_mask, counted : tensor, shape (windows, length), optional
         0 where a token is padding; and which tokens enter the sums, by default all that are none,
         without the first of each window.
@@ -107,7 +108,8 @@ def rotate(
     damp : float
         λ as a share of the mean of H's diagonal, for C.
     device : torch.device or str
-        Where the basis is learned and blocks are folded.
+        Where the basis is learned and blocks are folded; "auto" takes the GPU where PyTorch finds
+        one.
     stored : path, optional
         A file that keeps the rotation; where it is there, it is read instead of learned again.
     progress : callable, optional
@@ -128,8 +130,11 @@ def rotate(
     DenoiseRotator, arXiv 2505.23049; SliceGPT, arXiv 2401.15024, for folding.
     """
     began = time.perf_counter()
-    pattern, device = cuobs.pattern.parse(pattern), torch.device(device)
     check_arguments(steps, rate, windows, score, damp)
+    patterns = _patterns_of(model, pattern)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     tokens, attention_mask, counted = (
         None if array is None else torch.as_tensor(array)[:windows]
         for array in (tokens, attention_mask, counted)
@@ -137,15 +142,17 @@ def rotate(
     stream = folding.examine(model, tokens, device)
     arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
-        "pattern": str(pattern), "tokens": _digest(tokens, counted, attention_mask),
-        "model": _digest(*model.get_submodule(stream.prefix)[0].parameters()), **arguments,
-    }  # fmt: skip
+        "patterns": {name: str(p) for name, p in patterns.items()},
+        "tokens": _digest(tokens, counted, attention_mask),
+        "model": _digest(*model.get_submodule(stream.prefix)[0].parameters()),
+        **arguments,
+    }
     learning = time.perf_counter()
     if stored is not None and os.path.exists(stored):
         learned = load(stored, identity)
     else:
         learned = learn(
-            model, stream, tokens, pattern, attention_mask=attention_mask, counted=counted,
+            model, stream, tokens, patterns, attention_mask=attention_mask, counted=counted,
             device=device, progress=progress, **arguments,
         )  # fmt: skip
         if stored is not None:
@@ -154,7 +161,7 @@ def rotate(
     dense = folding.logits_of(model, tokens)
     untied = folding.fold(model, stream, learned.rotation, device)
     return RotationReport(
-        pattern=pattern.label,
+        pattern=", ".join(dict.fromkeys(p.label for p in patterns.values())),
         steps=steps,
         score=score,
         permuted=permute,
@@ -166,6 +173,15 @@ def rotate(
         learning=learning,
         seconds=time.perf_counter() - began,
     )
+
+
+def _patterns_of(model, pattern):
+    """A pattern for each linear of the blocks that counts, by its name."""
+    if isinstance(pattern, dict):
+        return {name: cuobs.pattern.parse(own) for name, own in pattern.items()}
+    pattern = cuobs.pattern.parse(pattern)
+    prefix, blocks = find_blocks(model)
+    return {f"{prefix}.{name}": pattern for name in linears(blocks)}
 
 
 def _digest(*tensors):

@@ -26,10 +26,10 @@ class Learned(NamedTuple):
 
 
 def learn(
-    model, stream, tokens, pattern, *, attention_mask=None, counted=None, steps=STEPS, rate=RATE,
+    model, stream, tokens, patterns, *, attention_mask=None, counted=None, steps=STEPS, rate=RATE,
     score="activations", permute=False, damp=0.01, device="cpu", progress=None,
 ):  # fmt: skip
-    """Learn R1 and R2 for a pattern; the model stays as it is.
+    """Learn R1 and R2 for patterns; the model stays as it is.
 
     ``R = exp(A − Aᵀ)``, A = 0 at the start. What falls is the share of the score that the pattern
     prunes in each layer, weighted by the layers' sizes. Nothing is drawn at random.
@@ -40,7 +40,8 @@ def learn(
     stream : cuobs.models.folding.Stream
         Of `cuobs.models.folding.examine`.
     tokens : tensor of int, shape (windows, length)
-    pattern : Pattern
+    patterns : dict of Pattern
+        By the name of a linear; those that are not named do not count.
     attention_mask, counted : tensor, shape (windows, length), optional
     steps, rate, score, permute, damp, device, progress
         See `cuobs.models.rotate`.
@@ -53,18 +54,18 @@ def learn(
     Raises
     ------
     ValueError
-        The pattern divides no layer.
+        There is no pattern, or none divides its layer.
     """
     device = torch.device(device)
     if counted is None:
         counted = torch.ones_like(tokens) if attention_mask is None else attention_mask.clone()
         counted[torch.arange(len(counted)), counted.argmax(1)] = 0
     gathered = gather(
-        model, stream, tokens, attention_mask, counted.bool(), pattern, device,
+        model, stream, tokens, attention_mask, counted.bool(), patterns, device,
         compensated=score == "compensated", permute=permute, damp=damp,
     )  # fmt: skip
     orders = tuple(block.orders for block in gathered)
-    objective = Objective(stream, gathered, pattern, score == "compensated", device)
+    objective = Objective(stream, gathered, patterns, score == "compensated", device)
     best, history = _descend(objective, steps, rate, progress)
     return Learned(objective.rotation(best, orders), tuple(history))
 
@@ -84,12 +85,20 @@ def _descend(objective, steps, rate, progress):
         if step == steps:
             return best, history
         optimizer.zero_grad()
-        torch.autograd.backward(bases, [R.grad for R in leaves])
+        _back(bases, leaves)
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
         if progress:
             progress(step + 1, steps)
+
+
+def _back(roots, leaves):
+    """Go on from leaves to what they were detached from; some may not have been used."""
+    used = [(root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True)]
+    used = [pair for pair in used if pair[1] is not None]
+    if used:
+        torch.autograd.backward(*zip(*used, strict=True))
 
 
 def exponential(A):
@@ -140,20 +149,21 @@ class Heads(NamedTuple):
 
 
 class Objective:
-    """The share of the score that a pattern prunes, by size, as a function of the bases.
+    """The share of the score that patterns prune, by size, as a function of the bases.
 
     Parameters
     ----------
     stream : cuobs.models.folding.Stream
     gathered : list of cuobs.models.rotation_moments.BlockMoments
         Emptied of weights.
-    pattern : Pattern
+    patterns : dict of Pattern
+        By the name of a linear.
     inverse : bool
         Whether moments are inverses, which divide.
     device : torch.device
     """
 
-    def __init__(self, stream, gathered, pattern, inverse, device):
+    def __init__(self, stream, gathered, patterns, inverse, device):
         self.width, self.depth = stream.width, len(gathered)
         self.inverse, self.device = inverse, device
         self.heads = _group_heads(stream, gathered)
@@ -163,11 +173,12 @@ class Objective:
             name: torch.stack([gathered[i].norms[name] for i in places])
             for name, places in self.places.items()
         }
-        self.stacks = _stack(stream, gathered, pattern, self.heads, device)
+        self.stacks = _stack(stream, gathered, patterns, self.heads, device)
         self.size = sum(stack.weight.numel() for stack in self.stacks)
         if not self.stacks:
+            labels = ", ".join(dict.fromkeys(p.label for p in patterns.values())) or "it"
             raise ValueError(
-                f"pattern: found that {pattern.label} divides no linear of the model, expected one"
+                f"pattern: found that {labels} divides no linear of the model, expected one"
             )
 
     def zeros(self):
@@ -205,7 +216,7 @@ class Objective:
                 loss = share.sum() * (M * K / self.size)
                 loss.backward()
                 total += loss.detach()
-        torch.autograd.backward(roots, [s.grad for s in scales])
+        _back(roots, scales)
         return float(total)
 
     def _scale(self, moments, basis):
@@ -268,18 +279,21 @@ def _group_heads(stream, gathered):
     ]
 
 
-def _stack(stream, gathered, pattern, heads, device):
-    """Weights of one name, shape and role in one tensor; those that the pattern divides."""
+def _stack(stream, gathered, patterns, heads, device):
+    """Weights of one name, shape, pattern and role in one tensor."""
     kinds = {}
     for index, (part, block) in enumerate(zip(stream.blocks, gathered, strict=True)):
         norms = {name: norm.name for norm in part.norms for name in norm.readers}
         for name, W in block.weights.items():
             own = part.values is not None and name in (part.values.source, part.values.target)
             which = next(i for i, h in enumerate(heads) if index in h.blocks) if own else None
-            key = name, tuple(W.shape), norms.get(name), name in part.writers, which
+            pattern = patterns.get(f"{stream.prefix}.{index}.{name}")
+            key = name, tuple(W.shape), pattern, norms.get(name), name in part.writers, which
             kinds.setdefault(key, []).append(index)
     stacks = []
-    for (name, shape, norm, writes, which), blocks in kinds.items():
+    for (name, shape, pattern, norm, writes, which), blocks in kinds.items():
+        if pattern is None:
+            continue
         try:
             scopes = Scopes(pattern.compile(*shape), device)
         except ValueError:

@@ -45,7 +45,7 @@ class BlockMoments(NamedTuple):
 
 @torch.no_grad()
 def gather(
-    model, stream, tokens, mask, counted, pattern, device, *, compensated, permute, damp
+    model, stream, tokens, mask, counted, patterns, device, *, compensated, permute, damp
 ):  # fmt: skip
     """Weights and moments of all blocks, the hidden states going from one to the next.
 
@@ -56,7 +56,8 @@ def gather(
     stream : cuobs.models.folding.Stream
     tokens, mask, counted : tensor, shape (windows, length)
         The mask may be None; ``counted`` tells which tokens enter the sums.
-    pattern : Pattern
+    patterns : dict of Pattern
+        By the name of a linear.
     device : torch.device
     compensated : bool
         Whether scores are w² / C_jj.
@@ -76,11 +77,15 @@ def gather(
     found, room = [], memory.Room(batch)
     with evaluating(model):
         hidden, calls = capture(model, blocks, list(zip(parts, masks, strict=True)), device)
-        for block, part, own in zip(blocks, stream.blocks, calls, strict=True):
+        for index, (block, part) in enumerate(zip(blocks, stream.blocks, strict=True)):
+            own = calls[index]
             block = copy.deepcopy(block).to(device)
             fold_block(block, part)
             sums = _sums(block, part, hidden, own, counts, room, whole=compensated or permute)
-            found.append(_measured(block, part, sums, pattern, device, compensated, permute, damp))
+            found.append(_measured(block, part, sums, device, compensated, damp))
+            if permute:
+                where = f"{stream.prefix}.{index}"
+                found[-1] = _dealt(found[-1], part, sums, where, patterns, damp)
             own.clear()
             memory.trim(device)
     return found
@@ -129,49 +134,41 @@ def _moment(name, x, part, whole):
     return x.square().sum(0)
 
 
-def _measured(block, part, sums, pattern, device, compensated, permute, damp):
+def _measured(block, part, sums, device, compensated, damp):
     """The `BlockMoments` of the sums."""
     modules = linears(block)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
-    weights = {name: oriented(modules[name]).float() for name in names}
-    inverse = {}
-    if compensated or permute:
-        needed = sums if compensated else [inner.target for inner in part.inner]
-        inverse = {name: _damped_inverse(sums[name], damp) for name in needed}
-    forms = inverse if compensated else sums
+    weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
+    if compensated:
+        sums = {name: _damped_inverse(H, damp) for name, H in sums.items()}
     heads, scales = None, {}
     for name in part.writers:
-        form = forms[name]
+        form = sums[name]
         if part.values is not None and name == part.values.target:
             columns = part.values.columns.to(form.device)
             heads = form if form.ndim == 4 else form[columns[..., None], columns[..., None, :]]
         else:
             diagonal = form.diagonal() if form.ndim == 2 else form
             scales[name] = 1 / diagonal if compensated else diagonal
-    orders = ()
-    if permute:
-        worth = [
-            weights[i.target].square().sum(0) / inverse[i.target].diagonal() for i in part.inner
-        ]
-        orders = tuple(
-            deal(w, weights[i.target].shape, pattern)
-            for i, w in zip(part.inner, worth, strict=True)
-        )
-        _reorder(weights, scales, part, [order.to(device) for order in orders])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return BlockMoments(
-        {name: W.to(dtype).contiguous() for name, W in weights.items()},
-        {norm.name: forms[norm.readers[0]] for norm in part.norms},
-        heads, scales, orders,
-    )  # fmt: skip
+    norms = {norm.name: sums[norm.readers[0]] for norm in part.norms}
+    return BlockMoments(weights, norms, heads, scales, ())
 
 
-def _reorder(weights, scales, part, orders):
-    for inner, order in zip(part.inner, orders, strict=True):
+def _dealt(moments, part, sums, where, patterns, damp):
+    """The same with inner columns dealt out to the scopes by Σ w² / C_jj."""
+    weights, scales, orders = dict(moments.weights), dict(moments.scales), []
+    for inner in part.inner:
+        W = weights[inner.target]
+        worth = W.float().square().sum(0) / _damped_inverse(sums[inner.target], damp).diagonal()
+        order = deal(worth, W.shape, patterns.get(f"{where}.{inner.target}"))
+        orders.append(order)
+        order = order.to(W.device)
         for name in inner.sources:
             weights[name] = weights[name][order]
-        weights[inner.target] = weights[inner.target][:, order]
+        weights[inner.target] = W[:, order]
         scales[inner.target] = scales[inner.target][order]
+    return moments._replace(weights=weights, scales=scales, orders=tuple(orders))
 
 
 def _damped_inverse(H, damp):
@@ -191,7 +188,7 @@ def deal(worth, shape, pattern):
     worth : tensor, shape (K,)
     shape : tuple of int
         (M, K) of the weight.
-    pattern : Pattern
+    pattern : Pattern or None
 
     Returns
     -------
@@ -200,8 +197,10 @@ def deal(worth, shape, pattern):
     """
     order = torch.arange(len(worth))
     try:
-        layout = pattern.compile(*shape)
+        layout = pattern and pattern.compile(*shape)
     except ValueError:
+        layout = None
+    if layout is None:
         return order
     kinds = np.unique(layout.blocks, axis=1, return_inverse=True)[1].ravel()
     count, scopes = int(kinds.max()) + 1, len(layout.columns)

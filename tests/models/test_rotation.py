@@ -218,6 +218,10 @@ def test_smallest():
         assert torch.equal(smallest(scores, k), scores.sort(-1)[0][:, k - 1])
 
 
+def everywhere(model, pattern="2:4"):
+    return {name: cuobs.pattern.parse(pattern) for name in linears(model) if "layers" in name}
+
+
 def share_of(model, tokens, pattern):
     """The objective of a model as it is, from its own inputs, first tokens left out."""
     inputs, whole, pruned = {}, 0, 0.0
@@ -258,7 +262,7 @@ def test_learned_bases_are_orthogonal_and_leave_the_model_alone(family):
     model, tokens = make_model(family), tokens_of()
     before = weights_of(model)
     stream = folding.examine(model, tokens)
-    learned = learn(model, stream, tokens, cuobs.pattern.parse("2:4"), steps=10, rate=1e-2)
+    learned = learn(model, stream, tokens, everywhere(model), steps=10, rate=1e-2)
     assert same(weights_of(model), before)
     assert len(learned.history) == 11 and learned.history[-1] < learned.history[0]
     for R in filter(lambda R: R is not None, (learned.rotation.stream, *learned.rotation.values)):
@@ -270,8 +274,7 @@ def test_learned_bases_are_orthogonal_and_leave_the_model_alone(family):
 def test_compensated_scores_are_those_of_the_inverse():
     model, tokens = make_model("qwen2"), tokens_of()
     stream = folding.examine(model, tokens)
-    pattern = cuobs.pattern.parse("2:4")
-    found = learn(model, stream, tokens, pattern, steps=0, score="compensated", damp=0.1)
+    found = learn(model, stream, tokens, everywhere(model), steps=0, score="compensated", damp=0.1)
     depth, whole, pruned = len(stream.blocks), 0, 0.0
     eye = torch.eye(stream.width, dtype=torch.float64)
     folding.fold(model, stream, folding.Rotation(eye, (None,) * depth, ((),) * depth))
@@ -315,6 +318,22 @@ def test_permuted_columns_leave_the_function():
     assert found.permuted
     assert distance(logits(model, tokens), dense) < 1e-4
     assert share_of(model, tokens, "2:4") == pytest.approx(found.after, rel=1e-4)
+
+
+def test_layers_of_other_patterns_count_by_their_own():
+    model, tokens = make_model("llama"), tokens_of()
+    names = everywhere(model)
+    down = {n for n in names if "down" in n}
+    patterns = {n: "4:8" if n in down else "2:4" for n in names if "mlp" not in n or n in down}
+    found = rotate(model, tokens, patterns, steps=0)
+    assert found.pattern == "2:4, 4:8"
+    sizes = {n: m.weight.numel() for n, m in linears(model).items() if n in patterns}
+    parts = {}
+    for pattern in ("2:4", "4:8"):
+        mine = {n: p for n, p in patterns.items() if p == pattern}
+        again = rotate(make_model("llama"), tokens, mine, steps=0)
+        parts[pattern] = again.before * sum(sizes[n] for n in mine)
+    assert found.before == pytest.approx(sum(parts.values()) / sum(sizes.values()), rel=1e-5)
 
 
 def test_padding_enters_no_sum():
