@@ -10,6 +10,7 @@ import cuobs
 from cuobs import files, plotting
 
 TARGETS = ("mixed", "pruned", "dense")
+SAVE_DTYPES = ("float16", "bfloat16", "float32")
 CALIBRATION, TARGET = "Calibration", "Target and tuning"
 
 
@@ -24,6 +25,12 @@ def _share(ctx, parameter, value):
     if len(parts) not in (1, 2):
         raise click.BadParameter(f"found {value!r}, expected a number, or two as 0.25,0.75")
     return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+_trust = options.option(
+    "--trust-remote-code", is_flag=True, group=options.INPUT,
+    help="Run code that the model's folder holds, where it needs it.",
+)  # fmt: skip
 
 
 @click.command("prune-model", cls=options.RecipeCommand,
@@ -66,14 +73,18 @@ def _share(ctx, parameter, value):
 @options.output("--plot", metavar="F.png", help="Draw the loss by layer.")
 @options.option("--shard-size", default="5GB", group=options.OUTPUT,
                 help="Largest file of weights.")
+@options.option("--save-dtype", type=options.Name(SAVE_DTYPES), metavar="T", group=options.OUTPUT,
+                show_default="as in SRC, of a GGUF half precision",
+                help="Write the weights in " + ", ".join(SAVE_DTYPES) + ".")
+@_trust
 def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
-    plot, shard_size, tune_rate, batch_tokens, resume, **target,
+    plot, shard_size, save_dtype, trust_remote_code, tune_rate, batch_tokens, resume, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
-    Block by block, each fed by what is pruned so far. DST holds plain dense safetensors with exact
-    zeros, which opens wherever SRC does.
+    Block by block, each fed by what is pruned so far. DST holds all that SRC does, as plain dense
+    safetensors with exact zeros, which open wherever SRC's do.
     """
     common.one_layer(config)
     if plot:
@@ -90,7 +101,8 @@ def prune_model(
             src, dst, calibration,
             samples=samples, sequence_length=sequence_length, seed=seed,
             attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
-            shard_size=shard_size, resume=resume,
+            shard_size=shard_size, save_dtype=save_dtype, trust_remote_code=trust_remote_code,
+            resume=resume,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
             **common.given({**target, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
             **_arguments(config),
@@ -125,7 +137,8 @@ def _arguments(config):
 @options.option("--sequence-length", type=int, metavar="T", show_default="2048",
                 help="Tokens of a window.")
 @options.setting("device")
-def eval_model(folder, text, sequence_length, device):
+@_trust
+def eval_model(folder, text, sequence_length, device, trust_remote_code):
     """Measure the perplexity of the model in DIR (or a .gguf) on a text.
 
     The text is tokenised once and cut into windows without overlap, the tail is dropped; in each
@@ -133,8 +146,9 @@ def eval_model(folder, text, sequence_length, device):
     """
     models = _models()
     found, tokens = models.evaluate_folder(
-        folder, text, sequence_length, device=device, progress=_View().progress
-    )
+        folder, text, sequence_length, device=device, progress=_View().progress,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     click.echo(f"text        {text}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
     click.echo(f"perplexity  {found:.2f}")
 

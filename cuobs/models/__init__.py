@@ -10,10 +10,11 @@ except ImportError as error:
     ) from None
 
 from cuobs.models.calibration import load_tokens, tokenize
-from cuobs.models.checkpoint import load_masks, load_model
+from cuobs.models.checkpoint import load_masks
 from cuobs.models.distillation import DistillationReport, distill
 from cuobs.models.evaluate import Agreement, agreement, perplexity
 from cuobs.models.folder import evaluate_folder, prune_folder
+from cuobs.models.loading import load_model
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.rotation import RotationReport, rotate

@@ -1,16 +1,13 @@
-"""Checkpoints: read a model, keep finished blocks safe, write the pruned model.
+"""An unfinished run: what it began with, its finished blocks kept safe, the masks.
 
 While a model is being pruned its folder holds ``cuobs_incomplete.json`` and, in ``cuobs_blocks``,
 a file for each finished block. The marker goes last, when everything else is in its place.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict
-from functools import reduce
 
 import numpy as np
 import torch
@@ -19,166 +16,10 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files
+from cuobs.models.destination import sync
 from cuobs.models.report import BlockReport
+from cuobs.models.source import BLOCKS, MARKER, MASKS
 from cuobs.models.structure import linears
-
-MARKER = "cuobs_incomplete.json"
-BLOCKS = "cuobs_blocks"
-STAGING = "cuobs_staging"
-REPORT = "cuobs_report.json"
-MASKS = "cuobs_masks.safetensors"
-# What a killed run may leave of a file that was being written.
-LEFTOVER = ".cuobs_"
-
-# What a checkpoint's folder holds besides weights is copied, these aside.
-WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
-    ".onnx_data", ".tflite", ".index.json",
-)  # fmt: skip
-# What a config says of weights that are not plain floats.
-COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
-# How the names of a tokenizer's files begin.
-TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
-# Dtypes of safetensors that a model may be held in.
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-
-
-def find_source(src):
-    """The folder of a checkpoint and, if it is one, the name of its GGUF file.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        There is no such folder, or it holds no checkpoint.
-    """
-    src = os.fspath(src)
-    if os.path.isfile(src) and src.endswith(".gguf"):
-        return os.path.dirname(src) or ".", os.path.basename(src)
-    if not os.path.isdir(src):
-        raise FileNotFoundError(f"{src}: found no such folder, expected a checkpoint or a .gguf")
-    config = os.path.join(src, "config.json")
-    if os.path.isfile(config):
-        if unfinished(src):
-            raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
-        with open(config) as file:
-            try:
-                content = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{config}: found no JSON ({error})") from None
-        for key in COMPRESSED:
-            if key in content:
-                raise ValueError(f"{src}: found a {key}, expected plain weights in floating point")
-        return src, None
-    found = sorted(name for name in os.listdir(src) if name.endswith(".gguf"))
-    if unfinished(src):
-        raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
-    if len(found) != 1:
-        raise ValueError(f"{src}: found no config.json and {len(found)} .gguf files, expected one")
-    return src, found[0]
-
-
-def load_model(src):
-    """A causal language model from a checkpoint's folder or a GGUF, on the CPU.
-
-    In the dtype of the weights, whatever the config says, or in one that holds all of theirs.
-    Nothing is fetched from anywhere.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        It is no model that transformers opens, or lacks some of its weights.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder, gguf = find_source(src)
-    extra = {} if gguf is None else {"gguf_file": gguf}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_dtype(folder) if gguf is None else "auto", local_files_only=True,
-            output_loading_info=True, **extra,
-        )
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers and what it calls may raise
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ValueError(
-            f"{src}: found a model that does not open ({reason}), expected a causal language model "
-            "of transformers"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        # transformers fills them with random numbers
-        raise ValueError(
-            f"{src}: found no {missing[0]} ({len(missing)} tensors are missing), expected all "
-            "weights"
-        )
-    if gguf is not None:
-        # The weights are floats now; a config that still names GGUF would be refused.
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.is_quantized = False
-    return model.eval()
-
-
-def _dtype(folder):
-    """The dtype of the weights in a folder's safetensors; "auto" where there are none."""
-    index, names = os.path.join(folder, "model.safetensors.index.json"), {"model.safetensors"}
-    if os.path.isfile(index):
-        with open(index) as file:
-            names = set(json.load(file)["weight_map"].values())
-    found = set()
-    for name in names:
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            return "auto"
-        with safe_open(path, "pt") as stored:
-            found |= {stored.get_slice(key).get_dtype() for key in stored.keys()}
-    floats = [DTYPES[name] for name in found if name in DTYPES]
-    if not floats or any(name.startswith("F8") for name in found):
-        return "auto"
-    return reduce(torch.promote_types, floats)
-
-
-def load_tokenizer(src):
-    """The tokenizer of a checkpoint's folder or a GGUF."""
-    from transformers import AutoTokenizer
-
-    folder, gguf = find_source(src)
-    extra = {} if gguf is None else {"gguf_file": gguf}
-    try:
-        if gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(folder)):
-            raise ValueError("no file of one")  # transformers would make an empty one
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{src}: found no tokenizer that opens ({error}), expected one to read a text with; "
-            "tokens.npz:key needs none"
-        ) from None
-
-
-def check_destination(src, dst, resume):
-    """Refuse a folder that must not be written, before any work."""
-    dst = os.fspath(dst)
-    folder, gguf = find_source(src)
-    source, place = os.path.realpath(folder), os.path.realpath(dst)
-    if place == source or os.path.isdir(src) and place.startswith(source + os.sep):
-        raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
-    if os.path.exists(dst) and not os.path.isdir(dst):
-        raise FileExistsError(f"{dst}: found a file, expected a new folder")
-    if unfinished(dst) and not resume:
-        raise FileExistsError(
-            f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
-        )
-    present = os.path.isdir(dst) and [n for n in os.listdir(dst) if not n.startswith(LEFTOVER)]
-    if not unfinished(dst) and present:
-        what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
-        raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
-    os.makedirs(dst, exist_ok=True)
-    files.check_output(os.path.join(dst, MARKER), force=True)
-
-
-def unfinished(folder):
-    """Whether a folder holds a run that has begun and is not complete."""
-    return os.path.exists(os.path.join(folder, MARKER))
 
 
 def begin(folder, identity, resume):
@@ -247,7 +88,7 @@ def save_block(folder, index, prefix, block, masks, report, before):
     path = _block_path(folder, index)
     with files.replacing(path, force=True) as file:
         file.write(save(tensors, metadata))
-    _sync(os.path.dirname(path))
+    sync(os.path.dirname(path))
 
 
 def load_block(folder, index, prefix, block, before):
@@ -303,13 +144,12 @@ def unpack(packed, columns):
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
-def save_masks(path, masks):
-    """Write masks by the name of their linear, packed, with the number of columns of each."""
+def masks_file(masks):
+    """Masks by the name of their linear, packed, with the columns of each: a file's bytes."""
     tensors = {f"{name}.mask": pack(mask) for name, mask in masks.items()}
     columns = {f"{name}.mask": mask.shape[1] for name, mask in masks.items()}
-    with files.replacing(path, force=True) as file:
-        # One entry: safetensors writes several in no fixed order.
-        file.write(save(tensors, {"columns": json.dumps(columns, sort_keys=True)}))
+    # One entry: safetensors writes several in no fixed order.
+    return save(tensors, {"columns": json.dumps(columns, sort_keys=True)})
 
 
 def load_masks(path):
@@ -334,78 +174,5 @@ def load_masks(path):
         }
 
 
-def finish(src, dst, model, report, masks=None, shard_size=5 * 10**9):
-    """Write the pruned model and all that belongs to it, then take the marker away.
-
-    Parameters
-    ----------
-    src, dst : path
-    model : transformers.PreTrainedModel
-    report : ModelReport
-    masks : dict of tensor, optional
-    shard_size : int
-        Bytes of the largest file of weights.
-    """
-    staging = os.path.join(dst, STAGING)
-    shutil.rmtree(staging, ignore_errors=True)
-    if find_source(src)[1] is None:
-        # The source's own file is copied; one that contradicts itself could not be written.
-        model.generation_config = type(model.generation_config)()
-    try:
-        model.save_pretrained(staging, max_shard_size=shard_size)
-    except SafetensorError as error:
-        raise OSError(f"{dst}: found that the weights can't be written ({error})") from None
-    _copy_others(src, staging)
-    if masks is not None:
-        save_masks(os.path.join(staging, MASKS), masks)
-    files.write_text(os.path.join(staging, REPORT), report.to_json(), force=True)
-    mode = os.stat(os.path.join(staging, REPORT)).st_mode
-    for name in os.listdir(staging):
-        path = os.path.join(staging, name)
-        if name.endswith(WEIGHTS):
-            os.chmod(path, mode)  # safetensors makes files that their owner alone may read
-        _sync(path)
-    for name in os.listdir(dst):  # an earlier try may have left others, of another size
-        if name.startswith((LEFTOVER, "model")) and name.endswith((".tmp", *WEIGHTS)):
-            os.unlink(os.path.join(dst, name))
-    # The config comes last: without it nothing opens the folder as a model.
-    for name in sorted(os.listdir(staging), key=lambda n: n == "config.json"):
-        path = os.path.join(dst, name)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        os.replace(os.path.join(staging, name), path)
-    os.rmdir(staging)
-    _sync(dst)
-    os.unlink(os.path.join(dst, MARKER))
-    _sync(dst)
-    shutil.rmtree(os.path.join(dst, BLOCKS), ignore_errors=True)
-
-
-def _copy_others(src, staging):
-    """Tokenizer, config, generation and other files as they are in the source."""
-    folder, gguf = find_source(src)
-    if gguf is not None:
-        with contextlib.suppress(ValueError):
-            load_tokenizer(src).save_pretrained(staging)
-        return
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        wanted = [n for n in names if n not in (REPORT, MASKS) and not n.endswith(WEIGHTS)]
-        for name in wanted:
-            origin = os.path.join(place, name)
-            if not name.startswith(".") and os.path.exists(origin):  # a link may lead nowhere
-                target = os.path.join(staging, os.path.relpath(place, folder), name)
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                shutil.copyfile(origin, target)
-
-
 def _block_path(folder, index):
     return os.path.join(folder, BLOCKS, f"{index:05}.safetensors")
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,12 +2,13 @@
 
 import math
 import os
+import re
 from functools import partial
 
 import torch
 
 from cuobs import arrays, validation
-from cuobs.models import checkpoint
+from cuobs.models import loading
 from cuobs.models.calibration import (
     check_cut,
     check_file,
@@ -17,11 +18,24 @@ from cuobs.models.calibration import (
     longest_window,
     tokenize,
 )
+from cuobs.models.checkpoint import masks_file
+from cuobs.models.destination import changed_tensors, check_destination, finish
 from cuobs.models.evaluate import perplexity
+from cuobs.models.names import ignored, match
 from cuobs.models.prune import check_arguments, choose_device, prune_model
+from cuobs.models.source import (
+    HOLDERS,
+    MASKS,
+    REPORT,
+    find_source,
+    stored_tensors,
+    unfinished,
+)
+from cuobs.models.structure import find_blocks, linears
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
+SAVE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def prune_folder(
@@ -37,6 +51,8 @@ def prune_folder(
     resume=False,
     save_masks=False,
     shard_size="5GB",
+    save_dtype=None,
+    trust_remote_code=False,
     device="auto",
     say=None,
     progress=None,
@@ -50,10 +66,12 @@ def prune_folder(
     Parameters
     ----------
     src : path
-        A checkpoint of transformers, or a GGUF that transformers opens. Never written.
+        A checkpoint of transformers, the name of one in the Hub's cache, or a GGUF that
+        transformers opens. Never written.
     dst : path
-        A new or empty folder, or with ``resume`` that of an unfinished run. It holds plain dense
-        safetensors with exact zeros, tokenizer, config, and ``cuobs_report.json``.
+        A new or empty folder, or with ``resume`` that of an unfinished run. It holds the tensors
+        of SRC, by the same names, as plain dense safetensors with exact zeros where they are
+        pruned, all its further files, and ``cuobs_report.json``.
     calibration : str
         A text file, or ``tokens.npz:key``.
     samples : int
@@ -73,6 +91,11 @@ def prune_folder(
         Write ``cuobs_masks.safetensors`` too.
     shard_size : int or str
         The largest file of weights: bytes, or a size like "5GB".
+    save_dtype : {"float16", "bfloat16", "float32"}, optional
+        What the weights are written in. By default each in the dtype that it has; of a GGUF in
+        half precision unless its matrices are held in float32.
+    trust_remote_code : bool
+        Run the code that SRC holds, where its model needs it.
     device : {"auto", "cpu", "cuda"}
     say : callable, optional
         Called with lines of text: the protocol, what will be done, and what was found.
@@ -88,47 +111,33 @@ def prune_folder(
     ModelReport
     """
     say = say or (lambda line: None)
-    check_cut(samples, sequence_length)
-    validation.integer("seed", seed, low=0)
-    try:
-        shard_bytes = arrays.parse_size(shard_size)
-    except ValueError:
-        raise ValueError(
-            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
-        ) from None
+    source, shard_bytes, save_dtype = _check(
+        src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
+        shard_size, save_dtype,
+    )  # fmt: skip
     check_arguments(device=device, **options)
-    if attention_mask and not is_tokens(calibration):
-        raise ValueError(
-            f"attention_mask: found it with the text {calibration}, expected tokens.npz:key, whose "
-            "windows it belongs to"
-        )
-    for spec in (calibration, *evaluate, *([attention_mask] if attention_mask else ())):
-        check_file(spec)
-    checkpoint.check_destination(src, dst, resume)
+    if resume and not unfinished(dst):
+        say(f"resume       found no unfinished run in {dst}: a new one begins")
     place = choose_device(device)
-    model = checkpoint.load_model(src)
+    model = loading.load_model(source, trust_remote_code)
+    names = _names(source, model, options.get("skip"))
+    for line in _what_is_written(source, model, names, save_dtype):
+        say(line)
+    if source.gguf is not None and save_dtype is None:
+        save_dtype = loading.gguf_dtype(source)[0]
+
     tokenizer = None
     if not all(is_tokens(spec) for spec in (calibration, *evaluate)):
-        tokenizer = checkpoint.load_tokenizer(src)
-
-    def windows(spec, samples, length):
-        if is_tokens(spec):
-            found = load_tokens(spec, samples, length)
-        else:
-            found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
-        with validation.naming(spec):
-            return check_tokens(model, found)
-
-    tokens = windows(calibration, samples, sequence_length)
+        tokenizer = loading.load_tokenizer(source, trust_remote_code)
+    tokens = _windows(calibration, model, tokenizer, samples, sequence_length, seed)
     length = tokens.shape[1]
-    names = [os.path.basename(spec) for spec in evaluate]
-    names = names if len(set(names)) == len(names) else [os.fspath(spec) for spec in evaluate]
-    texts = {n: windows(spec, None, length) for n, spec in zip(names, evaluate, strict=True)}
-    mask = None
-    if attention_mask is not None:
-        mask = load_tokens(attention_mask, samples, length, kinds="biu")
+    texts = {
+        name: _windows(spec, model, tokenizer, None, length, seed)
+        for name, spec in zip(_short_names(evaluate), evaluate, strict=True)
+    }
+    mask = attention_mask and load_tokens(attention_mask, samples, length, kinds="biu")
     protocol = {
-        "source": os.fspath(src),
+        "source": source.name,
         "calibration": os.fspath(calibration),
         "windows": len(tokens),
         "length": length,
@@ -152,6 +161,7 @@ def prune_folder(
     before = {}
 
     def checked(report):
+        _rename(report, names)
         if starting:
             starting(report)
         before.update(measure("dense"))
@@ -161,13 +171,20 @@ def prune_folder(
                 "weights; a wider dtype may hold its activations"
             )
 
+    def done(report, blocks):
+        _rename(report, names)
+        if on_block:
+            on_block(report, blocks)
+
     masks = {} if save_masks else None
     try:
         report = prune_model(
             model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
             protocol=protocol, masks=masks, device=device, starting=checked,
-            drop_first_token=drop_first_token, on_block=on_block, **options,
+            drop_first_token=drop_first_token, on_block=done, **options,
         )  # fmt: skip
+        if save_dtype is not None:
+            model.to(save_dtype)  # what is measured is what is written
         after = measure("pruned")
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
@@ -175,11 +192,134 @@ def prune_folder(
             "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
-    checkpoint.finish(src, dst, model, report, masks, shard_bytes)
+    _write(source, dst, model, names, report, masks, save_dtype, shard_bytes)
     return report
 
 
-def evaluate_folder(folder, text, sequence_length=None, *, device="auto", progress=None):
+def _check(
+    src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
+    shard_size, save_dtype,
+):  # fmt: skip
+    """Refuse what is wrong whatever the weights are; the source, bytes and dtype of its files."""
+    check_cut(samples, sequence_length)
+    validation.integer("seed", seed, low=0)
+    try:
+        shard_bytes = arrays.parse_size(shard_size)
+    except ValueError:
+        raise ValueError(
+            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
+        ) from None
+    if save_dtype is not None:
+        validation.name_of("save_dtype", save_dtype, SAVE_DTYPES)
+        save_dtype = getattr(torch, save_dtype)
+    if attention_mask and not is_tokens(calibration):
+        raise ValueError(
+            f"attention_mask: found it with the text {calibration}, expected tokens.npz:key, whose "
+            "windows it belongs to"
+        )
+    for spec in (calibration, *evaluate, *([attention_mask] if attention_mask else ())):
+        check_file(spec)
+    source = find_source(src)
+    check_destination(source, dst, resume)
+    return source, shard_bytes, save_dtype
+
+
+def _windows(spec, model, tokenizer, samples, length, seed):
+    """Windows of a text or of a file of tokens, which the model can read."""
+    if is_tokens(spec):
+        found = load_tokens(spec, samples, length)
+    else:
+        found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
+    with validation.naming(spec):
+        return check_tokens(model, found)
+
+
+def _short_names(specs):
+    """The names of files without their folders, unless two are then alike."""
+    names = [os.path.basename(spec) for spec in specs]
+    return names if len(set(names)) == len(names) else [os.fspath(spec) for spec in specs]
+
+
+def _names(source, model, skip):
+    """The names that a model's tensors have in its files, by those that they have in memory.
+
+    Raises
+    ------
+    ValueError
+        A linear that would be pruned lies in the files in another form.
+    """
+    if source.gguf is not None:
+        return {name: name for name in model.state_dict()}
+    names = match(model, source, stored_tensors(source))
+    prefix, blocks = find_blocks(model)
+    for inner in linears(blocks):
+        name = f"{prefix}.{inner}"
+        if f"{name}.weight" not in names and not (skip and re.search(skip, name)):
+            raise ValueError(
+                f"{source.name}: found that {name} is put together from tensors of other shapes or "
+                "values when it is loaded, expected one that lies in the files as it is pruned; "
+                "--skip leaves it as it is"
+            )
+    return names
+
+
+def _what_is_written(source, model, names, save_dtype):
+    """Lines of text: the dtype of what is written, and what is carried over untouched."""
+    if source.gguf is not None:
+        dtype, kinds = loading.gguf_dtype(source)
+        dtype = str(save_dtype or dtype).removeprefix("torch.")
+        yield f"weights      {', '.join(kinds)} in {source.gguf}, written in {dtype}"
+        return
+    stored = stored_tensors(source)
+    if kept := ignored(stored, names, model):
+        size = sum(stored[name].nbytes for name in kept) / 2**20
+        yield (
+            f"carried over {len(kept)} tensors that {type(model).__name__} does not hold "
+            f"({size:.1f} MiB): {_some(kept)}"
+        )
+    if files := [name for name in source.carried if name.endswith(HOLDERS)]:
+        yield f"carried over {_some(files)}, as they are"
+    for why in dict.fromkeys(source.left_out.values()):
+        yield f"left out     {_some([n for n, w in source.left_out.items() if w == why])}: {why}"
+
+
+def _some(names, most=3):
+    """A few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _rename(report, names):
+    """Give the layers of a report the names that their tensors have in the files."""
+    for row in report.layers:
+        row.name = _file_name(row.name, names)
+    report.left = [_file_name(name, names) for name in report.left]
+
+
+def _file_name(linear, names):
+    return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
+
+
+def _write(source, dst, model, names, report, masks, save_dtype, shard_bytes):
+    config, extra = None, {}
+    if source.gguf is None:
+        changed = changed_tensors(model, source, names)
+        report.carried = ignored(stored_tensors(source), names, model)
+        report.left_out = source.left_out
+    else:
+        changed, config, extra = loading.as_checkpoint(model)
+    extra[REPORT] = report.to_json()
+    if masks is not None:
+        extra[MASKS] = masks_file({_file_name(name, names): m for name, m in masks.items()})
+    finish(
+        source, dst, changed, config=config, extra=extra, save_dtype=save_dtype,
+        shard_size=shard_bytes,
+    )  # fmt: skip
+
+
+def evaluate_folder(
+    folder, text, sequence_length=None, *, device="auto", progress=None, trust_remote_code=False
+):
     """The perplexity of the model of a folder (or a GGUF) on a text or on tokens.
 
     Returns
@@ -190,13 +330,13 @@ def evaluate_folder(folder, text, sequence_length=None, *, device="auto", progre
     place = choose_device(device)
     check_cut(None, sequence_length)
     check_file(text)
-    checkpoint.find_source(folder)
+    source = find_source(folder)
     if is_tokens(text):
         tokens = load_tokens(text, None, sequence_length)
-        model = checkpoint.load_model(folder)
+        model = loading.load_model(source, trust_remote_code)
     else:
-        tokenizer = checkpoint.load_tokenizer(folder)
-        model = checkpoint.load_model(folder)
+        tokenizer = loading.load_tokenizer(source, trust_remote_code)
+        model = loading.load_model(source, trust_remote_code)
         length = _default_length(model) if sequence_length is None else sequence_length
         tokens = tokenize(text, tokenizer, length)
     step = progress and partial(progress, "perplexity")

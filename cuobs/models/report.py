@@ -98,6 +98,10 @@ class ModelReport:
     blocks : list of BlockReport
     left : list of str
         Linears outside the blocks, which stay as they are.
+    carried : list of str
+        Tensors of the source that the loaded class does not hold, written as they are.
+    left_out : dict of str to str
+        Files of the source that are not written, and why.
     seconds : float
         Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
@@ -111,6 +115,8 @@ class ModelReport:
     protocol: dict
     blocks: list = field(default_factory=list)
     left: list = field(default_factory=list)
+    carried: list = field(default_factory=list)
+    left_out: dict = field(default_factory=dict)
     seconds: float = 0.0
     memory_predicted: int = 0
     memory_peak: int = 0

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cuobs.models.loading import empty_model
 from cuobs.models.structure import find_blocks, linears, oriented
 
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
@@ -57,12 +58,7 @@ def layer_shapes(source):
         raise FileNotFoundError(
             f"{source}: found no config.json, expected a checkpoint's folder or a shape MxK"
         )
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    _, blocks = find_blocks(model)
+    _, blocks = find_blocks(empty_model(source))
     shapes = [tuple(oriented(m).shape) for m in linears(blocks).values()]
     return list(dict.fromkeys(shapes))
 

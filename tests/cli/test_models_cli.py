@@ -118,7 +118,7 @@ def test_bad_input_is_refused_before_the_model_is_read(
     def never(src):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("cuobs.models.checkpoint.load_model", never)
+    monkeypatch.setattr("cuobs.models.loading.load_model", never)
     options = ["--calibration", f"{tokens_file}:calibration", "--device", "cpu", *change]
     result = cuobs("prune-model", source, tmp_path / "out", *options)
     assert result.exit_code == 2
@@ -154,7 +154,7 @@ def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cuobs.models.checkpoint.load_model", interrupt)
+        patch.setattr("cuobs.models.loading.load_model", interrupt)
         result = cuobs(*command)
         assert result.exit_code == 130 and "--resume" not in result.output
     monkeypatch.setattr(commands._View, "block", interrupt)

@@ -5,7 +5,7 @@ import pytest
 from small_models import make_source
 
 from cuobs.models import load_tokens, tokenize
-from cuobs.models.checkpoint import load_tokenizer
+from cuobs.models.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,208 @@
+"""Open the model and the tokenizer of a checkpoint: nothing is fetched, no code of it is run."""
+
+import json
+import os
+from functools import reduce
+
+import torch
+
+from cuobs.models.source import FLOATS, Source, find_source, read_config, stored_tensors
+
+# How the names of a tokenizer's files begin.
+TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+DTYPES = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+def load_model(src, trust_remote_code=False):
+    """The model of a checkpoint's folder or of a GGUF, on the CPU.
+
+    Of the class that the config names (``architectures``), and in the dtype of the weights,
+    whatever the config says of that, or in one that holds all of theirs.
+
+    Parameters
+    ----------
+    src : path or Source
+        See `cuobs.models.source.find_source`.
+    trust_remote_code : bool
+        Run the code that the folder holds, where its model needs it.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It is no model that transformers opens, lacks some of its weights, or needs code of its
+        own to run.
+    """
+    source = find_source(src)
+    extra = {"gguf_file": source.gguf, "dtype": "auto"}
+    if source.gguf is None:
+        extra = {"dtype": weights_dtype(stored_tensors(source))}
+    found = model_class(source, trust_remote_code)
+    try:
+        model, info = found.from_pretrained(
+            source.folder, local_files_only=True, output_loading_info=True,
+            trust_remote_code=trust_remote_code, **extra,
+        )  # fmt: skip
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and what it calls may raise
+        raise ValueError(
+            f"{source.name}: found a model that does not open ({_reason(error)}), expected a "
+            "causal language model of transformers"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers
+        raise ValueError(
+            f"{source.name}: found no {missing[0]} ({len(missing)} tensors are missing), expected "
+            "all weights"
+        )
+    if source.gguf is not None:
+        # The weights are floats now; a config that still names GGUF would be refused.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.eval()
+
+
+def empty_model(folder, trust_remote_code=False):
+    """The model of a folder's ``config.json`` without its weights, on the meta device."""
+    from transformers import AutoConfig
+
+    source = Source(folder, folder, config=read_config(os.path.join(folder, "config.json")))
+    found = model_class(source, trust_remote_code)
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **options)
+    with torch.device("meta"):
+        return found(config) if hasattr(found, "forward") else found.from_config(config)
+
+
+def model_class(source, trust_remote_code=False):
+    """The class that opens a checkpoint: the one that its config names.
+
+    Raises
+    ------
+    ValueError
+        It is no class of transformers, or an encoder with a decoder.
+    """
+    import transformers
+
+    names = source.config.get("architectures") or []
+    if source.gguf is not None or not names:
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        if "auto_map" not in source.config:
+            raise ValueError(
+                f"{source.name}: found the architecture {names[0]}, which transformers "
+                f"{transformers.__version__} does not have, expected one that it has"
+            )
+        if not trust_remote_code:
+            raise ValueError(
+                f"{source.name}: found a model that runs code of its own ({names[0]}), expected "
+                "trust_remote_code (--trust-remote-code) from who trusts it"
+            )
+        return transformers.AutoModelForCausalLM
+    if source.config.get("is_encoder_decoder") and "CausalLM" not in names[0]:
+        raise ValueError(
+            f"{source.name}: found {names[0]}, an encoder with a decoder, expected a causal "
+            "language model"
+        )
+    return found
+
+
+def weights_dtype(stored):
+    """The dtype that holds all floating-point tensors of a checkpoint.
+
+    Parameters
+    ----------
+    stored : dict of str to Stored
+
+    Returns
+    -------
+    torch.dtype
+    """
+    found = {DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOATS}
+    return reduce(torch.promote_types, found) if found else torch.float32
+
+
+def gguf_dtype(source):
+    """The dtype to save the weights of a GGUF in: bytes of it, or near them.
+
+    That of its matrices where none is quantised. Else half precision, which holds what few bits
+    stand for: float16 where it has matrices in it, bfloat16 otherwise, whose range suits most
+    models.
+
+    Returns
+    -------
+    dtype : torch.dtype
+    kinds : list of str
+        What the matrices are held in.
+    """
+    from gguf import GGUFReader
+
+    kinds = {t.tensor_type.name for t in GGUFReader(source.path(source.gguf)).tensors
+             if len(t.shape) > 1}  # fmt: skip
+    plain = {name: DTYPES[name] for name in kinds if name in FLOATS}
+    if kinds == plain.keys() and plain:
+        return reduce(torch.promote_types, plain.values()), sorted(kinds)
+    return torch.float16 if "F16" in kinds else torch.bfloat16, sorted(kinds)
+
+
+def as_checkpoint(model):
+    """What a model that came out of a GGUF is as a checkpoint of transformers.
+
+    Returns
+    -------
+    tensors : dict of str to tensor
+        Each once, where several names share one.
+    config : dict
+    files : dict of str to str
+        Further files by name.
+    """
+    seen, tensors = set(), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor.detach()
+        seen.add(id(tensor))
+    config = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    generation = model.generation_config.to_json_string()
+    return tensors, config, {"generation_config.json": generation}
+
+
+def load_tokenizer(src, trust_remote_code=False):
+    """The tokenizer of a checkpoint's folder or of a GGUF.
+
+    Raises
+    ------
+    ValueError
+        There is none that opens without code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(src)
+    extra = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        names = os.listdir(source.folder)
+        if source.gguf is None and not any(n.startswith(TOKENIZER) for n in names):
+            raise ValueError("no file of one")  # transformers would make an empty one
+        return AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            error = "it runs code of its own, which trust_remote_code (--trust-remote-code) allows"
+        raise ValueError(
+            f"{source.name}: found no tokenizer that opens ({error}), expected one to read a text "
+            "with; tokens.npz:key needs none"
+        ) from None
+
+
+def _reason(error):
+    return str(error).strip().partition("\n")[0][:200]

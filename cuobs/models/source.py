@@ -1,0 +1,386 @@
+"""What a checkpoint's folder holds: its config, the tensors that it stores, its further files.
+
+Only headers are read here, and neither PyTorch nor transformers is imported for safetensors.
+"""
+
+import contextlib
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# A run that has begun and is not complete; it goes last, when everything else is in its place.
+MARKER = "cuobs_incomplete.json"
+BLOCKS = "cuobs_blocks"
+REPORT = "cuobs_report.json"
+MASKS = "cuobs_masks.safetensors"
+# How a file begins that a killed run may leave, written by halves.
+LEFTOVER = ".cuobs_"
+
+# The weights that transformers looks for, in its order: the index of several files, or one.
+CHECKPOINTS = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+INDEX = ".index.json"
+HOLDERS = (".safetensors", ".bin", ".pt", ".pth")
+# The same weights for other programs: they would go on being dense beside the pruned ones.
+OTHER_FORMS = (
+    ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite", ".h5.index.json",
+    ".msgpack.index.json",
+)  # fmt: skip
+
+# What a config says of weights that are not plain floats, and files that say so beside it.
+COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
+COMPRESSED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Tensors that stand beside codes: without them the codes are no weights.
+SCALES = re.compile(
+    r"(^|\.)(((weight|input|output|activation|[kvq]|kv|prob)_scale(_\w+)?)|qweight|qzeros|g_idx|"
+    r"scales|weight_(packed|zero_point|shape)|absmax|quant_map|SCB|weight\.(absmax|quant\w*))"
+    r"(\.|$)"
+)
+# Bytes of an element, by the names that safetensors gives to dtypes.
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
+    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes
+    ----------
+    file : str
+        Inside the folder.
+    dtype : str
+        As safetensors names it: "BF16", "F32", ...
+    shape : tuple of int
+    """
+
+    file: str
+    dtype: str
+    shape: tuple
+
+    @property
+    def nbytes(self):
+        """Bytes of its elements."""
+        count = BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is read.
+
+    Attributes
+    ----------
+    name : str
+        As it was asked for: a folder, a .gguf, or a name of the Hub.
+    folder : str
+        Where it lies.
+    gguf : str or None
+        The file inside the folder, where it is one.
+    config : dict
+        What ``config.json`` says; nothing for a GGUF.
+    weights : tuple of str
+        Files that hold the model's tensors, inside the folder.
+    carried : tuple of str
+        All other files that belong to the model, inside the folder.
+    left_out : dict of str to str
+        Files that do not, and why.
+    """
+
+    name: str
+    folder: str
+    gguf: str | None = None
+    config: dict = field(default_factory=dict)
+    weights: tuple = ()
+    carried: tuple = ()
+    left_out: dict = field(default_factory=dict)
+
+    @property
+    def in_safetensors(self):
+        """Whether the tensors lie in safetensors, whose headers are read without PyTorch."""
+        return all(name.endswith(".safetensors") for name in self.weights)
+
+    def path(self, name):
+        """A file of the folder."""
+        return os.path.join(self.folder, name)
+
+
+def find_source(src):
+    """Look at a checkpoint without reading weights.
+
+    Parameters
+    ----------
+    src : path or Source
+        A folder, a .gguf, or the name of a model (``owner/name``) in the cache of the Hub.
+
+    Returns
+    -------
+    Source
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder and no such model in the cache.
+    ValueError
+        It holds no checkpoint, an unfinished one, one whose weights are no plain floats, or
+        something that can't be copied.
+    """
+    if isinstance(src, Source):
+        return src
+    src = os.fspath(src)
+    if os.path.isfile(src) and src.endswith(".gguf"):
+        return Source(src, os.path.dirname(src) or ".", os.path.basename(src))
+    folder = src if os.path.isdir(src) else _cached(src)
+    if unfinished(folder):
+        raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        found = sorted(name for name in os.listdir(folder) if name.endswith(".gguf"))
+        if len(found) != 1:
+            raise ValueError(
+                f"{src}: found no config.json and {len(found)} .gguf files, expected one"
+            )
+        return Source(src, folder, found[0])
+    config = read_config(path)
+    _refuse_quantized(src, folder, config)
+    weights = _weight_files(src, folder)
+    carried, left_out = _sort_files(src, folder, weights)
+    return Source(src, folder, None, config, weights, carried, left_out)
+
+
+def unfinished(folder):
+    """Whether a folder holds a run that has begun and is not complete."""
+    return os.path.exists(os.path.join(folder, MARKER))
+
+
+def stored_tensors(source):
+    """The tensors that a checkpoint stores, from the headers of its files.
+
+    Parameters
+    ----------
+    source : Source
+
+    Returns
+    -------
+    dict of str to Stored
+        In the order in which they lie there; empty for a GGUF.
+
+    Raises
+    ------
+    ValueError
+        A file is damaged, or a weight is quantised.
+    """
+    found = {}
+    for name in source.weights:
+        for key, dtype, shape in _header(source, name):
+            found[key] = Stored(name, dtype, shape)
+    _refuse_codes(source, found)
+    return found
+
+
+def _cached(src):
+    """The folder of a model in the cache of the Hub, which is not asked."""
+    form = re.fullmatch(r"[\w.-]+/[\w.-]+", src)
+    if form and not src.startswith("."):
+        try:
+            from huggingface_hub import try_to_load_from_cache
+        except ImportError:
+            found = None
+        else:
+            found = try_to_load_from_cache(src, "config.json")
+        if isinstance(found, str):
+            return os.path.dirname(found)
+    cached = ", or the name of a model in the Hub's cache" if form else ""
+    raise FileNotFoundError(
+        f"{src}: found no such folder, expected a checkpoint or a .gguf{cached}"
+    )
+
+
+def read_config(path):
+    """A ``config.json`` as a dict."""
+    with open(path, "rb") as file:
+        try:
+            config = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: found no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: found {type(config).__name__}, expected a config of a model")
+    return config
+
+
+def _refuse_quantized(src, folder, config):
+    """Refuse weights that are said to be codes: pruning them as numbers would ruin them."""
+    for place in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in COMPRESSED:
+            if place.get(key):
+                raise ValueError(
+                    f"{src}: found a {key}, expected plain weights in floating point"
+                )
+    for name in COMPRESSED_FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            raise ValueError(f"{src}: found {name}, expected plain weights in floating point")
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(
+            f"{src}: found an adapter (adapter_config.json), expected a model into which it is "
+            "merged"
+        )
+
+
+def _refuse_codes(source, stored):
+    for name, tensor in stored.items():
+        code = tensor.dtype not in BYTES  # float8 and smaller
+        integer = name.endswith(".weight") and tensor.dtype[0] in "IU" and len(tensor.shape) > 1
+        if code or integer or SCALES.search(name):
+            raise ValueError(
+                f"{source.name}: found {name} ({tensor.dtype}), quantised, expected plain weights "
+                "in floating point"
+            )
+
+
+def _weight_files(src, folder):
+    """The files that transformers reads a model's weights from."""
+    for name in CHECKPOINTS:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        if not name.endswith(INDEX):
+            return (name,)
+        with open(path, "rb") as file:
+            try:
+                names = dict.fromkeys(json.load(file)["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise ValueError(f"{path}: found no index of weights, expected one") from None
+        for shard in names:
+            if not os.path.isfile(os.path.join(folder, shard)):
+                raise ValueError(
+                    f"{src}: found a model that does not open ({shard} is missing), expected all "
+                    f"files of {name}"
+                )
+        return tuple(names)
+    raise ValueError(f"{src}: found no weights, expected {CHECKPOINTS[0]} or {CHECKPOINTS[2]}")
+
+
+def _sort_files(src, folder, weights):
+    """The files beside the weights: those that are carried over, and why others are not."""
+    carried, left_out, main = [], {}, None
+    for name in _walk(src, folder):
+        path = os.path.join(folder, name)
+        base = os.path.basename(name)
+        if name in weights or name in CHECKPOINTS and name.endswith(INDEX):
+            continue
+        if name in (REPORT, MASKS):
+            left_out[name] = "of an earlier run"
+        elif not os.path.exists(path):
+            left_out[name] = "a link that leads nowhere"
+        elif base.endswith(OTHER_FORMS) or base.startswith("consolidated"):
+            left_out[name] = "another form of the weights"
+        elif base.endswith(".safetensors"):
+            main = _names(folder, weights) if main is None else main
+            mine = _names(folder, (name,))
+            if mine and mine <= main:
+                left_out[name] = "the same tensors again"
+            else:
+                carried.append(name)
+        elif name in CHECKPOINTS or re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name):
+            left_out[name] = "another form of the weights"
+        else:
+            carried.append(name)
+    return tuple(carried), left_out
+
+
+def _names(folder, names):
+    """Names and shapes of the tensors of safetensors files, as far as they can be read."""
+    found = set()
+    for name in names:
+        if name.endswith(".safetensors"):
+            with contextlib.suppress(ValueError):
+                found |= {(key, shape) for key, _, shape in safetensors_header(folder, name)}
+    return found
+
+
+def _walk(src, folder):
+    """Names of all files in a folder and the folders inside it, hidden ones apart."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        outside = os.path.realpath(os.path.dirname(place))
+        if place != folder and (outside + os.sep).startswith(os.path.realpath(place) + os.sep):
+            raise ValueError(f"{src}: found {place} inside itself, expected no circle of links")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            if name.startswith("."):
+                continue
+            if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(
+                    f"{path}: found something that is neither a file nor a folder, expected none "
+                    "in a checkpoint"
+                )
+            yield os.path.relpath(path, folder)
+
+
+def _header(source, name):
+    if name.endswith(".safetensors"):
+        try:
+            return safetensors_header(source.folder, name)
+        except ValueError as error:
+            raise ValueError(
+                f"{source.name}: found a model that does not open ({error}), expected whole weights"
+            ) from None
+    return _torch_header(source, name)
+
+
+def safetensors_header(folder, name):
+    """Names, dtypes and shapes of a safetensors file, in the order of its bytes."""
+    path = os.path.join(folder, name)
+    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        rows = sorted((*e["data_offsets"], key, e["dtype"], e["shape"]) for key, e in
+                      entries.items())  # fmt: skip
+        end = max((row[1] for row in rows), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{name} is damaged or no safetensors file") from None
+    if 8 + length + end > size:
+        raise ValueError(f"{name} is truncated")
+    return [(key, dtype, tuple(shape)) for _, _, key, dtype, shape in rows]
+
+
+def _torch_header(source, name):
+    """Names, dtypes and shapes of a file of torch.save, without its numbers."""
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(source.path(name), map_location="meta", weights_only=True)
+        content = content.get("state_dict", content)
+        tensors = {key: tensor for key, tensor in content.items() if torch.is_tensor(tensor)}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"{source.name}: found a model that does not open ({name}: {reason}), expected whole "
+            "weights"
+        ) from None
+    return [(key, torch_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()]
+
+
+def torch_name(dtype):
+    """What safetensors calls a dtype of PyTorch; other names for those that it does not hold."""
+    name = str(dtype).removeprefix("torch.")
+    known = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"}
+    plain = re.fullmatch(r"(float|int|uint)(16|32|64|8)", name)
+    return known.get(name) or (plain and f"{plain[1][0].upper()}{plain[2]}") or name
+
