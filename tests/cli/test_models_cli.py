@@ -130,6 +130,7 @@ def test_choices_and_defaults_are_those_of_the_library():
     from cuobs.models import folder, targets
 
     assert set(commands.TARGETS) == set(targets.TARGETS)
+    assert commands.SAVE_DTYPES == folder.SAVE_DTYPES
     given = {p.name: p.default for p in commands.prune_model.params}
     assert given["samples"] == folder.DEFAULT_SAMPLES
 
