@@ -5,7 +5,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-expected = {f"cuobs/ops/cuda/{path.name}" for path in Path("cuobs/ops/cuda").glob("*.cu*")}
+expected = {str(path) for path in Path("cuobs").rglob("*.cu*")}
 for archive in sys.argv[1:]:
     if archive.endswith(".whl"):
         names = set(zipfile.ZipFile(archive).namelist())

@@ -33,16 +33,16 @@ def compile_here():
     """Compile with the NVRTC of this environment, a process a core."""
     from cupy.cuda import nvrtc
 
-    from cuobs.ops import cuda
+    from cuobs.ops.cuda import loader
 
-    variants = sorted({(file, cuda.options(defines)) for file, defines in cuda.variants()})
-    missing = set(cuda.sources()) - {file for file, _ in variants}
+    variants = sorted({(source, loader.options(macros)) for source, macros in loader.variants()})
+    missing = set(loader.sources()) - {source for source, _ in variants}
     if missing:
-        raise SystemExit(f"no variants are listed for {', '.join(sorted(missing))}")
+        raise SystemExit(f"no variants are listed for {', '.join(map(str, sorted(missing)))}")
     # Types do not depend on the architecture: double once is enough.
     jobs = [
-        (file, options, architecture)
-        for file, options in variants
+        (source, options, architecture)
+        for source, options in variants
         for architecture in ARCHITECTURES
         if architecture == "sm_90" or "-DREAL=double" not in options
     ]
@@ -58,12 +58,12 @@ def compile_one(job):
     """What is wrong with one program, or an empty text."""
     from cupy.cuda import nvrtc
 
-    from cuobs.ops import cuda
+    from cuobs.ops.cuda import loader
 
-    file, options, architecture = job
+    source, options, architecture = job
     include = [f"-I{path}" for path in _include_folders()]
-    program = nvrtc.createProgram(cuda.source(file), file, (), ())
-    name = f"{file} {' '.join(options)} for {architecture}"
+    program = nvrtc.createProgram(loader.text(source), source.name, (), ())
+    name = f"{source.name} {' '.join(options)} for {architecture}"
     try:
         nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))
         return "" if nvrtc.getCUBIN(program) else f"{name}: no machine code came out"

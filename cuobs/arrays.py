@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 DEVICES = ("auto", "cpu", "cuda")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -225,42 +224,6 @@ class _Stream(NamedTuple):
 
     def __cuda_stream__(self):
         return 0, self.pointer
-
-
-@contextlib.contextmanager
-def tensor_cores(xp, allowed):
-    """Whether float32 products of CuPy's matmul and of `cuobs.ops.gemm` may run on tensor cores.
-
-    There they are done in tf32, or in float16 where a caller asks for it.
-    """
-    if xp is np:
-        yield
-        return
-    from cupy._core import _routines_linalg as linalg
-
-    before = linalg.get_compute_type(np.dtype("float32"))
-    mode = linalg.COMPUTE_TYPE_TF32 if allowed else linalg.COMPUTE_TYPE_FP32
-    linalg.set_compute_type(np.dtype("float32"), mode)
-    try:
-        yield
-    finally:
-        linalg.set_compute_type(np.dtype("float32"), before)
-
-
-def one_blas_thread():
-    """A context in which NumPy's and SciPy's BLAS take one thread each.
-
-    Their pools fight over the same cores: one spins while it waits for work, the other computes.
-    """
-    return _blas().limit(limits=1, user_api="blas")
-
-
-@lru_cache(maxsize=1)
-def _blas():
-    import scipy.linalg  # noqa: F401
-
-    # Loaded libraries are looked up once; that takes longer than a small factorisation.
-    return ThreadpoolController()
 
 
 def synchronize(xp):

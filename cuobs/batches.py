@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cuobs.arrays import one_blas_thread
+from cuobs import blas
 
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
 CPU_ROWS = 16
@@ -38,7 +38,7 @@ class Workspace(threading.local):
         self.buffers.clear()
 
 
-def run_batches(function, count, problem, bytes_per_row, unit=1):
+def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
     """Call ``function(start, stop)`` on ranges that cover 0 to count.
 
     Parameters
@@ -54,6 +54,8 @@ def run_batches(function, count, problem, bytes_per_row, unit=1):
     unit : int
         On a GPU ranges hold a multiple of so many row groups where memory allows, so that none is
         computed in smaller company than another; they may overlap then.
+    most : int, optional
+        Row groups that a range may hold on a GPU.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def run_batches(function, count, problem, bytes_per_row, unit=1):
     """
     settings, xp = problem.settings, problem.xp
     if xp is not np:
-        _run_on_device(function, count, problem, bytes_per_row, unit)
+        _run_on_device(function, count, problem, bytes_per_row, unit, most or count)
         return
     workers = settings.workers or os.cpu_count() or 1
     fit = min(problem.free_bytes() // workers, CPU_BYTES) // max(1, bytes_per_row)
@@ -70,7 +72,7 @@ def run_batches(function, count, problem, bytes_per_row, unit=1):
     _share(function, count, rows, workers, settings)
 
 
-def _run_on_device(function, count, problem, bytes_per_row, unit):
+def _run_on_device(function, count, problem, bytes_per_row, unit, most):
     settings, xp = problem.settings, problem.xp
     pool = xp.get_default_memory_pool()
     pool.free_all_blocks()
@@ -80,7 +82,7 @@ def _run_on_device(function, count, problem, bytes_per_row, unit):
     else:
         free = min(free, settings.memory_limit - pool.used_bytes() - GPU_LIBRARIES)
     rows = -(-(settings.batch_rows or GPU_ROWS) // unit) * unit
-    rows = _whole(min(rows, max(1, free // bytes_per_row), count), unit)
+    rows = _whole(min(rows, max(1, free // bytes_per_row), count, most), unit)
     start = 0
     while start < count:
         stop = min(start + rows, count)
@@ -111,7 +113,7 @@ def _share(function, count, rows, workers, settings):
     """Spread ranges over threads, each with one BLAS thread: on small products more of them wait
     for each other longer than they compute."""
     ranges = [(a, min(a + rows, count)) for a in range(0, count, rows)]
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+    with blas.one_thread(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, *limits) for limits in ranges]
         try:
             for (_, stop), future in zip(ranges, futures, strict=True):

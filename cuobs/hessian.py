@@ -53,7 +53,7 @@ class Hessian:
         validation.name_of("precision", precision, ("tensor", "fp32"))
         self._dtype = np.dtype(dtype)
         self._xp = arrays.choose(device)
-        self._tensor = precision == "tensor"
+        self._precision = precision
         # Sum and tokens are replaced in one assignment: no interrupt comes between them.
         self._state = None, 0
 
@@ -98,9 +98,9 @@ class Hessian:
         done = 0
         # Whether the sums are finite is looked at afterwards.
         quiet = np.errstate(over="ignore", invalid="ignore")
-        with arrays.tensor_cores(self._xp, self._tensor), quiet:
+        with quiet:
             for piece in arrays.pieces(X, self._xp, rows):
-                add_gram(piece, total, half=self._tensor)
+                add_gram(piece, total, self._precision)
                 done += len(piece)
                 if progress:
                     progress(done, len(X))

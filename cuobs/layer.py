@@ -108,23 +108,22 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
 def _apply(recipe, settings, goal, H, layout):
     """Mask, weights and costs, in the weight's own order, as a recipe's method finds them."""
     xp = arrays.namespace(H)
-    with arrays.tensor_cores(xp, settings.precision == "tensor"):
-        problem = Problem.build(goal, H, layout, recipe.damp, settings)
-        if recipe.exact:
-            problem.check_definite()
-        pruned = recipe.entry.function(problem, **recipe.options)
-        problem.check_factored()
-        new = pruned.weight
-        if new is None and not recipe.exact:
-            raise TypeError(
-                f"method: found no weights from {recipe.method}, expected some, or resolves=True"
-            )
-        if recipe.exact:
-            new = resolve(problem, pruned.mask, new)
-        new = problem.unscaled(new)
+    problem = Problem.build(goal, H, layout, recipe.damp, settings)
+    if recipe.exact:
+        problem.check_definite()
+    pruned = recipe.entry.function(problem, **recipe.options)
+    problem.check_factored()
+    new = pruned.weight
+    if new is None and not recipe.exact:
+        raise TypeError(
+            f"method: found no weights from {recipe.method}, expected some, or resolves=True"
+        )
+    if recipe.exact:
+        new = resolve(problem, pruned.mask, new)
+    new = problem.unscaled(new)
     cost = pruned.cost
     if cost is not None:
-        cost = cost[xp.asarray(np.argsort(layout.rows.ravel()))].astype("float64")
+        cost = cost[xp.asarray(np.argsort(layout.row_order.ravel()))].astype("float64")
         cost *= problem.cost_unit
     return permute_back(pruned.mask, layout), permute_back(new, layout), cost
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_symmetric
+from cuobs.ops.products import gemm, matmul
 
 # Share of the whole energy that rounding may take off none at all.
 ROUNDING = 1e-3
@@ -74,8 +75,8 @@ def output_energy(D, H):
     energy = 0.0
     for a in range(0, K, width):
         part = D[:, a : a + width]
-        product = part @ (0.5 * H[a : a + width, a : a + width])
+        product = matmul(part, 0.5 * H[a : a + width, a : a + width])
         if a:
-            product += D[:, :a] @ H[:a, a : a + width]
+            gemm(D[:, :a], H[:a, a : a + width], product, beta=1)
         energy += 2 * float((product * part).sum(dtype="float64"))
     return energy

@@ -98,7 +98,7 @@ class Pattern:
     >>> print(pairs)
     view=(M,K):(K,1) block=(1,2) scope=(1,4) keep=2
     >>> layout = pairs.compile(2, 16)
-    >>> layout.columns
+    >>> layout.column_order
     array([[ 0,  1,  2,  3,  4,  5,  6,  7],
            [ 8,  9, 10, 11, 12, 13, 14, 15]])
     >>> layout.blocks
@@ -161,24 +161,31 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A pattern compiled for one shape.
+    """A pattern compiled for one shape: m row groups of r rows, n column groups of c columns.
+
+    A scope is where a row group and a column group meet.
 
     Attributes
     ----------
-    rows : ndarray of int, shape (R, r)
-        Rows of the weight, by row group; a scope spans the r rows of a group.
-    columns : ndarray of int, shape (G, c)
-        Columns of the weight, by column group; a scope spans the c columns of a group.
+    row_order : ndarray of int, shape (m, r)
+        Rows of the weight, by row group.
+    column_order : ndarray of int, shape (n, c)
+        Columns of the weight, by column group.
     blocks : ndarray of int, shape (r, c)
-        Block that each element of a scope belongs to, the same for every scope.
+        Block that each element of a scope belongs to, the same for every scope. None of these
+        arrays can be written to: a layout is shared by all who compile its pattern.
     keep : int
         Blocks that each scope keeps.
     """
 
-    rows: np.ndarray
-    columns: np.ndarray
+    row_order: np.ndarray
+    column_order: np.ndarray
     blocks: np.ndarray
     keep: int
+
+    def __post_init__(self):
+        for name in ("row_order", "column_order", "blocks"):
+            object.__setattr__(self, name, _read_only(np.array(getattr(self, name))))
 
     @classmethod
     def plain(cls, M, K):
@@ -188,9 +195,29 @@ class Layout:
     @property
     def shape(self):
         """Shape (M, K) of the weight."""
-        return self.rows.size, self.columns.size
+        return self.row_order.size, self.column_order.size
 
     @property
+    def row_groups(self):
+        """Row groups m of the weight."""
+        return self.row_order.shape[0]
+
+    @property
+    def rows(self):
+        """Rows r of a scope."""
+        return self.row_order.shape[1]
+
+    @property
+    def column_groups(self):
+        """Column groups n of the weight."""
+        return self.column_order.shape[0]
+
+    @property
+    def columns(self):
+        """Columns c of a scope."""
+        return self.column_order.shape[1]
+
+    @cached_property
     def n_blocks(self):
         """Blocks in a scope."""
         return int(self.blocks.max()) + 1
@@ -210,19 +237,24 @@ class Layout:
         """
         blocks = range(self.n_blocks)
         size = self.n_blocks - self.keep if self.enumerated else 1
-        return np.stack(
+        return _read_only(np.stack(
             [np.isin(blocks, pruned) for pruned in itertools.combinations(blocks, size)], axis=1
-        )
+        ))
 
     @cached_property
     def candidates(self):
         """The masks to choose from, by element: bool, shape (n, r, c), True = pruned."""
-        return self.candidate_blocks.T[:, self.blocks]
+        return _read_only(self.candidate_blocks.T[:, self.blocks])
 
     @property
     def enumerated(self):
         """Whether a scope has few enough masks to try them all."""
         return math.comb(self.n_blocks, self.keep) <= MAX_CANDIDATES
+
+
+def _read_only(array):
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(frozen=True)
@@ -273,9 +305,10 @@ def verify(W, pattern):
     if W.ndim != 2:
         raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")
     layout = parse(pattern).compile(*W.shape)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
-    nonzero = (W != 0)[xp.asarray(layout.rows.ravel())][:, xp.asarray(layout.columns.ravel())]
-    nonzero = nonzero.reshape(R, r, G, c).transpose(0, 2, 1, 3).reshape(R, G, r * c)
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    nonzero = (W != 0)[xp.asarray(layout.row_order.ravel())]
+    nonzero = nonzero[:, xp.asarray(layout.column_order.ravel())]
+    nonzero = nonzero.reshape(m, r, n, c).transpose(0, 2, 1, 3).reshape(m, n, r * c)
     used = xp.stack(
         [nonzero[:, :, xp.asarray(np.flatnonzero(layout.blocks.ravel() == b))].any(2)
          for b in range(layout.n_blocks)]
@@ -284,8 +317,8 @@ def verify(W, pattern):
     first = None
     if len(broken):
         row, column = (int(v) for v in broken[0])
-        first = int(layout.rows[row, 0]), int(layout.columns[column, 0])
-    return Verification(len(broken), R * G, first)
+        first = int(layout.row_order[row, 0]), int(layout.column_order[column, 0])
+    return Verification(len(broken), m * n, first)
 
 
 _N_M = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:x([0-9]{1,9}))?")

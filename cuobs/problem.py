@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays
-from cuobs.ops import cholesky
+from cuobs.ops import factors
 from cuobs.ops.selection import factor_scope_blocks
 
 # Largest targets and mean diagonals of Hessians that are left as they are.
@@ -81,8 +81,8 @@ class Problem:
         settings : Settings
         """
         xp = arrays.namespace(H)
-        W = permute(W, layout)
-        columns = layout.columns.ravel()
+        W = xp.ascontiguousarray(permute(W, layout))
+        columns = layout.column_order.ravel()
         H = H.copy() if _ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
         diagonal = H.diagonal().copy()
         dead = diagonal == 0
@@ -118,10 +118,16 @@ class Problem:
         """Weights in terms of 1 again."""
         return weight if self.weight_unit == 1 else weight * self.weight_unit
 
+    @property
+    def precision(self):
+        """How a GPU multiplies float32: "tensor" or "fp32"."""
+        return self.settings.precision
+
     def by_scope(self, array):
-        """A view (c, R, r, G) of an (M, K) array: place in the scope first."""
-        (R, r), (G, c) = self.layout.rows.shape, self.layout.columns.shape
-        return array.reshape(R, r, G, c).transpose(3, 0, 1, 2)
+        """A view (c, m, r, n) of an (M, K) array: place in the scope first."""
+        layout = self.layout
+        shape = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+        return array.reshape(shape).transpose(3, 0, 1, 2)
 
     def check_definite(self):
         """Raise LinAlgError where H is not positive definite.
@@ -136,7 +142,7 @@ class Problem:
 
         A GPU is asked here only, and not while it factors: a method launches its work meanwhile.
         """
-        cholesky.check_hessian(self._info)
+        factors.check_hessian(self._info)
 
     @cached_property
     def _info(self):
@@ -148,7 +154,7 @@ class Problem:
 
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
-        R = cholesky.reversed_cholesky(self.H, self._info)
+        R = factors.reversed_cholesky(self.H, self._info)
         if self.xp is np:
             self.check_factored()
         return R
@@ -156,19 +162,19 @@ class Problem:
     @cached_property
     def R_inverse(self):
         """R⁻¹, upper triangular."""
-        return cholesky.upper_inverse(self.R)
+        return factors.upper_inverse(self.R, self.precision)
 
     @cached_property
     def C(self):
         """The inverse of the damped Hessian."""
         inverse = self.R_inverse
         self.check_factored()
-        return cholesky.upper_gram(inverse)
+        return factors.upper_gram(inverse, self.precision)
 
     @cached_property
     def scope_blocks(self):
-        """The diagonal blocks of C, place-major: shape (c, c, G)."""
-        return factor_scope_blocks(self.R_inverse, self.layout.columns.shape[1])
+        """The diagonal blocks of C, place-major: shape (c, c, n)."""
+        return factor_scope_blocks(self.R_inverse, self.layout.columns)
 
     def free_bytes(self):
         """Bytes that a method may still allocate."""
@@ -190,7 +196,7 @@ def _unit(size):
 
 def permute(array, layout):
     """An (M, K) array into layout order."""
-    for axis, order in enumerate((layout.rows.ravel(), layout.columns.ravel())):
+    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
         if not _ordered(order):
             array = array.take(arrays.namespace(array).asarray(order), axis=axis)
     return array
@@ -198,7 +204,7 @@ def permute(array, layout):
 
 def permute_back(array, layout):
     """An (M, K) array out of layout order."""
-    for axis, order in enumerate((layout.rows.ravel(), layout.columns.ravel())):
+    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
         if not _ordered(order):
             inverse = np.argsort(order)
             array = array.take(arrays.namespace(array).asarray(inverse), axis=axis)

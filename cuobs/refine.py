@@ -4,7 +4,8 @@ import numpy as np
 
 from cuobs.batches import run_batches
 from cuobs.ops.conjugate_gradient import masked_cg
-from cuobs.ops.masked_solve import masked_factor_solve
+from cuobs.ops.products import matmul
+from cuobs.ops.systems import masked_factor_solve
 
 # Residuals to stop at, by the norm of the target; both with columns scaled to a unit diagonal of H.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
@@ -39,7 +40,7 @@ def resolve(problem, mask, start=None):
     expected = ITERATIONS[dtype]
     X = xp.where(mask, target if start is None else start, 0)
     away = target - X
-    residual = away @ H
+    residual = matmul(away, H, problem.precision)
     return masked_cg(
         H,
         residual,
@@ -49,6 +50,7 @@ def resolve(problem, mask, start=None):
         max_iterations=10 * K,
         settled=SETTLED[dtype],
         energy=float((away * residual).sum(dtype="float64")),
+        precision=problem.precision,
         progress=lambda done: problem.settings.report(min(done, expected), expected),
     )
 

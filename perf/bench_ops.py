@@ -11,15 +11,8 @@ import pytest
 
 import cuobs
 from cuobs import arrays, pattern
-from cuobs.ops import (
-    cholesky,
-    conjugate_gradient,
-    gemm,
-    masked_solve,
-    projection,
-    selection,
-    sweep,
-)
+from cuobs.algorithms import admm_ops
+from cuobs.ops import conjugate_gradient, factors, products, selection, sweep, systems
 from cuobs.problem import Problem
 from perf.sparsegpt_columns import sparsegpt_columns
 
@@ -52,15 +45,9 @@ def _close(found, expected, tolerance):
     return np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
-def _tensor(function, xp):
+def _tensor(function):
     """The function with its products on tensor cores, as methods run it by default."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        with arrays.tensor_cores(xp, True):
-            return function(*args, **kwargs)
-
-    return call
+    return functools.partial(function, precision="tensor")
 
 
 def test_gram(clock, problem):
@@ -83,7 +70,7 @@ def test_reversed_cholesky(clock, damped, rng):
         assert not damped.xp.tril(R, -1).any()
         assert _close(R @ (R.T @ v), damped.H @ v, 1e-3)
 
-    clock(lambda: cholesky.reversed_cholesky(damped.H), check, flop=len(damped.H) ** 3 / 3)
+    clock(lambda: factors.reversed_cholesky(damped.H), check, flop=len(damped.H) ** 3 / 3)
 
 
 def test_upper_inverse(clock, damped, rng):
@@ -91,7 +78,7 @@ def test_upper_inverse(clock, damped, rng):
         v = rng.standard_normal(len(inverse), dtype=np.float32)
         assert _close(damped.R @ (inverse @ v), v, 1e-3 if damped.xp is np else 5e-2)  # tf32
 
-    call = _tensor(cholesky.upper_inverse, damped.xp)
+    call = _tensor(factors.upper_inverse)
     clock(lambda: call(damped.R), check, flop=len(damped.H) ** 3 / 3)
 
 
@@ -132,7 +119,7 @@ def test_scope_compensation(clock, damped, half):
             assert _close(found[:, place], expected, 1e-4)
 
     clock(
-        lambda: masked_solve.scope_compensation(damped.W, damped.scope_blocks, half),
+        lambda: systems.scope_compensation(damped.W, damped.scope_blocks, half),
         check,
         traffic=2 * damped.W.nbytes + damped.W.size,
     )
@@ -164,7 +151,7 @@ def test_gemm_adds(clock, damped):
     """What a sweep passes on: 128 columns times the factor, added to all columns on the right."""
     E, F = damped.W[:, :128], damped.R[:128, 128:]
     out = damped.xp.zeros((len(E), F.shape[1]), np.float32)
-    call = _tensor(functools.partial(gemm.gemm, beta=1), damped.xp)
+    call = _tensor(functools.partial(products.gemm, beta=1))
 
     def check(_):
         e, f = (arrays.to_numpy(a).astype(np.float64) for a in (E[:64], F))
@@ -208,7 +195,7 @@ def test_project_update(clock, damped, rng):
         assert _close(v, before + 0.5 * (b - d), 1e-4)
 
     clock(
-        lambda: projection.project_update(B, V, D, mask, 0.5, damped.layout),
+        lambda: admm_ops.project_update(B, V, D, mask, 0.5, damped.layout),
         check,
         traffic=4 * B.nbytes + 2 * B.size,
     )
@@ -219,7 +206,7 @@ def test_masked_cg(clock, damped, half):
     xp, H, mask = damped.xp, damped.H, half
     M, K = damped.W.shape
     B = damped.W @ H
-    solve = _tensor(conjugate_gradient.masked_cg, xp)
+    solve = _tensor(conjugate_gradient.masked_cg)
 
     few = slice(4)
     target, A, b, kept = (arrays.to_numpy(a) for a in (damped.W[few], H, B[few], mask[few]))
@@ -268,7 +255,7 @@ def test_cg_step(clock, damped, half):
     rr, limit, gained = (residual * residual).sum(1), *xp.zeros((2, M), np.float32)
     P = residual / xp.sqrt(rr / K)[:, None]
     Q, X = P @ damped.H, xp.zeros_like(residual)
-    P = _tensor(gemm.tensor_operand, xp)(P)
+    P = _tensor(products.tensor_operand)(P)
     start = P.copy(), rr.copy()
     first = [arrays.to_numpy(a[:64]).astype(np.float64) for a in (P, Q, residual, rr, half)]
 
@@ -296,4 +283,4 @@ def test_cholesky_inverse_batch(clock, damped):
         assert _close(inverse, np.linalg.inv(L), 1e-3)
 
     # The copy is a part of what is timed: the factor replaces its matrix.
-    clock(lambda: cholesky.cholesky_inverse(A.copy()), check, flop=64 * 2 * p**3 / 3)
+    clock(lambda: factors.cholesky_inverse(A.copy()), check, flop=64 * 2 * p**3 / 3)

@@ -17,9 +17,9 @@ def expanded(layout):
     """(scope, block), each (M, K), of a compiled pattern."""
     M, K = layout.shape
     scope, block = np.full((M, K), -1), np.full((M, K), -1)
-    for i, rows in enumerate(layout.rows):
-        for j, columns in enumerate(layout.columns):
-            scope[np.ix_(rows, columns)] = i * len(layout.columns) + j
+    for i, rows in enumerate(layout.row_order):
+        for j, columns in enumerate(layout.column_order):
+            scope[np.ix_(rows, columns)] = i * len(layout.column_order) + j
             block[np.ix_(rows, columns)] = layout.blocks
     return scope, block
 
@@ -33,15 +33,15 @@ def assert_same_partition(found, expected):
 def assert_compiles_right(text, M, K):
     layout = parse(text).compile(M, K)
     assert layout.shape == (M, K)
-    assert np.array_equal(np.sort(layout.rows.ravel()), np.arange(M))
-    assert np.array_equal(np.sort(layout.columns.ravel()), np.arange(K))
+    assert np.array_equal(np.sort(layout.row_order.ravel()), np.arange(M))
+    assert np.array_equal(np.sort(layout.column_order.ravel()), np.arange(K))
     scope, block, keep = oracles.enumerate_view(text, M, K)
     found_scope, found_block = expanded(layout)
     assert_same_partition(found_scope, scope)
     assert np.array_equal(found_block, block)
     assert layout.keep == keep
-    assert (np.diff(layout.columns[:, 0]) > 0).all(), "scopes are not from left to right"
-    assert (np.diff(layout.columns, axis=1) > 0).all()
+    assert (np.diff(layout.column_order[:, 0]) > 0).all(), "scopes are not from left to right"
+    assert (np.diff(layout.column_order, axis=1) > 0).all()
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -53,20 +53,22 @@ def test_compiles_to_what_the_view_says(text, shape):
 def test_published_patterns_in_words():
     """Scopes and blocks of the four published patterns, written out by hand."""
     two = parse("2:4").compile(1, 8)
-    assert two.columns.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert two.column_order.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert two.blocks.tolist() == [[0, 1, 2, 3]] and two.keep == 2
 
     pairs = parse("4:8").compile(1, 8)
-    assert pairs.columns.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert pairs.column_order.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert pairs.blocks.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] and pairs.keep == 2
 
     coupled = parse("coupled-2:4").compile(1, 16)
-    assert coupled.columns.tolist() == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+    assert coupled.column_order.tolist() == [
+        [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    ]
     assert coupled.blocks.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] and coupled.keep == 2
 
     tall = parse("block16-row8").compile(32, 16)
-    assert tall.rows.tolist() == [[r, r + 8] for r in (*range(8), *range(16, 24))]
-    assert tall.columns.tolist() == [list(range(16))]
+    assert tall.row_order.tolist() == [[r, r + 8] for r in (*range(8), *range(16, 24))]
+    assert tall.column_order.tolist() == [list(range(16))]
     assert tall.blocks.tolist() == [[0] * 16, [1] * 16] and tall.keep == 1
 
 
@@ -337,7 +339,7 @@ def test_verify_wants_a_matrix_that_the_pattern_divides():
 def test_patterns_that_scopes_of_several_rows_share():
     """The user patterns of these tests are what their names say."""
     assert parse(TILE).compile(2, 4).blocks.shape == (2, 4)
-    assert parse(FAR).compile(1, 16).columns[0].tolist() == [0, 4, 8, 12]
+    assert parse(FAR).compile(1, 16).column_order[0].tolist() == [0, 4, 8, 12]
     assert parse(TALL).compile(4, 8).blocks.tolist() == [[0], [1], [2], [3]]
     assert parse(ROWS).compile(4, 2).blocks.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
 

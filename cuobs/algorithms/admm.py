@@ -3,10 +3,10 @@
 import math
 from typing import NamedTuple
 
+from cuobs.algorithms.admm_ops import project_mask, project_update, ridge_right_side
 from cuobs.arrays import largest
-from cuobs.ops.cholesky import inverse
-from cuobs.ops.gemm import gemm, tensor_operand
-from cuobs.ops.projection import project_mask, project_update, ridge_right_side
+from cuobs.ops.factors import inverse
+from cuobs.ops.products import gemm, matmul, tensor_operand
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 
@@ -58,15 +58,15 @@ def admm(problem, schedule="default"):
     .. [1] Meng, Behdin, Wang, Mazumder, "ALPS: improved optimization for highly sparse one-shot
        pruning for large language models", NeurIPS 2024.
     """
-    xp, layout = problem.xp, problem.layout
+    xp, layout, precision = problem.xp, problem.layout, problem.precision
     scale = xp.sqrt(problem.H.diagonal())
     H = problem.H / scale / scale[:, None]
     W = problem.W * scale
     unit = _unit(W)
     W /= unit
     scale /= unit
-    G = W @ H
-    H_operand = tensor_operand(H)
+    G = matmul(W, H, precision)
+    H_operand = tensor_operand(H, precision)
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
     B, D, V, right = W.copy(), W * mask, xp.zeros_like(W), xp.empty_like(W)
@@ -76,10 +76,11 @@ def admm(problem, schedule="default"):
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
             inverted = AHEAD * rho
-            A = tensor_operand(inverse(_shifted(H, inverted)))
+            A = tensor_operand(inverse(_shifted(H, inverted), precision), precision)
         ridge_right_side(D, V, G, rho, right, B)
-        gemm(tensor_operand(B), H_operand, right, alpha=-1, beta=1)
-        gemm(tensor_operand(right), A, B, beta=1)
+        gemm(tensor_operand(B, precision), H_operand, right, alpha=-1, beta=1,
+             precision=precision)
+        gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
         share = project_update(B, V, D, mask, rho, layout) / n_pruned
         problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:

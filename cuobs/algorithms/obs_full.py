@@ -1,6 +1,6 @@
 """OBS with compensation everywhere, the inverse Hessian frozen."""
 
-from cuobs.ops.gemm import gemm
+from cuobs.ops.products import gemm
 from cuobs.ops.selection import select_mask
 from cuobs.ops.sweep import scope_solutions
 from cuobs.problem import Pruned
@@ -16,9 +16,9 @@ def obs_full(problem):
     W, C, layout = problem.W, problem.C, problem.layout
     mask = problem.xp.empty(W.shape, bool)
     select_mask(problem.by_scope(W), problem.scope_blocks, layout, mask)
-    multipliers = scope_solutions(W, C, mask, layout)
+    multipliers = scope_solutions(W, C, mask, layout, problem.precision)
     weight = W.copy()
-    gemm(multipliers, C, weight, alpha=-1, beta=1)
+    gemm(multipliers, C, weight, alpha=-1, beta=1, precision=problem.precision)
     weight *= mask
     return Pruned(mask, weight)
 

@@ -1,6 +1,6 @@
 """OBS span by span: compensation to the right, each finished span eliminated from C."""
 
-from cuobs.ops.gemm import gemm
+from cuobs.ops.products import gemm
 from cuobs.ops.selection import scope_blocks, select_mask
 from cuobs.ops.sweep import scope_solutions, span_inverses
 from cuobs.problem import Pruned
@@ -31,10 +31,10 @@ def obs_interleaved(problem, splits=64):
         Spans, of as many scopes each as divide the columns evenly; the last may be shorter.
     """
     layout = problem.layout
-    (R, r), (_, c) = layout.rows.shape, layout.columns.shape
+    m, r, c = layout.row_groups, layout.rows, layout.columns
 
     def choose_mask(values, C, out):
-        w = values.reshape(R, r, -1, c).transpose(3, 0, 1, 2)
+        w = values.reshape(m, r, -1, c).transpose(3, 0, 1, 2)
         select_mask(w, scope_blocks(C, c), layout, out)
 
     return sweep_spans(problem, splits, problem.xp.empty(problem.W.shape, bool), choose_mask)
@@ -59,21 +59,21 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
     """
     xp, W = problem.xp, problem.W
     R = xp.ascontiguousarray(problem.R)
-    G, c = problem.layout.columns.shape
-    width = -(-G // splits) * c
+    precision = problem.precision
+    width = -(-problem.layout.column_groups // splits) * problem.layout.columns
     T = xp.zeros_like(W)
     weight = xp.empty_like(W)
     starts = range(0, W.shape[1], width)
-    for a, (U, C) in zip(starts, span_inverses(R, width), strict=True):
+    for a, (U, C) in zip(starts, span_inverses(R, width, precision), strict=True):
         span, right = slice(a, a + width), slice(a + width, None)
         values = W[:, span].copy()
-        gemm(T[:, span], U, values, beta=1)
+        gemm(T[:, span], U, values, beta=1, precision=precision)
         if choose_mask:
             choose_mask(values, C, mask[:, span])
-        multipliers = scope_solutions(values, C, mask[:, span], problem.layout)
-        gemm(multipliers, C, values, alpha=-1, beta=1)
+        multipliers = scope_solutions(values, C, mask[:, span], problem.layout, precision)
+        gemm(multipliers, C, values, alpha=-1, beta=1, precision=precision)
         # What is passed on is the deviation before the pruned entries are set to 0.
-        gemm(W[:, span] - values, R[span, right], T[:, right], beta=1)
+        gemm(W[:, span] - values, R[span, right], T[:, right], beta=1, precision=precision)
         weight[:, span] = values
         problem.settings.report(min(a + width, W.shape[1]), W.shape[1])
     weight *= mask

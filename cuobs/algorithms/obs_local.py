@@ -1,7 +1,7 @@
 """OBS with compensation inside each scope only."""
 
-from cuobs.ops.masked_solve import scope_compensation
 from cuobs.ops.selection import select_mask
+from cuobs.ops.systems import scope_compensation
 from cuobs.problem import Pruned
 from cuobs.recipe import Method
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cuobs.arrays import tensor_cores, to_numpy
+from cuobs.arrays import to_numpy
 from cuobs.ops.conjugate_gradient import masked_cg
-from cuobs.ops.gemm import gemm
+from cuobs.ops.products import gemm, matmul
 from cuobs.ops.schur import eliminate
 from cuobs.ops.selection import expand, scope_blocks, select
 from cuobs.problem import Pruned
@@ -30,17 +30,17 @@ def obs_ordered(problem, group=None, order="largest"):
     order : {"largest", "left", "smallest"}
     """
     xp, layout = problem.xp, problem.layout
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
-    M = R * r
-    group, tolerance = group or default_group(G), TOLERANCE[problem.dtype.name]
+    m, r, c = layout.row_groups, layout.rows, layout.columns
+    scopes, M = layout.column_groups, m * r
+    group, tolerance = group or default_group(scopes), TOLERANCE[problem.dtype.name]
     W, C = problem.W.copy(), problem.C.copy()
-    left = np.arange(G)
+    left = np.arange(scopes)
     weight = xp.empty_like(W)
     mask = xp.empty(W.shape, bool)
     cost = xp.zeros(M, "float64")
     while len(left):
         n = len(left)
-        w = W.reshape(R, r, n, c).transpose(3, 0, 1, 2)
+        w = W.reshape(m, r, n, c).transpose(3, 0, 1, 2)
         pruned, best, _ = select(w, scope_blocks(C, c), layout)
         chosen = _first(best.sum(0, dtype="float64"), group, order)
         rest = np.setdiff1d(np.arange(n), chosen)
@@ -51,28 +51,27 @@ def obs_ordered(problem, group=None, order="largest"):
         rows = C[columns]
         C_group, cross = rows[:, columns], rows[:, others]
         # tf32 and float16 are too short for this tolerance.
-        with tensor_cores(xp, False):
-            limit = tolerance**2 * (w * w / C_group.diagonal() * ~kept).sum(1)
-            multipliers = masked_cg(
-                C_group, w, ~kept, limit=limit, max_iterations=20 * len(columns)
-            )
-            deviation = multipliers @ C_group
+        limit = tolerance**2 * (w * w / C_group.diagonal() * ~kept).sum(1)
+        multipliers = masked_cg(
+            C_group, w, ~kept, limit=limit, max_iterations=20 * len(columns), precision="fp32"
+        )
+        deviation = matmul(multipliers, C_group, "fp32")
         cost += xp.einsum("mk,mk->m", multipliers, w)
         final = xp.asarray(_columns(left[chosen], c))
         weight[:, final] = (w - deviation) * kept
         mask[:, final] = kept
         W = W[:, others]
-        gemm(multipliers, cross, W, alpha=-1, beta=1)
+        gemm(multipliers, cross, W, alpha=-1, beta=1, precision=problem.precision)
         C = C[others][:, others]
-        eliminate(C, C_group, cross)
+        eliminate(C, C_group, cross, problem.precision)
         left = left[rest]
-        problem.settings.report(G - len(left), G)
+        problem.settings.report(scopes - len(left), scopes)
     return Pruned(mask, weight, cost)
 
 
-def default_group(G):
+def default_group(scopes):
     """A tenth of the scopes, at least one."""
-    return max(1, G // 10)
+    return max(1, scopes // 10)
 
 
 def _first(costs, group, order):

@@ -1,6 +1,6 @@
 """SparseGPT in the form of one Cholesky factor."""
 
-from cuobs.ops.gemm import gemm
+from cuobs.ops.products import gemm
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
 from cuobs.recipe import Method
@@ -23,7 +23,7 @@ def sparsegpt(problem):
     """
     xp, W, R, layout = problem.xp, problem.W, problem.R, problem.layout
     K = W.shape[1]
-    width = block_width(layout.blocks.shape[1])
+    width = block_width(layout.columns)
     diagonal = R.diagonal()
     scale = diagonal**2
     # Block by block, from the compensation of the columns to the deviations from the target.
@@ -38,8 +38,8 @@ def sparsegpt(problem):
             sparsegpt_block(
                 W[:, i:j], S[:, i:j], own[:, : j - i], scale[i:j], layout, mask[:, i:j]
             )
-            gemm(S[:, i:j], own[:, j - i :], S[:, j:b], beta=1)
-        gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1)
+            gemm(S[:, i:j], own[:, j - i :], S[:, j:b], beta=1, precision=problem.precision)
+        gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1, precision=problem.precision)
         problem.settings.report(b, K)
     return Pruned(mask, (W - S) * mask)
 

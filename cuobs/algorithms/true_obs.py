@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cuobs import arrays
+from cuobs.algorithms import true_obs_ops as ops
 from cuobs.algorithms.obs_ordered import GROUP, default_group
 from cuobs.batches import Workspace, run_batches
-from cuobs.ops import schur
-from cuobs.ops.cholesky import cholesky_inverse
-from cuobs.ops.gemm import CHUNK
+from cuobs.ops.factors import cholesky_inverse
+from cuobs.ops.products import CHUNK, tensor_operand
 from cuobs.ops.selection import scope_blocks, select
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
@@ -19,6 +19,8 @@ from cuobs.recipe import Method, Option
 # that two or three times, as columns get fewer and Z wider.
 SHARE = 0.4
 ORDERS = ("gap", "left", "shared", "largest", "smallest")
+# Rows of a batch at most: a grid of blocks has no more along its second axis.
+MAX_ROWS = 65535
 
 
 def true_obs(problem, group=None, order="gap"):
@@ -46,19 +48,19 @@ def true_obs(problem, group=None, order="gap"):
     .. [1] Frantar, Alistarh, "Optimal Brain Compression", NeurIPS 2022.
     """
     xp, layout = problem.xp, problem.layout
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     # Scaled to a unit diagonal, every entry of C and Z lies in [-1, 1].
     scale = 1 / xp.sqrt(problem.C.diagonal())
     C = problem.C * scale
     C *= scale[:, None]
-    W = (problem.W * scale).reshape(R, r, G, c)
-    rank = _shared_rank(W, C, layout) if order == "shared" else xp.arange(G)
+    W = (problem.W * scale).reshape(m, r, n, c)
+    rank = _shared_rank(W, C, layout) if order == "shared" else xp.arange(n)
     run = _Run(
-        C, C.astype(schur.factor_dtype(xp, C.dtype), copy=False), layout,
-        min(group or default_group(G), G), order, rank.astype(C.dtype), Workspace(),
+        C, tensor_operand(C, problem.precision), problem.precision, layout,
+        min(group or default_group(n), n), order, rank.astype(C.dtype), Workspace(),
     )
-    mask = xp.empty((R, r, G, c), bool)
-    cost = xp.zeros((R, r), C.dtype)
+    mask = xp.empty((m, r, n, c), bool)
+    cost = xp.zeros((m, r), C.dtype)
 
     def prune(start, stop):
         rows = slice(start, stop)
@@ -78,8 +80,9 @@ def true_obs(problem, group=None, order="gap"):
                 f"in {C.dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
             ) from None
 
-    run_batches(prune, R, problem, r * _bytes_per_row(run), unit=CHUNK // math.gcd(CHUNK, r))
-    return Pruned(mask.reshape(R * r, G * c), cost=cost.ravel())
+    run_batches(prune, m, problem, r * _bytes_per_row(run), unit=CHUNK // math.gcd(CHUNK, r),
+                most=max(1, MAX_ROWS // r))
+    return Pruned(mask.reshape(m * r, n * c), cost=cost.ravel())
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class _Run:
 
     C: object
     C_factor: object
+    precision: str
     layout: object
     group: int
     order: str
@@ -96,76 +100,78 @@ class _Run:
 
 
 def _prune_rows(run, W, mask, cost):
-    """Masks (True = kept), shape (R, r, G, c), and costs, shape (R, r), of a batch of row groups.
+    """Masks (True = kept), shape (m, r, n, c), and costs, shape (m, r), of a batch of row groups.
 
     Returns the row groups in which a factorisation failed.
     """
     xp, layout, space = arrays.namespace(W), run.layout, run.space
-    R, r, G, c = W.shape
+    m, r, n, c = W.shape
     sizes, area = _plan(layout, run.group)
     dtype = run.C_factor.dtype
     for name, size in sizes.items():
-        space.array(name, (R * r, size), dtype, xp)
+        space.array(name, (m * r, size), dtype, xp)
     # Of the open scopes: which they are, weights and diagonal blocks of the inverse Hessian,
     # place-major, and the factor of all columns pruned so far.
-    scopes = xp.tile(xp.arange(G, dtype=np.int32), (R, 1))
+    scopes = xp.tile(xp.arange(n, dtype=np.int32), (m, 1))
     w = xp.array(W.transpose(3, 0, 1, 2), order="C")
     own = scope_blocks(run.C, c)[:, :, None, None]
     D = xp.array(xp.broadcast_to(own, (c, *w.shape)), order="C")
-    alike = schur.pruned_columns(layout)[1]
-    factor = schur.Factor(
-        xp.empty((R * r, G * c, 0), dtype), starts=None if alike else xp.zeros(R * r, np.int32)
+    alike = ops.pruned_columns(layout)[1]
+    factor = ops.Factor(
+        xp.empty((m * r, n * c, 0), dtype), starts=None if alike else xp.zeros(m * r, np.int32)
     )
     cost[...] = 0
-    cost = cost.reshape(R * r)
+    cost = cost.reshape(m * r)
     # A GPU is not asked before the end, since each question waits for it; only where rows lose
     # different numbers of columns, each group asks for the most.
-    info = None if xp is np else xp.zeros(R * r, np.int32)
-    for left in range(G - run.group, -run.group, -run.group):
+    info = None if xp is np else xp.zeros(m * r, np.int32)
+    for left in range(n - run.group, -run.group, -run.group):
         size = run.group + min(left, 0)
         blocks, best, gap = select(w, D, layout)
         key = {"largest": -best, "smallest": best, "gap": -gap}.get(run.order)
-        chosen = schur.first_scopes(run.rank[scopes] if key is None else key, scopes, size)
-        places, columns, weights, counts = schur.take_pruned(
+        chosen = ops.first_scopes(run.rank[scopes] if key is None else key, scopes, size)
+        places, columns, weights, counts = ops.take_pruned(
             blocks, chosen, scopes, w, layout, mask
         )
         p = columns.shape[1]
-        Z_P = space.array("Z_P", (R * r, p, factor.used), dtype, xp)
-        schur.gather_factor(factor.Z, places, factor.used, out=Z_P)
-        inverse = cholesky_inverse(schur.group_blocks(run.C, columns, Z_P), info)
-        y, inverse = schur.solve_group(inverse, weights, cost, dtype)
+        Z_P = space.array("Z_P", (m * r, p, factor.used), dtype, xp)
+        ops.gather_factor(factor.Z, places, factor.used, out=Z_P)
+        A = ops.group_blocks(run.C, columns, Z_P, run.precision)
+        inverse = cholesky_inverse(A, info, run.precision)
+        y, inverse = ops.solve_group(inverse, weights, cost, dtype)
         if left <= 0:
             break
-        scopes, w, D = schur.drop_scopes(chosen, scopes, w, D, factor)
-        schur.make_room(factor, p, area, space)
-        Zn = schur.append_factor(
-            run.C_factor, scopes, columns, Z_P, inverse, counts, factor, space
+        scopes, w, D = ops.drop_scopes(chosen, scopes, w, D, factor)
+        ops.make_room(factor, p, area, space)
+        Zn = ops.append_factor(
+            run.C_factor, scopes, columns, Z_P, inverse, counts, factor, space, run.precision
         )
-        schur.update_scopes(w, D, Zn, y)
-    return np.flatnonzero([] if info is None else arrays.to_numpy(info).reshape(R, r).any(1))
+        ops.update_scopes(w, D, Zn, y)
+    return np.flatnonzero([] if info is None else arrays.to_numpy(info).reshape(m, r).any(1))
 
 
 def _prune_exactly(run, W, mask, cost):
     """`_prune_rows` without tensor cores and float16."""
-    with arrays.tensor_cores(arrays.namespace(W), False):
-        return _prune_rows(replace(run, C_factor=run.C), W, mask, cost).size
+    exact = replace(run, C_factor=run.C, precision="fp32")
+    return _prune_rows(exact, W, mask, cost).size
 
 
 def _plan(layout, group):
     """Elements that a row needs in each buffer, and the area that its Z spans."""
-    K, (G, c) = layout.columns.size, layout.columns.shape
-    most, alike = schur.pruned_columns(layout)
+    n, c = layout.column_groups, layout.columns
+    K = n * c
+    most, alike = ops.pruned_columns(layout)
     # A group takes `aligned` columns of Z, few as they may be.
-    area = int(SHARE * K * G * schur.aligned(group * most) / group)
+    area = int(SHARE * K * n * ops.aligned(group * most) / group)
     Z = Y = Z_P = used = room = 0
-    for left in range(G - group, -group, -group):
-        p = schur.aligned((group + min(left, 0)) * most)
-        n = max(left, 0) * c
+    for left in range(n - group, -group, -group):
+        p = ops.aligned((group + min(left, 0)) * most)
+        rows = max(left, 0) * c
         Z_P = max(Z_P, p * used)
-        Y = max(Y, p * n)
+        Y = max(Y, p * rows)
         if left > 0 and used + p > room:
-            room = schur.room_for(used + p, n, area)
-            Z = max(Z, n * (room + schur.ALIGN))
+            room = ops.room_for(used + p, rows, area)
+            Z = max(Z, rows * (room + ops.ALIGN))
         used += p
     return {"Z0": Z, "Z1": Z, "Y": Y, "Z_P": Z_P} | ({} if alike else {"Zn": Y}), area
 
@@ -173,14 +179,14 @@ def _plan(layout, group):
 def _bytes_per_row(run):
     """Memory that a row of a batch takes at most."""
     layout, size = run.layout, run.C.dtype.itemsize
-    G, c = layout.columns.shape
+    n, c = layout.column_groups, layout.columns
     short = run.C_factor.dtype.itemsize
-    p = schur.aligned(run.group * schur.pruned_columns(layout)[0])
+    p = ops.aligned(run.group * ops.pruned_columns(layout)[0])
     buffers = sum(_plan(layout, run.group)[0].values()) * short
     # A = LLᵀ, halves of it while it is factored, L⁻¹ again in the factor's dtype.
     factors = p * p * (2 * size + short)
     # Weights twice, blocks, and what a selection looks at and returns.
-    scopes = G * ((c * c + 2 * c + len(layout.candidates) + 8) * size + layout.n_blocks + 8)
+    scopes = n * ((c * c + 2 * c + len(layout.candidates) + 8) * size + layout.n_blocks + 8)
     return buffers + factors + scopes + p * (size + 16)
 
 

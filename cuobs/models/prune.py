@@ -457,16 +457,16 @@ def _stackable(pattern, counts, K):
         return False
     alone = [pattern.compile(count, K) for count in counts]
     starts = np.cumsum([0, *counts[:-1]])
-    rows = [layout.rows + start for layout, start in zip(alone, starts, strict=True)]
-    if any(layout.rows.shape[1] != stacked.rows.shape[1] for layout in alone):
+    rows = [layout.row_order + start for layout, start in zip(alone, starts, strict=True)]
+    if any(layout.rows != stacked.rows for layout in alone):
         return False
     found = {tuple(group) for group in np.concatenate(rows).tolist()}
     same = all(
-        np.array_equal(layout.columns, stacked.columns)
+        np.array_equal(layout.column_order, stacked.column_order)
         and np.array_equal(layout.blocks, stacked.blocks)
         for layout in alone
     )
-    return same and found == {tuple(group) for group in stacked.rows.tolist()}
+    return same and found == {tuple(group) for group in stacked.row_order.tolist()}
 
 
 def _forward_bytes(model, blocks, tokens, mask, device):

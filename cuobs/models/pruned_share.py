@@ -14,13 +14,13 @@ class Scopes:
     """
 
     def __init__(self, layout, device):
-        (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+        R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
         self.shape, self.keep, self.n_blocks = (R, r, G, c), layout.keep, layout.n_blocks
         order = np.argsort(layout.blocks.ravel(), kind="stable")
-        columns = layout.columns
+        columns = layout.column_order
         if r == 1:  # then a block's elements can lie side by side from the start
             columns, order = columns[:, order], np.arange(c)
-        self.rows = _places(layout.rows.ravel(), device)
+        self.rows = _places(layout.row_order.ravel(), device)
         self.columns = _places(columns.ravel(), device)
         self.order = _places(order, device)
 

@@ -3,17 +3,18 @@
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import cuda
-from cuobs.ops.gemm import gemm, tensor_operand
+from cuobs.ops.checks import boolean, precise, real, same_dtype, shaped, square
+from cuobs.ops.dispatch import twinned
+from cuobs.ops.products import gemm, tensor_operand
 
 # Iterations between looks at how far it is; on a GPU each look waits for it.
 CHECK_EVERY = 2
-THREADS = 512
 
 
 def masked_cg(
-    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, energy=0.0, progress=None
-):
+    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, energy=0.0,
+    precision="fp32", progress=None,
+):  # fmt: skip
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
     With columns scaled to a unit diagonal of A. One product (M, K) x (K, K) an iteration serves
@@ -36,6 +37,8 @@ def masked_cg(
         Stop, too, when an iteration lowers the energy by no more than this share of what is left.
     energy : float
         What it is at the start: tr((X − T) A (X − T)ᵀ) where B = T A.
+    precision : {"tensor", "fp32"}
+        "tensor" lets a GPU multiply float32 in float16.
     progress : callable, optional
         Called with the number of iterations done.
 
@@ -47,16 +50,17 @@ def masked_cg(
     ----------
     .. [1] Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
     """
+    _check_system(A, residual, mask, X, limit, precision)
     xp = namespace(A)
     # A copy: a kernel reads several at once, from places that a caller's view need not start at.
     mask = xp.array(mask, order="C")
     scale = xp.sqrt(A.diagonal())
     operand = A / scale
     operand /= scale[:, None]
-    operand = tensor_operand(operand)
+    operand = tensor_operand(operand, precision)
     residual = xp.where(mask, residual / scale, 0)
     X = xp.zeros_like(residual) if X is None else xp.where(mask, X * scale, 0)
-    rr = _squares(residual)
+    rr = row_squares(residual)
     # A residual below this counts as none: the unit of its direction would overflow.
     limit = xp.maximum(limit, 4 * len(A) / float(xp.finfo(rr.dtype).max))
     P = residual * xp.sqrt(len(A) / xp.where(rr > limit, rr, 1))[:, None]
@@ -74,12 +78,27 @@ def masked_cg(
                     break
             if progress:
                 progress(iteration)
-        gemm(P, operand, Q)
+        gemm(P, operand, Q, precision=precision)
         cg_step(Q, mask, X, residual, P, rr, limit, gained)
     X /= scale
     return X
 
 
+def _check_system(A, residual, mask, X, limit, precision):
+    square("A", A)
+    real("A", A)
+    shaped("residual", residual, (len(residual), len(A)))
+    same_dtype("A", A, "residual", residual)
+    shaped("mask", mask, residual.shape)
+    boolean("mask", mask)
+    shaped("limit", limit, residual.shape[:1])
+    precise(precision)
+    if X is not None:
+        shaped("X", X, residual.shape)
+        same_dtype("A", A, "X", X)
+
+
+@twinned()
 def cg_step(Q, mask, X, residual, P, rr, limit, gained):
     """The rest of an iteration, after the product Q = P A with a unit diagonal of A.
 
@@ -98,50 +117,25 @@ def cg_step(Q, mask, X, residual, P, rr, limit, gained):
     gained : array, shape (M,)
         Raised by what the step takes off each row's energy.
     """
-    xp = namespace(Q)
-    M, K = Q.shape
-    if xp is not np:
-        kernel = cuda.kernel_for(
-            "conjugate_gradient.cu", "cg_step", _defines, K, Q.dtype, P.dtype
-        )
-        kernel((M,), (THREADS,), (Q, mask, X, residual, P, rr, limit, gained, np.int32(K)))
-        return
+    xp, K = namespace(Q), Q.shape[1]
     Q *= mask
-    curvature = np.einsum("mk,mk->m", P, Q)
+    curvature = xp.einsum("mk,mk->m", P, Q)
     runs = rr > limit
     active = runs & (curvature > 0)
-    root = np.sqrt(K * rr)
-    step = np.where(active, root / np.where(active, curvature, 1), 0)
+    root = xp.sqrt(K * rr)
+    step = xp.where(active, root / xp.where(active, curvature, 1), 0)
     gained += step * root
     X += step[:, None] * P
     residual -= step[:, None] * Q
     # Where the curvature is not positive, a row has come as far as the digits go, and ends.
-    after = np.where(active, _squares(residual), 0)
+    after = xp.where(active, row_squares(residual), 0)
     goes_on = after > limit
-    P *= np.sqrt(np.where(goes_on, after / np.where(active, rr, 1), 0))[:, None]
-    P += residual * np.sqrt(np.where(goes_on, K / np.where(goes_on, after, 1), 0))[:, None]
-    rr[:] = np.where(runs, after, rr)
+    P *= xp.sqrt(xp.where(goes_on, after / xp.where(active, rr, 1), 0))[:, None]
+    P += residual * xp.sqrt(xp.where(goes_on, K / xp.where(goes_on, after, 1), 0))[:, None]
+    rr[:] = xp.where(runs, after, rr)
 
 
-def _squares(A):
-    """Squared norms of rows."""
-    if namespace(A) is np:
-        return np.einsum("mk,mk->m", A, A)
-    # A product would run on tensor cores, and round.
-    return (A * A).sum(1)
-
-
-def _defines(K, dtype, operand):
-    width = 1 if K % 4 else 4
-    return {
-        "REAL": cuda.real(dtype), "OPERAND": cuda.real(operand), "WIDTH": width,
-        "ITEMS": -(-K // (THREADS * width)),
-    }
-
-
-def variants():
-    """What the kernels here compile for some widths."""
-    for K in (100, 511, 1536, 9728, 20000):
-        for dtype in ("float32", "float64"):
-            for operand in {dtype, "float16" if dtype == "float32" else dtype}:
-                yield "conjugate_gradient.cu", _defines(K, dtype, operand)
+@twinned()
+def row_squares(A):
+    """The squared norm of each row of a matrix (M, K)."""
+    return np.einsum("mk,mk->m", A, A)

@@ -1,58 +1,81 @@
-"""Gram matrices of activations."""
+"""Sums of products over tokens: Gram matrices of activations, and those of two sets of them."""
 
 import numpy as np
 
-from cuobs.arrays import namespace
-from cuobs.ops import cuda
-from cuobs.ops.gemm import gemm
-
-# The upper triangle is made of block rows, each by one product with all columns to its right: as
-# many as this at most, their height a multiple of that of the tiles a product is made of.
-BLOCK_ROWS = 16
-BLOCK_TILE = 256
-# Order of the tiles that a kernel mirrors.
-TILE = 32
+from cuobs.arrays import dtype_of
+from cuobs.ops.checks import precise, real, shaped, square
+from cuobs.ops.dispatch import twinned
 
 
-def add_gram(X, out, half=True):
+def _check_add_gram(X, out, precision="tensor"):
+    _check_activations("X", X)
+    square("out", out)
+    shaped("out", out, (X.shape[1],) * 2)
+    real("out", out)
+    precise(precision)
+
+
+@twinned(_check_add_gram)
+def add_gram(X, out, precision="tensor"):
     """out += XᵀX.
 
     Parameters
     ----------
     X : array, shape (N, K)
+        float16, float32 or float64; on a GPU bfloat16 too, see `cuobs.ops.half_view`.
     out : array, shape (K, K)
-        Symmetric. Overwritten.
-    half : bool
-        Whether a GPU may multiply float16 as it is, on tensor cores, and sum in float32. The
-        products are exact. Otherwise, and for sums in float64, X is widened first.
+        float32 or float64, symmetric. Overwritten.
+    precision : {"tensor", "fp32"}
+        "tensor" lets a GPU multiply half precision as it is, on tensor cores, and sum in float32:
+        the products are exact. Otherwise, and for sums in float64, X is widened first; float32 is
+        then multiplied in tf32 where it says "tensor".
     """
-    if namespace(out) is np:
-        X = X.astype(out.dtype, copy=False)
-        # NumPy sees one array on both sides and calls a symmetric rank update.
-        out += X.T @ X
-        return
-    if not (half and X.dtype == np.float16 and out.dtype == np.float32):
-        X = X.astype(out.dtype, copy=False)
-    K = len(out)
-    width = -(-K // (BLOCK_ROWS * BLOCK_TILE)) * BLOCK_TILE
-    for a in range(0, K, width):
-        b = min(a + width, K)
-        gemm(X[:, a:b].T, X[:, a:], out[a:b, a:], beta=1)
-    mirror_upper(out)
+    X = X.astype(out.dtype, copy=False)
+    # NumPy sees one array on both sides and calls a symmetric rank update.
+    out += X.T @ X
 
 
+def _check_add_cross_gram(X, Y, out, precision="tensor"):
+    _check_activations("X", X)
+    _check_activations("Y", Y)
+    shaped("out", out, (X.shape[1], Y.shape[1]))
+    if len(X) != len(Y):
+        raise ValueError(f"Y: found {len(Y)} rows, expected {len(X)}, those of X")
+    real("out", out)
+    precise(precision)
+
+
+@twinned(_check_add_cross_gram)
+def add_cross_gram(X, Y, out, precision="tensor"):
+    """out += XᵀY: what two sets of activations of the same tokens have in common.
+
+    Parameters
+    ----------
+    X : array, shape (N, K)
+    Y : array, shape (N, L)
+        Both as X in `add_gram`. Where they are of one half precision, a GPU multiplies it as it is.
+    out : array, shape (K, L)
+        float32 or float64. Overwritten.
+    precision : {"tensor", "fp32"}
+        As in `add_gram`.
+    """
+    out += X.astype(out.dtype, copy=False).T @ Y.astype(out.dtype, copy=False)
+
+
+def _check_mirror_upper(A):
+    square("A", A)
+    real("A", A)
+
+
+@twinned(_check_mirror_upper)
 def mirror_upper(A):
     """Overwrite what lies below the diagonal of a (K, K) matrix by what lies above it."""
-    if namespace(A) is np:
-        below = np.tril_indices(len(A), -1)
-        A[below] = A.T[below]
-        return
-    kernel = cuda.kernel("mirror.cu", "mirror_upper", REAL=cuda.real(A.dtype))
-    tiles = -(-len(A) // TILE)
-    kernel((tiles, tiles), (TILE, 8), (A, np.int64(cuda.strides(A)[0]), np.int32(len(A))))
+    below = np.tril_indices(len(A), -1)
+    A[below] = A.T[below]
 
 
-def variants():
-    """What the kernels here compile."""
-    for dtype in ("float32", "float64"):
-        yield "mirror.cu", {"REAL": cuda.real(dtype)}
+def _check_activations(name, X):
+    if X.ndim != 2:
+        raise ValueError(f"{name}: found {X.ndim} dimensions, expected 2 (tokens, features)")
+    if dtype_of(X) not in ("float16", "bfloat16", "float32", "float64"):
+        raise TypeError(f"{name}: found dtype {X.dtype}, expected a floating-point one")

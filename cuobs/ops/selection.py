@@ -1,20 +1,15 @@
 """Which blocks of each scope to prune.
 
-Arrays are place-major: w has shape (c, R, r, G) for R row groups of r rows and G column groups of
-c columns; what is known of a scope's n blocks has shape (n, R, G).
+Arrays are place-major: w has shape (c, m, r, n) for m row groups of r rows and n column groups of
+c columns; what is known of the blocks of a scope has shape (blocks, m, n).
 """
-
-from functools import lru_cache
 
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops import cuda
+from cuobs.ops.checks import boolean, real, same_dtype, square
+from cuobs.ops.dispatch import twinned
 
-# Scopes with more candidate masks are left to array operations; a kernel is unrolled over them.
-MAX_UNROLLED = 128
-# Slices of rows that are summed apart.
-SLICES = 16
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
 COMPARED = 16
 
@@ -24,18 +19,19 @@ def block_sums(scores, layout):
 
     Parameters
     ----------
-    scores : array, shape (c, R, r, G)
+    scores : array, shape (c, m, r, n)
     layout : Layout
 
     Returns
     -------
-    array, shape (n, R, G)
+    array, shape (blocks, m, n)
     """
+    _check_places("scores", scores, layout)
     xp = namespace(scores)
-    c, R, r, G = scores.shape
+    c, m, r, n = scores.shape
     if layout.elementwise:
         return scores[:, :, 0]
-    sums = xp.zeros((layout.n_blocks, R, G), scores.dtype)
+    sums = xp.zeros((layout.n_blocks, m, n), scores.dtype)
     for row in range(r):
         for place in range(c):
             sums[layout.blocks[row, place]] += scores[place, :, row]
@@ -47,22 +43,25 @@ def prune_lowest(scores, n_pruned):
 
     Parameters
     ----------
-    scores : array, shape (n, R, G)
+    scores : array, shape (blocks, ...)
     n_pruned : int
 
     Returns
     -------
-    array of bool, shape (n, R, G)
+    array of bool, shape (blocks, ...)
+        `n_pruned` in each scope; NaN counts as infinite.
     """
     xp = namespace(scores)
-    n = len(scores)
-    if n > COMPARED:
+    # Whatever is compared with NaN is false, and ranks would not be a permutation.
+    scores = xp.fmin(scores, xp.inf)
+    blocks = len(scores)
+    if blocks > COMPARED:
         order = xp.argsort(scores, axis=0, kind="stable")
         rank = xp.argsort(order, axis=0, kind="stable")
         return rank < n_pruned
     # A block ranks after those before it, but for each of them that scores more.
     rank = xp.empty(scores.shape, np.int8)
-    for i in range(n):
+    for i in range(blocks):
         rank[i] = i
         for j in range(i):
             later = (scores[i] < scores[j]).view(np.int8)
@@ -72,13 +71,28 @@ def prune_lowest(scores, n_pruned):
 
 
 def expand(blocks, layout):
-    """Blocks of scopes to elements: (n, R, G) to (R, r, G, c)."""
+    """Blocks of scopes to elements.
+
+    Parameters
+    ----------
+    blocks : array, shape (blocks, m, n)
+    layout : Layout
+
+    Returns
+    -------
+    array, shape (m, r, n, c)
+    """
+    if blocks.ndim != 3 or len(blocks) != layout.n_blocks:
+        raise ValueError(
+            f"blocks: found shape {blocks.shape}, expected ({layout.n_blocks}, row groups, "
+            "column groups)"
+        )
     xp = namespace(blocks)
-    _, R, G = blocks.shape
+    _, m, n = blocks.shape
     r, c = layout.blocks.shape
     if layout.elementwise:
         return blocks.transpose(1, 2, 0)[:, None]
-    out = xp.empty((R, r, G, c), blocks.dtype)
+    out = xp.empty((m, r, n, c), blocks.dtype)
     for row in range(r):
         for place in range(c):
             out[:, row, :, place] = blocks[layout.blocks[row, place]]
@@ -86,11 +100,19 @@ def expand(blocks, layout):
 
 
 def scope_blocks(C, c):
-    """The c x c diagonal blocks of a (K, K) matrix, place-major: shape (c, c, G)."""
-    G = len(C) // c
-    return C.reshape(G, c, G, c).diagonal(0, 0, 2)
+    """The c x c diagonal blocks of a (K, K) matrix, place-major: a view of shape (c, c, n)."""
+    _check_scopes(C, c)
+    n = len(C) // c
+    return C.reshape(n, c, n, c).diagonal(0, 0, 2)
 
 
+def _check_scopes(U, c):
+    square("U", U)
+    if len(U) % c:
+        raise ValueError(f"c: found {c}, expected a divisor of {len(U)}, the matrix's order")
+
+
+@twinned(_check_scopes)
 def factor_scope_blocks(U, c):
     """The c x c diagonal blocks of UᵀU, place-major.
 
@@ -102,19 +124,10 @@ def factor_scope_blocks(U, c):
 
     Returns
     -------
-    array, shape (c, c, G)
+    array, shape (c, c, n)
     """
-    xp = namespace(U)
-    K = len(U)
-    if xp is not np and c <= cuda.MAX_PLACES:
-        U = xp.ascontiguousarray(U)
-        parts = xp.empty((min(SLICES, K), c, c, K // c), U.dtype)
-        kernel = cuda.kernel("scope_blocks.cu", "factor_scope_blocks",
-                                REAL=cuda.real(U.dtype), PLACES=c)
-        kernel((-(-K // c // 32), len(parts)), (32, 8), (U, np.int64(K), np.int32(K), parts))
-        return parts.sum(0)
-    scoped = U.reshape(K, K // c, c)
-    return xp.einsum("kgi,kgj->ijg", scoped, scoped)
+    scoped = U.reshape(len(U), len(U) // c, c)
+    return namespace(U).einsum("kgi,kgj->ijg", scoped, scoped)
 
 
 def candidate_costs(w, C, layout):
@@ -122,23 +135,24 @@ def candidate_costs(w, C, layout):
 
     Parameters
     ----------
-    w : array, shape (c, R, r, G)
-    C : array, shape (c, c, G) or (c, c, R, r, G)
+    w : array, shape (c, m, r, n)
+    C : array, shape (c, c, n) or (c, c, m, r, n)
         The diagonal blocks of the inverse Hessian, shared or one for each row.
     layout : Layout
 
     Returns
     -------
-    array, shape (candidates, R, G)
+    array, shape (candidates, m, n)
 
     Notes
     -----
     Forward substitution with an L D Lᵀ factor, unrolled over the places of a set. The factor of a
     set's beginning serves every set that goes on from it.
     """
+    _check_select(w, C, layout)
     xp = namespace(w)
-    c, R, r, G = w.shape
-    costs = xp.zeros((len(layout.candidates), R, G), w.dtype)
+    _, m, r, n = w.shape
+    costs = xp.zeros((len(layout.candidates), m, n), w.dtype)
     for row in range(r):
         chain = _Chain(w[:, :, row], C if C.ndim == 3 else C[:, :, :, row])
         for candidate, pruned in enumerate(layout.candidates):
@@ -187,16 +201,16 @@ def choose(costs, layout):
 
     Parameters
     ----------
-    costs : array, shape (candidates, R, G)
+    costs : array, shape (candidates, m, n)
     layout : Layout
 
     Returns
     -------
-    blocks : array of bool, shape (n, R, G)
+    blocks : array of bool, shape (blocks, m, n)
         The blocks to prune.
-    best : array, shape (R, G)
+    best : array, shape (m, n)
         The cost of that mask.
-    gap : array, shape (R, G)
+    gap : array, shape (m, n)
         How much more the second-best mask costs.
     """
     xp = namespace(costs)
@@ -214,88 +228,67 @@ def choose(costs, layout):
     return table[:, winner], best, others.min(0) - best
 
 
+def _check_places(name, array, layout):
+    r, c = layout.blocks.shape
+    if array.ndim != 4 or array.shape[0] != c or array.shape[2] != r:
+        raise ValueError(
+            f"{name}: found shape {array.shape}, expected ({c}, row groups, {r}, column groups)"
+        )
+
+
+def _check_select(w, C, layout):
+    _check_places("w", w, layout)
+    real("w", w)
+    same_dtype("w", w, "C", C)
+    c, m, r, n = w.shape
+    if C.shape not in ((c, c, n), (c, c, m, r, n)):
+        raise ValueError(
+            f"C: found shape {C.shape}, expected {(c, c, n)} or {(c, c, m, r, n)}"
+        )
+
+
+@twinned(_check_select)
 def select(w, C, layout):
     """The cheapest mask of each scope: `choose` on `candidate_costs`.
 
     Parameters
     ----------
-    w : array, shape (c, R, r, G)
-    C : array, shape (c, c, G) or (c, c, R, r, G)
+    w : array, shape (c, m, r, n)
+    C : array, shape (c, c, n) or (c, c, m, r, n)
         The diagonal blocks of the inverse Hessian, shared or one for each row.
     layout : Layout
 
     Returns
     -------
-    blocks : array of bool, shape (n, R, G)
+    blocks : array of bool, shape (blocks, m, n)
         The blocks to prune.
-    best, gap : array, shape (R, G)
+    best, gap : array, shape (m, n)
         The cost of that mask, and how much more the second-best costs.
     """
-    xp = namespace(w)
-    kernel = None if xp is np else _kernel(layout, w.dtype)
-    if kernel is None:
-        return choose(candidate_costs(w, C, layout), layout)
-    _, R, _, G = w.shape
-    blocks = xp.empty((layout.n_blocks, R, G), bool)
-    best, gap = xp.empty((2, R, G), w.dtype)
-    _launch(kernel, w, C, blocks, cuda.NULL, np.int64(0), best, gap)
-    return blocks, best, gap
+    return choose(candidate_costs(w, C, layout), layout)
 
 
+def _check_select_mask(w, C, layout, out):
+    _check_select(w, C, layout)
+    boolean("out", out)
+    c, m, r, n = w.shape
+    if out.shape != (m * r, n * c):
+        raise ValueError(f"out: found shape {out.shape}, expected {(m * r, n * c)}")
+    if out.shape[1] > 1 and out.strides[1] != 1:
+        raise ValueError(f"out: found strides {out.strides}, expected contiguous rows")
+
+
+@twinned(_check_select_mask)
 def select_mask(w, C, layout, out):
     """The cheapest mask of each scope, element by element.
 
     Parameters
     ----------
-    w : array, shape (c, R, r, G)
-    C : array, shape (c, c, G) or (c, c, R, r, G)
+    w : array, shape (c, m, r, n)
+    C : array, shape (c, c, n) or (c, c, m, r, n)
     layout : Layout
-    out : array of bool, shape (R r, G c)
+    out : array of bool, shape (m r, n c)
         True = kept; rows may be those of a wider array. Overwritten.
     """
-    kernel = None if namespace(w) is np else _kernel(layout, w.dtype)
-    if kernel is None:
-        pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
-        out[...] = ~expand(pruned, layout).reshape(out.shape)
-        return
-    _launch(kernel, w, C, cuda.NULL, out, cuda.strides(out)[0], cuda.NULL, cuda.NULL)
-
-
-@lru_cache(maxsize=64)
-def _kernel(layout, dtype):
-    """The kernel for a layout, or None where a scope is too large for one."""
-    if _unrolls(layout):
-        return cuda.kernel("select.cu", "select", **_defines(layout, dtype))
-
-
-def _unrolls(layout):
-    return cuda.unrolls(layout) and len(layout.candidates) <= MAX_UNROLLED
-
-
-def _launch(kernel, w, C, blocks, mask, mask_row, best, gap):
-    _, R, _, G = w.shape
-    if C.ndim == 3:
-        C = C[:, :, None, None]
-    C = namespace(w).broadcast_to(C, (len(w), *w.shape))
-    grid = -(-G // 32), min(-(-R // 16), 65535)
-    kernel(grid, (32, 4), (w, *cuda.strides(w), C, *cuda.strides(C), np.int32(R),
-                           np.int32(G), blocks, mask, mask_row, best, gap))
-
-
-def _defines(layout, dtype):
-    bits = 1 << np.arange(32)
-    return cuda.scope_defines(layout, dtype) | {
-        "N_CANDIDATES": len(layout.candidates),
-        "PRUNED": (layout.candidates * bits[: layout.blocks.shape[1]]).sum(2).ravel(),
-        "CHOICE": layout.candidate_blocks.T @ bits[: layout.n_blocks],
-        "ENUMERATED": layout.enumerated,
-    }
-
-
-def variants():
-    """What the kernels here compile for some patterns."""
-    for layout, dtype in cuda.samples():
-        if _unrolls(layout):
-            yield "select.cu", _defines(layout, dtype)
-            c = layout.blocks.shape[1]
-            yield "scope_blocks.cu", {"REAL": cuda.real(dtype), "PLACES": c}
+    pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
+    out[...] = ~expand(pruned, layout).reshape(out.shape)

@@ -1,22 +1,15 @@
 """Left-to-right sweeps over the scopes of a weight."""
 
-from functools import lru_cache
-
-import numpy as np
-
 from cuobs.arrays import namespace
-from cuobs.ops import cuda
-from cuobs.ops.cholesky import upper_inverse
-from cuobs.ops.gemm import gemm
-from cuobs.ops.masked_solve import masked_solve
+from cuobs.ops.checks import boolean, precise, real, same_dtype, shaped, square
+from cuobs.ops.dispatch import twinned
+from cuobs.ops.factors import upper_inverse
+from cuobs.ops.products import gemm, matmul
 from cuobs.ops.selection import block_sums, expand, prune_lowest
+from cuobs.ops.systems import masked_solve
 
 # Columns that a sweep finishes before it updates those to the right by one product.
 BLOCK = 128
-# A GPU takes a whole span of columns as one block where it fits the shared memory of any device.
-SHARED = 96 * 1024
-# Diagonal blocks up to this width are inverted as a batch.
-BATCHED = 512
 
 
 def block_width(c):
@@ -24,7 +17,7 @@ def block_width(c):
     return max(1, BLOCK // c) * c
 
 
-def scope_solutions(W, C, mask, layout):
+def scope_solutions(W, C, mask, layout, precision="fp32"):
     """The multipliers λ of the scopes' pruned weights, found one scope after the other.
 
     For each scope from left to right, with w as the scopes before have left it,
@@ -39,24 +32,45 @@ def scope_solutions(W, C, mask, layout):
     mask : array of bool, shape (M, n)
         True = kept.
     layout : Layout
+    precision : {"tensor", "fp32"}
 
     Returns
     -------
     array, shape (M, n)
         λ, 0 where kept. The compensated weight is W − λ C.
     """
-    c = layout.blocks.shape[1]
+    c = layout.columns
+    _check_scopes(W, C, mask, c)
+    precise(precision)
     n = W.shape[1]
     solutions = W.copy()
-    fits = _shared(n, c, W.itemsize, _warps(1)) <= SHARED
-    width = n if fits and namespace(W) is not np else block_width(c)
+    width = solved_width(W, c)
     for a in range(0, n, width):
         b = min(a + width, n)
         solve_scopes(solutions[:, a:b], C[a:b, a:b], mask[:, a:b], c)
-        gemm(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1, beta=1)
+        gemm(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1, beta=1,
+             precision=precision)
     return solutions
 
 
+def _check_scopes(W, C, mask, c):
+    square("C", C)
+    real("W", W)
+    same_dtype("W", W, "C", C)
+    shaped("W", W, (len(W), len(C)))
+    shaped("mask", mask, W.shape)
+    boolean("mask", mask)
+    if len(C) % c:
+        raise ValueError(f"W: found {len(C)} columns, expected whole scopes of {c}")
+
+
+@twinned()
+def solved_width(W, c):
+    """Columns that `solve_scopes` takes at a time."""
+    return block_width(c)
+
+
+@twinned(_check_scopes)
 def solve_scopes(W, C, mask, c):
     """`scope_solutions` of one block of columns, in place.
 
@@ -70,12 +84,7 @@ def solve_scopes(W, C, mask, c):
     c : int
         Columns of a scope.
     """
-    xp = namespace(W)
-    M, n = W.shape
-    if xp is not np and c <= cuda.MAX_PLACES:
-        _launch(_solve_kernel(c, W.dtype), M, _warps(1), _shared(n, c, W.itemsize, _warps(1)),
-                (W, C, mask), (np.int32(M), np.int32(n)))
-        return
+    xp, n = namespace(W), W.shape[1]
     # Rows last: every column is contiguous.
     w = xp.ascontiguousarray(W.T)
     pruned = xp.ascontiguousarray(~mask.T)
@@ -83,10 +92,26 @@ def solve_scopes(W, C, mask, c):
         b = a + c
         w[a:b] = masked_solve(C[a:b, a:b, None], w[a:b], pruned[a:b])
         if b < n:
-            w[b:] -= C[b:, a:b] @ w[a:b]
+            gemm(C[b:, a:b], w[a:b], w[b:], alpha=-1, beta=1)
     W[...] = w.T
 
 
+def _check_sparsegpt_block(W, S, F, scale, layout, mask):
+    r, c = layout.blocks.shape
+    square("F", F)
+    real("W", W)
+    shaped("W", W, (len(W), len(F)))
+    shaped("scale", scale, (len(F),))
+    boolean("mask", mask)
+    for name, array in ("S", S), ("mask", mask):
+        shaped(name, array, W.shape)
+    for name, array in ("S", S), ("F", F), ("scale", scale):
+        same_dtype("W", W, name, array)
+    if len(W) % r or len(F) % c:
+        raise ValueError(f"W: found shape {W.shape}, expected whole scopes of {r} x {c}")
+
+
+@twinned(_check_sparsegpt_block)
 def sparsegpt_block(W, S, F, scale, layout, mask):
     """SparseGPT on one block of columns, in the form of one factor.
 
@@ -113,12 +138,6 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
     xp = namespace(W)
     M, n = W.shape
     r, c = layout.blocks.shape
-    kernel = None if xp is np else _block_kernel(layout, W.dtype)
-    if kernel is not None:
-        _launch(kernel, M // r, _warps(r), _shared(n, c, W.itemsize, 2 * r * _warps(r)),
-                (W, S, F), (xp.ascontiguousarray(scale), mask, cuda.strides(mask)[0],
-                            np.int32(M // r), np.int32(n)))
-        return
     n_pruned = layout.n_blocks - layout.keep
     # Rows last: every column is contiguous. d = −s is how a column deviates if it is kept.
     w = xp.ascontiguousarray(W.T)
@@ -137,7 +156,7 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
             e[j] = xp.where(pruned[j], w[j], d[j])
             d[j + 1 : b] -= F[j, j + 1 : b, None] * e[j]
         if b < n:
-            d[b:] -= F[a:b, b:].T @ e[a:b]
+            gemm(F[a:b, b:].T, e[a:b], d[b:], alpha=-1, beta=1)
     S[...] = e.T
     mask[...] = ~pruned.T
 
@@ -150,7 +169,14 @@ def _keep_all(d, F):
     return d
 
 
-def span_inverses(R, width):
+def _check_span_inverses(R, width, precision="fp32"):
+    square("R", R)
+    real("R", R)
+    precise(precision)
+
+
+@twinned(_check_span_inverses)
+def span_inverses(R, width, precision="fp32"):
     """For each diagonal block of an upper triangular matrix, its inverse U and C = UᵀU.
 
     Parameters
@@ -158,67 +184,18 @@ def span_inverses(R, width):
     R : array, shape (K, K)
     width : int
         Columns of a block; the last may be narrower.
+    precision : {"tensor", "fp32"}
 
     Returns
     -------
     list of (array, array), both of shape (width, width)
     """
-    xp = namespace(R)
-    K = len(R)
-    whole = K // width * width
-    spans = []
-    if xp is not np and width <= BATCHED and whole:
-        from cupyx.scipy.linalg import solve_triangular
+    return rest_of_spans([], R, width, precision)
 
-        tiles = R[:whole, :whole].reshape(whole // width, width, whole // width, width)
-        blocks = xp.ascontiguousarray(tiles.diagonal(0, 0, 2).transpose(2, 0, 1))
-        eye = xp.broadcast_to(xp.eye(width, dtype=R.dtype), blocks.shape)
-        U = solve_triangular(blocks, eye)
-        spans = list(zip(U, U.transpose(0, 2, 1) @ U, strict=True))
-    for a in range(len(spans) * width, K, width):
-        U = upper_inverse(R[a : a + width, a : a + width])
-        spans.append((U, U.T @ U))
+
+def rest_of_spans(spans, R, width, precision):
+    """`span_inverses` of what lies behind those that are there."""
+    for a in range(len(spans) * width, len(R), width):
+        U = upper_inverse(R[a : a + width, a : a + width], precision)
+        spans.append((U, matmul(U.T, U, precision)))
     return spans
-
-
-def _warps(r):
-    """Warps of a block of threads, each with a row group of r rows."""
-    return max(1, 8 // r)
-
-
-def _shared(n, c, itemsize, rows):
-    """Shared memory of a sweep's kernel: half a matrix (n, n), `rows` rows and a word a scope."""
-    return (n * (n + c) // 2 + rows * n) * itemsize + 8 * (n // c) * 4
-
-
-def _launch(kernel, groups, warps, shared, matrices, rest):
-    args = [part for matrix in matrices for part in (matrix, cuda.strides(matrix)[0])]
-    cuda.launch(kernel, (-(-groups // warps),), (32, warps), (*args, *rest), shared)
-
-
-@lru_cache(maxsize=64)
-def _block_kernel(layout, dtype):
-    """The kernel for a layout, or None where a scope is too large for one."""
-    if cuda.unrolls(layout):
-        return cuda.kernel("sweep.cu", "sparsegpt_block", **_block_defines(layout, dtype))
-
-
-def _block_defines(layout, dtype):
-    return cuda.scope_defines(layout, dtype) | {"WARPS": _warps(layout.blocks.shape[0])}
-
-
-@lru_cache(maxsize=64)
-def _solve_kernel(c, dtype):
-    return cuda.kernel("sweep.cu", "solve_scopes", **_solve_defines(c, dtype))
-
-
-def _solve_defines(c, dtype):
-    return {"REAL": cuda.real(dtype), "PLACES": c, "WARPS": _warps(1)}
-
-
-def variants():
-    """What the kernels here compile for some patterns."""
-    for layout, dtype in cuda.samples():
-        if cuda.unrolls(layout):
-            yield "sweep.cu", _block_defines(layout, dtype)
-            yield "sweep.cu", _solve_defines(layout.blocks.shape[1], dtype)

@@ -9,7 +9,10 @@ import time
 
 from cuobs import arrays
 
-STAGED = ("cuobs.ops", "cuobs.refine", "cuobs.loss", "cuobs.hessian", "cuobs.pruning")
+STAGED = (
+    "cuobs.ops", "cuobs.algorithms.admm_ops", "cuobs.algorithms.true_obs_ops", "cuobs.refine",
+    "cuobs.loss", "cuobs.hessian", "cuobs.pruning",
+)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,10 @@ import pytest
 from layers import FAR, ROWS, TALL, TILE
 
 from cuobs import arrays
+from cuobs.algorithms import admm_ops
 from cuobs.hessian import Hessian
-from cuobs.ops import (
-    conjugate_gradient,
-    cuda,
-    gemm,
-    gram,
-    masked_solve,
-    projection,
-    selection,
-    sweep,
-)
+from cuobs.ops import conjugate_gradient, gram, products, selection, sweep, systems
+from cuobs.ops.cuda import loader
 from cuobs.pattern import Layout, parse, patterns
 
 pytestmark = pytest.mark.gpu
@@ -34,13 +27,11 @@ SHAPE = pytest.mark.parametrize("R, G", SHAPES)
 
 @pytest.fixture
 def cp():
-    """CuPy, with products in float32 as they are on the CPU."""
     if fault := arrays.cupy_fault():
         pytest.skip(fault)
     import cupy
 
-    with arrays.tensor_cores(cupy, False):
-        yield cupy
+    return cupy
 
 
 @pytest.fixture
@@ -130,7 +121,7 @@ def test_select(cp, rng, pattern, R, G, dtype, own):
 def test_scopes_too_large_for_a_kernel(cp, rng, text):
     """They take array operations, on the device too."""
     layout = layout_of(text, 4, 1) if text != "2:3x8" else layout_of(text, 4, 5)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     w = rng.standard_normal((R, r, G, c)).transpose(3, 0, 1, 2)
     C = place_major(definite(rng, G, c))
     for found, expected in zip(selection.select(cp.asarray(w), cp.asarray(C), layout),
@@ -156,8 +147,8 @@ def test_scope_compensation(cp, rng, c, M, G, dtype):
     mask = rng.random((M, G * c)) < 0.5
     mask[0] = True
     mask[-1] = False
-    expected = masked_solve.scope_compensation(W, C, mask)
-    found = masked_solve.scope_compensation(*map(cp.asarray, (W, C, mask)))
+    expected = systems.scope_compensation(W, C, mask)
+    found = systems.scope_compensation(*map(cp.asarray, (W, C, mask)))
     close(found, expected, dtype, single=2e-3)
     assert (arrays.to_numpy(found)[~mask] == 0).all()
 
@@ -202,7 +193,7 @@ def test_sparsegpt_block(cp, rng, pattern, R, width, dtype):
                                         ("1:2", 210), ("1:2x20", 160)])
 @pytest.mark.parametrize("M", [1, 8, 37])
 def test_scope_solutions(cp, rng, pattern, n, M, dtype):
-    c = parse(pattern).compile(1, 720).columns.shape[1]
+    c = parse(pattern).compile(1, 720).columns
     layout = layout_of(pattern, M, n // c)
     W = rng.standard_normal((M, n)).astype(dtype)
     C = definite(rng, n).astype(dtype)
@@ -240,10 +231,10 @@ def test_project_update(cp, rng, pattern, R, G, dtype):
     V_gpu, D_gpu, mask_gpu = map(cp.asarray, (V, D, mask))
     for rho in (0.1, 0.25, 0.7):
         B = rng.standard_normal((M, K)).astype(dtype)
-        B[:, : layout.columns.shape[1]] = V[:, : layout.columns.shape[1]] = 0  # ties
-        V_gpu[:, : layout.columns.shape[1]] = 0
-        changed = projection.project_update(B, V, D, mask, rho, layout)
-        found = projection.project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, rho, layout)
+        B[:, : layout.columns] = V[:, : layout.columns] = 0  # ties
+        V_gpu[:, : layout.columns] = 0
+        changed = admm_ops.project_update(B, V, D, mask, rho, layout)
+        found = admm_ops.project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, rho, layout)
         differ = (arrays.to_numpy(mask_gpu) != mask).sum()
         assert differ == 0 if dtype == "float64" else differ <= 1e-3 * mask.size
         assert abs(found - changed) <= differ
@@ -252,7 +243,7 @@ def test_project_update(cp, rng, pattern, R, G, dtype):
         close(V_gpu, V, dtype)
         close(D_gpu, D, dtype)
     other, other_gpu = mask.copy(), cp.asarray(mask)
-    assert projection.project_mask(B, other, layout) == projection.project_mask(
+    assert admm_ops.project_mask(B, other, layout) == admm_ops.project_mask(
         cp.asarray(B), other_gpu, layout
     )
     np.testing.assert_array_equal(arrays.to_numpy(other_gpu), other)
@@ -265,8 +256,8 @@ def test_ridge_right_side(cp, rng, shape, with_B, dtype):
     D, V, G, B = (rng.standard_normal(shape).astype(dtype) for _ in range(4))
     B = B if with_B else None
     expected, found = np.empty_like(D), cp.empty(shape, dtype)
-    projection.ridge_right_side(D, V, G, 0.3, expected, B)
-    projection.ridge_right_side(*map(cp.asarray, (D, V, G)), 0.3, found,
+    admm_ops.ridge_right_side(D, V, G, 0.3, expected, B)
+    admm_ops.ridge_right_side(*map(cp.asarray, (D, V, G)), 0.3, found,
                                 None if B is None else cp.asarray(B))
     close(found, expected, dtype, single=1e-6, double=1e-14)
 
@@ -321,12 +312,11 @@ def test_masked_cg_on_tensor_cores(cp, rng, M, K):
         t[~kept] @ np.linalg.solve(np.linalg.inv(A)[np.ix_(~kept, ~kept)], t[~kept])
         for t, kept in zip(T, mask, strict=True)
     ])
-    with arrays.tensor_cores(cp, True):
-        found = conjugate_gradient.masked_cg(
-            cp.asarray(A * scale * scale[:, None], "float32"),
-            cp.asarray(size * (T @ A) * scale, "float32"), cp.asarray(mask),
-            limit=cp.zeros(M, "float32"), max_iterations=60,
-        )
+    found = conjugate_gradient.masked_cg(
+        cp.asarray(A * scale * scale[:, None], "float32"),
+        cp.asarray(size * (T @ A) * scale, "float32"), cp.asarray(mask),
+        limit=cp.zeros(M, "float32"), max_iterations=60, precision="tensor",
+    )
     away = arrays.to_numpy(found).astype("float64") / size * scale - T
     energy = np.einsum("mk,kl,ml->m", away, A, away, optimize=True)
     assert (energy >= 0.999 * least).all() and (energy <= 1.002 * least).all()
@@ -345,27 +335,26 @@ def test_gemm(cp, rng, m, k, n, dtype):
         expected = 2 * out - 0.5 * (a.astype(total) @ b.astype(total))
         whole, out_gpu = wider(cp, out, 3, 2)
         A_gpu, B_gpu = wider(cp, A, 1, 2)[1], wider(cp, B, 2, 1)[1]
-        gemm.gemm(A_gpu.T if A_turned else A_gpu, B_gpu.T if B_turned else B_gpu, out_gpu,
+        products.gemm(A_gpu.T if A_turned else A_gpu, B_gpu.T if B_turned else B_gpu, out_gpu,
                   alpha=-0.5, beta=2.0)
         close(out_gpu, expected, total, single=1e-5)
         assert untouched(whole, 3, 2)
-    gemm.gemm(cp.empty((m, 0), dtype), cp.empty((0, n), dtype), out_gpu, beta=1.0)
-    gemm.gemm(A_gpu[:0], cp.ascontiguousarray(B_gpu), out_gpu[:0], beta=1.0)
+    products.gemm(cp.empty((m, 0), dtype), cp.empty((0, n), dtype), out_gpu, beta=1.0)
+    products.gemm(A_gpu[:0], cp.ascontiguousarray(B_gpu), out_gpu[:0], beta=1.0)
     close(out_gpu, expected, total, single=1e-5)
     A, B = (rng.standard_normal((35, *shape)).astype(dtype) for shape in ((m, k), (k, n)))
     out_gpu = cp.empty((35, m, n), total)
-    gemm.gemm(cp.asarray(A), cp.asarray(B), out_gpu)
+    products.gemm(cp.asarray(A), cp.asarray(B), out_gpu)
     close(out_gpu, A.astype(total) @ B.astype(total), total, single=1e-5)
 
 
 @pytest.mark.parametrize("exact, low, high", [(False, 1e-4, 0.1), (True, 0, 1e-4)])
 def test_gemm_on_tensor_cores(cp, rng, monkeypatch, exact, low, high):
     """Ten bits of each factor, or all of them in three products."""
-    monkeypatch.setattr(gemm, "SPLIT_FROM", 0)
+    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 0)
     A, B = rng.standard_normal((2, 256, 256)).astype("float32")
     out = cp.zeros((256, 256), "float32")
-    with arrays.tensor_cores(cp, True):
-        gemm.gemm(cp.asarray(A), cp.asarray(B), out, exact=exact)
+    products.gemm(cp.asarray(A), cp.asarray(B), out, precision="tensor", exact=exact)
     error = np.abs(arrays.to_numpy(out) - A.astype("float64") @ B).max()
     assert low < error < high
 
@@ -384,14 +373,16 @@ def test_mirror_upper(cp, rng, K, dtype):
 @pytest.mark.parametrize("N, K", [(1, 1), (3, 7), (200, 33), (1000, 100), (70, 515)])
 @pytest.mark.parametrize("dtype, total", [("float16", "float32"), ("float16", "float64"),
                                           ("float32", "float32"), ("float64", "float64")])
-@pytest.mark.parametrize("half", [False, True])
-def test_add_gram(cp, rng, N, K, dtype, total, half):
+@pytest.mark.parametrize("precision", ["tensor", "fp32"])
+def test_add_gram(cp, rng, N, K, dtype, total, precision):
     X = rng.standard_normal((N, K)).astype(dtype)
     out = definite(rng, K).astype(total)
     out_gpu = cp.asarray(out)
     gram.add_gram(X, out)
-    gram.add_gram(cp.asarray(X), out_gpu, half=half)
-    close(out_gpu, out, total, single=1e-5)
+    gram.add_gram(cp.asarray(X), out_gpu, precision)
+    # tf32 keeps ten bits of what is no half precision.
+    rough = dtype == total == "float32" and precision == "tensor"
+    close(out_gpu, out, total, single=1e-3 if rough else 1e-5)
     np.testing.assert_array_equal(arrays.to_numpy(out_gpu), arrays.to_numpy(out_gpu).T)
 
 
@@ -422,8 +413,7 @@ def test_hessian_from_the_host(cp, rng, monkeypatch, dtype, rows):
 def test_every_variant_compiles_and_loads(cp):
     """What CI compiles without a device is what the device gets."""
     seen = set()
-    for file, defines in cuda.variants():
-        code = cuda.source(file)
-        seen.add(file)
-        cp.RawModule(code=code, options=cuda.options(defines)).compile()
-    assert seen == set(cuda.sources())
+    for source, defines in loader.variants():
+        seen.add(source)
+        cp.RawModule(code=loader.text(source), options=loader.options(defines)).compile()
+    assert seen == set(loader.sources())

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from cuobs import arrays, batches
+from cuobs.algorithms import true_obs_ops
 from cuobs.algorithms.true_obs import _bytes_per_row, _prune_rows, true_obs
 from cuobs.batches import Workspace
-from cuobs.ops import cholesky, gemm, schur
+from cuobs.ops import factors
 from cuobs.pattern import parse, patterns
 from cuobs.problem import Problem
 from cuobs.recipe import Settings
@@ -24,13 +25,11 @@ TOLERANCE = {"float16": 5e-3, "float32": 2e-4, "float64": 1e-10}
 
 @pytest.fixture
 def cp():
-    """CuPy, with products in float32 as they are on the CPU."""
     if fault := arrays.cupy_fault():
         pytest.skip(fault)
     import cupy
 
-    with arrays.tensor_cores(cupy, False):
-        yield cupy
+    return cupy
 
 
 @pytest.fixture
@@ -67,8 +66,8 @@ def test_first_scopes(cp, rng, dtype, n, size, ties):
     for value in np.inf, -np.inf, np.nan:
         key[rng.random(key.shape) < 0.02] = value
     scopes = shuffled(rng, 3, n + 5)
-    expected = schur.first_scopes(key, scopes[:, :n], size)
-    found = schur.first_scopes(cp.asarray(key), cp.asarray(scopes)[:, :n], size)
+    expected = true_obs_ops.first_scopes(key, scopes[:, :n], size)
+    found = true_obs_ops.first_scopes(cp.asarray(key), cp.asarray(scopes)[:, :n], size)
     np.testing.assert_array_equal(arrays.to_numpy(found), expected)
 
 
@@ -77,7 +76,7 @@ def test_first_scopes(cp, rng, dtype, n, size, ties):
 def test_cholesky_inverse(cp, rng, dtype, B, p):
     A = definite(rng, B, p)
     lower = np.tril(A) + np.triu(np.full((p, p), np.nan), 1)
-    found = cholesky.cholesky_inverse(cp.asarray(lower, dtype))
+    found = factors.cholesky_inverse(cp.asarray(lower, dtype))
     same(found, np.linalg.inv(np.linalg.cholesky(A)), TOLERANCE[dtype])
     assert not np.triu(arrays.to_numpy(found), 1).any()
 
@@ -87,13 +86,13 @@ def test_failures_are_named(cp, rng, p):
     A = definite(rng, 40, p)
     A[[3, 35], -1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError, match=r"2 of 40 .*\(numbers 3, 35\)"):
-        cholesky.cholesky_inverse(cp.asarray(A, "float32"))
+        factors.cholesky_inverse(cp.asarray(A, "float32"))
     info = cp.zeros(40, np.int32)
-    cholesky.cholesky_inverse(cp.asarray(A, "float32"), info)
+    factors.cholesky_inverse(cp.asarray(A, "float32"), info)
     assert info.get()[[3, 35]].tolist() == [p, p] and np.count_nonzero(info.get()) == 2
     for dtype in "float32", "float64":
         with pytest.raises(np.linalg.LinAlgError, match="larger damp"):
-            cholesky.reversed_cholesky(cp.asarray(A[3], dtype))
+            factors.reversed_cholesky(cp.asarray(A[3], dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -101,23 +100,22 @@ def test_failures_are_named(cp, rng, p):
 def test_inverse(cp, rng, dtype, K):
     A = definite(rng, K)
     R = np.linalg.cholesky(A[::-1, ::-1])[::-1, ::-1]
-    found = cholesky.reversed_cholesky(cp.asarray(A, dtype))
+    found = factors.reversed_cholesky(cp.asarray(A, dtype))
     same(found, R, TOLERANCE[dtype])
-    U = cholesky.upper_inverse(cp.asarray(R, dtype))
+    U = factors.upper_inverse(cp.asarray(R, dtype))
     same(U, np.linalg.inv(R), TOLERANCE[dtype])
     assert not np.tril(arrays.to_numpy(U), -1).any()
-    same(cholesky.upper_gram(U), np.linalg.inv(A), TOLERANCE[dtype])
-    same(cholesky.inverse(cp.asarray(A, dtype)), np.linalg.inv(A), TOLERANCE[dtype])
+    same(factors.upper_gram(U), np.linalg.inv(A), TOLERANCE[dtype])
+    same(factors.inverse(cp.asarray(A, dtype)), np.linalg.inv(A), TOLERANCE[dtype])
 
 
 def test_tensor_cores_keep_the_triangular_inverse(cp, rng, monkeypatch):
     """Only the Gram product may lose digits."""
-    monkeypatch.setattr(gemm, "SPLIT_FROM", 1)
+    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 1)
     A = definite(rng, 1000)
     R = np.linalg.cholesky(A).T
-    with arrays.tensor_cores(cp, True):
-        same(cholesky.upper_inverse(cp.asarray(R, "float32")), np.linalg.inv(R), 1e-5)
-        same(cholesky.inverse(cp.asarray(A, "float32")), np.linalg.inv(A), 2e-3)
+    same(factors.upper_inverse(cp.asarray(R, "float32"), "tensor"), np.linalg.inv(R), 1e-5)
+    same(factors.inverse(cp.asarray(A, "float32"), "tensor"), np.linalg.inv(A), 2e-3)
 
 
 @pytest.mark.parametrize("dtype, factor_dtype", TYPES)
@@ -126,11 +124,11 @@ def test_tensor_cores_keep_the_triangular_inverse(cp, rng, monkeypatch):
 def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
     """All passes of one group of scopes, each compared with its twin on the same input."""
     layout = parse(pattern).compile(*shape_of(pattern, R, groups + 1))
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     B, n, used = R * r, G - 1, 8 * int(rng.integers(0, 4))
     size = int(rng.integers(1, n + 1))
-    most, alike = schur.pruned_columns(layout)
-    room = used + schur.aligned(size * most) + 16
+    most, alike = true_obs_ops.pruned_columns(layout)
+    room = used + true_obs_ops.aligned(size * most) + 16
     C = definite(rng, G * c) * 0.05 + np.eye(G * c)
     if layout.enumerated:
         masks = layout.candidate_blocks
@@ -157,28 +155,28 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
         scopes, w, D = a["scopes"][:, :n], a["w"][..., :n], a["D"][..., :n]
         if xp is np:
             a["Z"] = a["Z"].astype(dtype)
-        factor = schur.Factor(a["Z"][:, : n * c], used)
+        factor = true_obs_ops.Factor(a["Z"][:, : n * c], used)
         mask = xp.zeros((R, r, G, c), bool)
-        places, columns, weights, counts = schur.take_pruned(
+        places, columns, weights, counts = true_obs_ops.take_pruned(
             a["blocks"], a["chosen"], scopes, w, layout, mask
         )
         if not alike:
             factor.starts = xp.asarray(starts)
-        Z_P = schur.gather_factor(factor.Z, places, used)
-        A = schur.group_blocks(xp.asarray(C, dtype), columns, Z_P)
+        Z_P = true_obs_ops.gather_factor(factor.Z, places, used)
+        A = true_obs_ops.group_blocks(xp.asarray(C, dtype), columns, Z_P)
         lower = np.tril(arrays.to_numpy(A))
         cost = xp.ones(B, dtype)
-        inverse = cholesky.cholesky_inverse(A)
-        y, inverse = schur.solve_group(inverse, weights, cost, factor.Z.dtype)
+        inverse = factors.cholesky_inverse(A)
+        y, inverse = true_obs_ops.solve_group(inverse, weights, cost, factor.Z.dtype)
         found = {"places": places, "columns": columns, "weights": weights, "mask": mask,
                  "Z_P": Z_P, "A": lower, "y": y, "cost": cost}
         if size < n:
-            scopes, w, D = schur.drop_scopes(a["chosen"], scopes, w, D, factor)
-            Zn = schur.append_factor(
+            scopes, w, D = true_obs_ops.drop_scopes(a["chosen"], scopes, w, D, factor)
+            Zn = true_obs_ops.append_factor(
                 xp.asarray(C.astype(factor_dtype), factor.Z.dtype), scopes, columns, Z_P, inverse,
                 counts, factor, Workspace(),
             )
-            schur.update_scopes(w, D, Zn, y)
+            true_obs_ops.update_scopes(w, D, Zn, y)
             # Columns of Z may lie in other places.
             Z = arrays.to_numpy(factor.Z)[:, :, : factor.used].astype(np.float64)
             D = arrays.to_numpy(D) * np.tri(c)[:, :, None, None, None]
@@ -187,7 +185,7 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
     twin, device = results
     p, tolerance = twin["places"].shape[1], TOLERANCE[factor_dtype]
     # A device fills lists up to a length that it likes.
-    assert device["places"].shape[1] % schur.ALIGN == 0
+    assert device["places"].shape[1] % true_obs_ops.ALIGN == 0
     assert (device["places"][:, p:] == -1).all() and (device["columns"][:, p:] == -1).all()
     for name in twin:
         expected, found = twin[name], device[name]
@@ -212,13 +210,13 @@ def shape_of(pattern, R, G):
 
 def test_a_wider_factor_keeps_its_columns(cp, rng):
     Z = rng.standard_normal((5, 12, 24)).astype("float16")
-    factor, space = schur.Factor(cp.asarray(Z)[:, :9], used=16), Workspace()
-    schur.make_room(factor, 8, 0, space)
+    factor, space = true_obs_ops.Factor(cp.asarray(Z)[:, :9], used=16), Workspace()
+    true_obs_ops.make_room(factor, 8, 0, space)
     assert factor.Z.shape == (5, 9, 24)
-    schur.make_room(factor, 9, 400, space)
+    true_obs_ops.make_room(factor, 9, 400, space)
     assert factor.Z.shape == (5, 9, 48)
     same(factor.Z[:, :, :16], Z[:, :9, :16])
-    schur.make_room(factor, 40, 400, space)
+    true_obs_ops.make_room(factor, 40, 400, space)
     assert factor.Z.shape == (5, 9, 56)
     same(factor.Z[:, :, :16], Z[:, :9, :16])
 
@@ -231,13 +229,12 @@ def problem_on(cp, pattern, M, K, **settings):
 
 
 @pytest.mark.parametrize("pattern, M, K", [("2:4", 100, 192), ("block16-row8", 160, 128)])
-@pytest.mark.parametrize("tensor", [True, False])
-def test_batches_of_any_size_give_the_same_masks(cp, pattern, M, K, tensor):
-    with arrays.tensor_cores(cp, tensor):
-        results = [
-            true_obs(problem_on(cp, pattern, M, K, batch_rows=rows), group=4)
-            for rows in (None, 1, 32, 40, 64)
-        ]
+@pytest.mark.parametrize("precision", ["tensor", "fp32"])
+def test_batches_of_any_size_give_the_same_masks(cp, pattern, M, K, precision):
+    results = [
+        true_obs(problem_on(cp, pattern, M, K, batch_rows=rows, precision=precision), group=4)
+        for rows in (None, 1, 32, 40, 64)
+    ]
     for other in results[1:]:
         assert (other.mask == results[0].mask).all()
         assert (other.cost == results[0].cost).all()
@@ -251,19 +248,18 @@ def test_out_of_memory_halves_the_rows(cp, monkeypatch):
         asked.append(len(W))
         return _prune_rows(run, W, *args)
 
-    with arrays.tensor_cores(cp, True):
-        expected = true_obs(problem_on(cp, "2:4", 128, 512, batch_rows=32), group=16)
-        problem = problem_on(cp, "2:4", 128, 512)
-        problem.C  # noqa: B018
-        monkeypatch.setitem(true_obs.__globals__, "_prune_rows", prune_rows)
-        pool = cp.get_default_memory_pool()
-        pool.free_all_blocks()
-        area = 0.4 * 512 * 256 * 2
-        pool.set_limit(size=pool.used_bytes() + int(2 * 100 * area))
-        try:
-            found = true_obs(problem, group=16)
-        finally:
-            pool.set_limit(size=0)
+    expected = true_obs(problem_on(cp, "2:4", 128, 512, batch_rows=32), group=16)
+    problem = problem_on(cp, "2:4", 128, 512)
+    problem.C  # noqa: B018
+    monkeypatch.setitem(true_obs.__globals__, "_prune_rows", prune_rows)
+    pool = cp.get_default_memory_pool()
+    pool.free_all_blocks()
+    area = 0.4 * 512 * 256 * 2
+    pool.set_limit(size=pool.used_bytes() + int(2 * 100 * area))
+    try:
+        found = true_obs(problem, group=16)
+    finally:
+        pool.set_limit(size=0)
     assert asked[0] == 128 and len(asked) > 2 and set(asked[1:]) <= {32, 64}
     assert (found.mask == expected.mask).all()
 
@@ -277,57 +273,54 @@ def test_a_batch_fits_what_it_is_said_to_take(cp, monkeypatch, pattern, M, K, gr
     said = []
     monkeypatch.setitem(true_obs.__globals__, "_bytes_per_row",
                         lambda run: said.append(_bytes_per_row(run)) or said[-1])
-    with arrays.tensor_cores(cp, True):
-        true_obs(problem_on(cp, pattern, M, K, batch_rows=M), group=group)
-        pool = cp.get_default_memory_pool()
-        pool.free_all_blocks()
-        problem = problem_on(cp, pattern, M, K, batch_rows=M)
-        problem.C  # noqa: B018
-        pool.free_all_blocks()
-        # What is held, with the gaps that it leaves in the pool's pieces; C scaled, and in float16;
-        # masks.
-        held = pool.total_bytes() + K * K * 6 + 2 * M * K
-        pool.set_limit(size=held + said[0] * M + 2**19)
-        asked = []
+    true_obs(problem_on(cp, pattern, M, K, batch_rows=M), group=group)
+    pool = cp.get_default_memory_pool()
+    pool.free_all_blocks()
+    problem = problem_on(cp, pattern, M, K, batch_rows=M)
+    problem.C  # noqa: B018
+    pool.free_all_blocks()
+    # What is held, with the gaps that it leaves in the pool's pieces; C scaled, and in float16;
+    # masks.
+    held = pool.total_bytes() + K * K * 6 + 2 * M * K
+    pool.set_limit(size=held + said[0] * M + 2**19)
+    asked = []
 
-        def prune_rows(run, W, *args):
-            asked.append(len(W))
-            return _prune_rows(run, W, *args)
+    def prune_rows(run, W, *args):
+        asked.append(len(W))
+        return _prune_rows(run, W, *args)
 
-        monkeypatch.setitem(true_obs.__globals__, "_prune_rows", prune_rows)
-        try:
-            true_obs(problem, group=group)
-        finally:
-            pool.set_limit(size=0)
+    monkeypatch.setitem(true_obs.__globals__, "_prune_rows", prune_rows)
+    try:
+        true_obs(problem, group=group)
+    finally:
+        pool.set_limit(size=0)
     assert len(asked) == 1
 
 
 def test_rows_that_float16_fails_are_done_again(cp, monkeypatch):
     """A pivot that fails in float16 sends its row group, and no other, through float32."""
-    with arrays.tensor_cores(cp, False):
-        exact = true_obs(problem_on(cp, "2:4", 40, 128), group=4)
+    exact = true_obs(problem_on(cp, "2:4", 40, 128, precision="fp32"), group=4)
     inverted = true_obs.__globals__["cholesky_inverse"]
 
-    def fails(A, info):
-        inverted(A, info)
+    def fails(A, info, precision):
+        inverted(A, info, precision)
         if len(A) > 1:
             info[5] = 1
         return A
 
     monkeypatch.setitem(true_obs.__globals__, "cholesky_inverse", fails)
-    with arrays.tensor_cores(cp, True):
-        found = true_obs(problem_on(cp, "2:4", 40, 128), group=4)
+    found = true_obs(problem_on(cp, "2:4", 40, 128), group=4)
     # tf32 keeps 11 bits of a factor.
     np.testing.assert_allclose(found.cost.get()[5], exact.cost.get()[5], rtol=1e-3)
     assert (found.mask[5] == exact.mask[5]).all()
 
-    def always(A, info):
-        inverted(A, info)
+    def always(A, info, precision):
+        inverted(A, info, precision)
         info[0] = 1
         return A
 
     monkeypatch.setitem(true_obs.__globals__, "cholesky_inverse", always)
-    with arrays.tensor_cores(cp, True), pytest.raises(np.linalg.LinAlgError, match="larger damp"):
+    with pytest.raises(np.linalg.LinAlgError, match="larger damp"):
         true_obs(problem_on(cp, "2:4", 40, 128), group=4)
 
 
@@ -335,18 +328,19 @@ def test_half_precision_does_not_move_the_cost(cp, example):
     W, X = (np.asarray(a[: n], "float32") for a, n in zip(example, (64, 4096), strict=True))
     H = X.T @ X
     costs = {}
-    for tensor in False, True:
-        layout = parse("2:4").compile(*W.shape)
-        problem = Problem.build(cp.asarray(W), cp.asarray(H), layout, 0.01, Settings())
-        with arrays.tensor_cores(cp, tensor):
-            costs[tensor] = float(true_obs(problem, group=40).cost.sum())
-    assert costs[True] == pytest.approx(costs[False], rel=5e-3)
+    for precision in "fp32", "tensor":
+        problem = Problem.build(cp.asarray(W), cp.asarray(H), parse("2:4").compile(*W.shape), 0.01,
+                                Settings(precision=precision))
+        costs[precision] = float(true_obs(problem, group=40).cost.sum())
+    assert costs["tensor"] == pytest.approx(costs["fp32"], rel=5e-3)
 
 
 def test_the_plan_of_the_published_size():
     """256 rows fit 24 GiB, and 8 GiB hold 32 beside everything else."""
     layout = parse("2:4").compile(2560, 9728)
     C = np.empty((0, 0), np.float32)
-    run = true_obs.__globals__["_Run"](C, C.astype("float16"), layout, 256, "gap", None, None)
+    run = true_obs.__globals__["_Run"](
+        C, C.astype("float16"), "tensor", layout, 256, "gap", None, None
+    )
     assert 256 * _bytes_per_row(run) < batches.GPU_BYTES
     assert 32 * _bytes_per_row(run) < 4 * 2**30

@@ -8,17 +8,17 @@ import oracles
 import pytest
 from layers import FAR, ROWS, TALL, TILE, host
 
+from cuobs.algorithms import admm_ops, true_obs_ops
 from cuobs.batches import Workspace
 from cuobs.ops import (
-    cholesky,
     conjugate_gradient,
-    gemm,
+    factors,
     gram,
-    masked_solve,
-    projection,
+    products,
     schur,
     selection,
     sweep,
+    systems,
 )
 from cuobs.pattern import parse
 
@@ -56,14 +56,14 @@ def definite(rng, *shape):
 def compiled(text, columns=3):
     """A pattern compiled for a few scopes, with the references' form of it."""
     M = {"block16-row8": 16}.get(text, 8)
-    c = parse(text).compile(16, 240).columns.shape[1]
+    c = parse(text).compile(16, 240).columns
     K = {FAR: 4 * columns, "coupled-2:4": 16 * columns}.get(text, c * columns)
     return parse(text).compile(M, K), oracles.scopes(text, M, K)
 
 
 def by_scope(array, layout):
     """(c, R, r, G) of an (M, K) array in layout order."""
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     return array.reshape(R, r, G, c).transpose(3, 0, 1, 2)
 
 
@@ -73,7 +73,7 @@ def by_scope(array, layout):
 @SINGLE
 def test_cholesky(xp, rng, dtype, close):
     for A in definite(rng, 12), definite(rng, 1), definite(rng, 700):
-        L = cholesky.cholesky(xp.asarray(A, dtype))
+        L = factors.cholesky(xp.asarray(A, dtype))
         assert L.dtype == dtype
         close(L, np.linalg.cholesky(A))
 
@@ -81,12 +81,12 @@ def test_cholesky(xp, rng, dtype, close):
 def test_not_positive_definite_is_noticed(xp):
     bad = np.diag([1.0, -1.0, 1.0])
     with pytest.raises(np.linalg.LinAlgError):
-        cholesky.cholesky(xp.asarray(bad))
+        factors.cholesky(xp.asarray(bad))
     with pytest.raises(np.linalg.LinAlgError, match="found 2 of 4 .*numbers 1, 2"):
-        cholesky.cholesky_inverse(xp.asarray(np.stack([np.eye(3), bad, -np.eye(3), np.eye(3)])))
+        factors.cholesky_inverse(xp.asarray(np.stack([np.eye(3), bad, -np.eye(3), np.eye(3)])))
     with pytest.raises(np.linalg.LinAlgError, match="hessian: .*damp"):
-        cholesky.reversed_cholesky(xp.asarray(bad))
-    for factor in cholesky.cholesky, cholesky.reversed_cholesky:
+        factors.reversed_cholesky(xp.asarray(bad))
+    for factor in factors.cholesky, factors.reversed_cholesky:
         info = xp.zeros(1, np.int32)
         factor(xp.asarray(bad), info)
         assert int(info[0]) == 2
@@ -99,16 +99,16 @@ def test_not_positive_definite_is_noticed(xp):
 def test_reversed_factor(xp, rng, dtype, close, K):
     """Upper triangular, H = R R^T, and R[a:, a:] is that of what is left after a columns."""
     H = definite(rng, K)
-    R = cholesky.reversed_cholesky(xp.asarray(H, dtype))
+    R = factors.reversed_cholesky(xp.asarray(H, dtype))
     assert np.array_equal(host(R), np.triu(host(R))) and R.dtype == dtype
     close(R @ R.T, H)
-    close(cholesky.upper_inverse(R), np.linalg.inv(host(R).astype(float)))
-    close(cholesky.inverse(xp.asarray(H, dtype)), np.linalg.inv(H))
+    close(factors.upper_inverse(R), np.linalg.inv(host(R).astype(float)))
+    close(factors.inverse(xp.asarray(H, dtype)), np.linalg.inv(H))
     a = K // 3
     left = np.linalg.inv(H)
     for j in range(a):
         left = oracles.eliminate(left, [j])
-    U = cholesky.upper_inverse(R[a:, a:])
+    U = factors.upper_inverse(R[a:, a:])
     close(U.T @ U, left[a:, a:])
 
 
@@ -133,11 +133,11 @@ def test_span_inverses(xp, rng, dtype, close, width):
 def test_gemm_adds(xp, rng, dtype, close, m, k, n):
     A, B, C = (rng.standard_normal(shape) for shape in ((m, k), (k, n), (m, n)))
     a, b, c = (xp.array(v, dtype) for v in (A, B, C))
-    gemm.gemm(a, b, c, alpha=-1, beta=1)
+    products.gemm(a, b, c, alpha=-1, beta=1)
     close(c, C - A @ B)
     wide = xp.asarray(np.pad(C, ((0, 0), (2, 3))), dtype)
     at = wide[:, 2 : 2 + n]
-    gemm.gemm(xp.asarray(A.T, dtype).T, xp.asarray(B.T, dtype).T, at, beta=1)
+    products.gemm(xp.asarray(A.T, dtype).T, xp.asarray(B.T, dtype).T, at, beta=1)
     close(at, C + A @ B)
     assert not host(wide)[:, :2].any() and not host(wide)[:, 2 + n :].any()
 
@@ -172,7 +172,7 @@ def test_masked_solve(xp, rng, dtype, close, c):
     w = rng.standard_normal((c, 6, 5))
     mask = rng.random((c, 6, 5)) < 0.5
     mask[:, 0], mask[:, 1] = False, True
-    found = masked_solve.masked_solve(
+    found = systems.masked_solve(
         xp.asarray(C[:, :, None], dtype), xp.asarray(w, dtype), xp.asarray(mask)
     )
     expected = np.zeros_like(w)
@@ -188,7 +188,7 @@ def test_scope_compensation(xp, rng, dtype, close, c, G):
     C = definite(rng, G, c).transpose(1, 2, 0)
     W = rng.standard_normal((3, G * c))
     mask = rng.random(W.shape) < 0.5
-    found = masked_solve.scope_compensation(
+    found = systems.scope_compensation(
         xp.asarray(W, dtype), xp.asarray(C, dtype), xp.asarray(mask)
     )
     expected = W.copy()
@@ -207,13 +207,13 @@ def test_masked_factor_solve(rng, dtype, close):
     mask = rng.random(B.shape) < 0.5
     mask[0], mask[1] = False, True
     out = np.zeros(B.shape, dtype)
-    masked_solve.masked_factor_solve(A.astype(dtype), B.astype(dtype), mask, out)
+    systems.masked_factor_solve(A.astype(dtype), B.astype(dtype), mask, out)
     expected = np.zeros_like(B)
     for i, m in enumerate(mask):
         expected[i, m] = np.linalg.solve(A[np.ix_(m, m)], B[i, m])
     close(out, expected)
     with pytest.raises(np.linalg.LinAlgError, match="row 1"):
-        masked_solve.masked_factor_solve(-A, B, mask, out)
+        systems.masked_factor_solve(-A, B, mask, out)
 
 
 @SINGLE
@@ -280,7 +280,7 @@ def test_masked_cg_stops_when_the_energy_has_settled(xp, rng):
 def test_costs_and_masks(xp, rng, dtype, close, text):
     """Costs of candidates, the best of them, the gap, and the masks, shared C and own C."""
     layout, s = compiled(text)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     W = rng.standard_normal((R * r, G * c))
     own = definite(rng, R, r, G, c)
     for blocks in own, np.broadcast_to(own[:1, :1], own.shape):
@@ -316,7 +316,7 @@ def test_costs_and_masks(xp, rng, dtype, close, text):
 @pytest.mark.parametrize("text", PATTERNS)
 def test_block_sums_and_expand(xp, rng, text):
     layout, s = compiled(text)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     scores = rng.standard_normal((c, R, r, G))
     sums = selection.block_sums(xp.asarray(scores), layout)
     flags = xp.asarray(rng.random((layout.n_blocks, R, G)) < 0.5)
@@ -351,7 +351,7 @@ def test_scope_blocks(xp, rng):
 @pytest.mark.parametrize("text", ["2:4", "4:8", "8:16", TILE])
 def test_ties_take_the_first_mask(xp, text):
     layout, _ = compiled(text)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     w = xp.zeros((c, R, r, G))
     C = xp.asarray(np.broadcast_to(np.eye(c)[:, :, None], (c, c, G)))
     blocks, best, gap = (host(a) for a in selection.select(w, C, layout))
@@ -367,7 +367,7 @@ def test_ties_take_the_first_mask(xp, text):
 @pytest.mark.parametrize("text", PATTERNS)
 def test_projection(xp, rng, dtype, close, text):
     layout, s = compiled(text)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     B, V, old = (rng.standard_normal((R * r, G * c)).astype(dtype) for _ in range(3))
 
     def mask_of(A):
@@ -380,11 +380,11 @@ def test_projection(xp, rng, dtype, close, text):
         return ~gone[layout.blocks].transpose(2, 0, 3, 1).reshape(B.shape)
 
     mask, before = xp.zeros(B.shape, bool), mask_of(old)
-    assert projection.project_mask(xp.asarray(old), mask, layout) == before.sum()
+    assert admm_ops.project_mask(xp.asarray(old), mask, layout) == before.sum()
     np.testing.assert_array_equal(host(mask), before)
     rho = 0.3
     b, v, d = xp.array(B), xp.array(V), xp.empty(B.shape, dtype)
-    changed = projection.project_update(b, v, d, mask, rho, layout)
+    changed = admm_ops.project_update(b, v, d, mask, rho, layout)
     after = mask_of(B + V / rho)
     D = (B + V / rho) * after
     np.testing.assert_array_equal(host(mask), after)
@@ -400,9 +400,9 @@ def test_ridge_right_side(xp, rng, dtype, close):
     D, V, G, B = (rng.standard_normal((7, 33)) for _ in range(4))
     d, v, g, b = (xp.asarray(a, dtype) for a in (D, V, G, B))
     out = xp.empty(D.shape, dtype)
-    projection.ridge_right_side(d, v, g, 0.7, out)
+    admm_ops.ridge_right_side(d, v, g, 0.7, out)
     close(out, 0.7 * D - V + G)
-    projection.ridge_right_side(d, v, g, 0.7, out, b)
+    admm_ops.ridge_right_side(d, v, g, 0.7, out, b)
     close(out, 0.7 * D - V + G - 0.7 * B)
 
 
@@ -434,12 +434,12 @@ def test_sparsegpt_block(xp, rng, dtype, close, text):
     """One block, in slices of wider arrays, against the textbook form column by column."""
     layout, s = compiled(text)
     M, n = layout.shape
-    rows, columns = layout.rows.ravel(), layout.columns.ravel()
+    rows, columns = layout.row_order.ravel(), layout.column_order.ravel()
     W, H = layers.random_layer(M, n)
     target, Hl = oracles.damped(W, H)
     weight, mask = oracles.sparsegpt(target, Hl, s)
     ordered = Hl[np.ix_(columns, columns)]
-    R = host(cholesky.reversed_cholesky(ordered))
+    R = host(factors.reversed_cholesky(ordered))
     F = R / R.diagonal()
     w = xp.asarray(target[np.ix_(rows, columns)], dtype)
     S, kept = xp.zeros((M, n + 3), dtype), xp.zeros((M, n + 3), bool)
@@ -474,13 +474,13 @@ def test_cholesky_inverse(xp, rng, dtype, close, B, p):
     """Only the lower triangle is read."""
     A = definite(rng, B, p)
     lower = xp.array(np.tril(A) + np.triu(np.full((p, p), 7.0), 1), dtype)
-    found = cholesky.cholesky_inverse(lower)
+    found = factors.cholesky_inverse(lower)
     close(found, np.linalg.inv(np.linalg.cholesky(A)))
     assert np.array_equal(host(found), np.tril(host(found)))
     if p > 1:
         A[-1] *= -1
         info = xp.zeros(B, np.int32)
-        cholesky.cholesky_inverse(xp.array(A, dtype), info)
+        factors.cholesky_inverse(xp.array(A, dtype), info)
         assert np.flatnonzero(host(info)).tolist() == [B - 1]
 
 
@@ -490,7 +490,7 @@ def test_first_scopes(xp, rng, dtype):
     key = rng.integers(0, 4, (6, 37)).astype(dtype)
     scopes = np.argsort(rng.random((6, 90)), axis=1)[:, :37].astype(np.int32)
     for size in 1, 5, 36, 37:
-        found = host(schur.first_scopes(xp.asarray(key), xp.asarray(scopes), size))
+        found = host(true_obs_ops.first_scopes(xp.asarray(key), xp.asarray(scopes), size))
         for R in range(6):
             order = sorted(range(37), key=lambda k: (key[R, k], scopes[R, k]))  # noqa: B023
             assert found[R].tolist() == sorted(order[:size])
@@ -500,7 +500,7 @@ def test_first_scopes(xp, rng, dtype):
 def state(request, rng):
     """Row groups in the middle of true-obs: n open scopes of each, in any order, and a Z."""
     layout = compiled(request.param, columns=9)[0]
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     n, used = 6, 8
     return {
         "layout": layout, "R": R, "r": r, "G": G, "c": c, "n": n, "used": used,
@@ -518,7 +518,7 @@ def test_take_pruned(xp, rng, state, dtype):
     blocks = selection.prune_lowest(
         rng.random((layout.n_blocks, state["R"], state["n"])), layout.n_blocks - layout.keep)
     mask = xp.zeros((state["R"], r, state["G"], c), bool)
-    places, columns, weights, counts = schur.take_pruned(
+    places, columns, weights, counts = true_obs_ops.take_pruned(
         xp.asarray(blocks), xp.asarray(state["chosen"]), xp.asarray(state["scopes"]),
         xp.asarray(state["w"], dtype), layout, mask)
     places, columns, weights, mask = map(host, (places, columns, weights, mask))
@@ -550,12 +550,12 @@ def test_groups_of_rows(xp, rng, state, dtype, close):
     columns = np.take_along_axis(scope, places // c, 1) * c + places % c
     columns = np.where(places < 0, -1, columns).astype(np.int32)
     Z = xp.asarray(state["Z"], dtype)
-    Z_P = schur.gather_factor(Z, xp.asarray(places), used)
+    Z_P = true_obs_ops.gather_factor(Z, xp.asarray(places), used)
     rows = np.where(places[..., None] < 0, 0,
                     np.take_along_axis(state["Z"][:, :, :used], places[..., None], 1))
     close(Z_P, rows)
-    close(schur.gather_factor(Z, None, used), state["Z"][:, :, :used])
-    A = host(schur.group_blocks(xp.asarray(state["C"], dtype), xp.asarray(columns), Z_P))
+    close(true_obs_ops.gather_factor(Z, None, used), state["Z"][:, :, :used])
+    A = host(true_obs_ops.group_blocks(xp.asarray(state["C"], dtype), xp.asarray(columns), Z_P))
     expected = state["C"][columns[:, :, None], columns[:, None]] - rows @ rows.swapaxes(1, 2)
     filled = (columns < 0)[:, :, None] | (columns < 0)[:, None]
     expected = np.where(filled, np.eye(places.shape[1]), expected)
@@ -563,7 +563,7 @@ def test_groups_of_rows(xp, rng, state, dtype, close):
     inverse = np.linalg.inv(np.linalg.cholesky(expected + 5 * np.eye(places.shape[1])))
     weights, cost = rng.standard_normal(places.shape), rng.standard_normal(B)
     total = xp.array(cost, dtype)
-    y, same = schur.solve_group(
+    y, same = true_obs_ops.solve_group(
         xp.asarray(inverse, dtype), xp.asarray(weights, dtype), total, np.dtype(dtype))
     solved = (inverse @ weights[..., None])[..., 0]
     close(y, solved)
@@ -576,8 +576,8 @@ def test_drop_scopes(xp, state, dtype, close):
     """What is left are the other scopes, each with its own weights, blocks and rows of Z."""
     R, r, c, n, used = (state[name] for name in ("R", "r", "c", "n", "used"))
     arrays = {name: xp.array(state[name], dtype) for name in ("w", "D", "Z")}
-    factor = schur.Factor(arrays["Z"], used=used)
-    scopes, w, D = schur.drop_scopes(
+    factor = true_obs_ops.Factor(arrays["Z"], used=used)
+    scopes, w, D = true_obs_ops.drop_scopes(
         xp.asarray(state["chosen"]), xp.array(state["scopes"]), arrays["w"], arrays["D"], factor)
     scopes, w, D, Z = map(host, (scopes, w, D, factor.Z))
     assert scopes.shape == (R, n - 2) and w.shape[3] == n - 2 and Z.shape[1] == (n - 2) * c
@@ -616,8 +616,8 @@ def test_append_factor(xp, rng, state, dtype, close, differ):
     filled = columns < 0
     inverse[filled[:, :, None] | filled[:, None]] = 0
     inverse[filled[:, :, None] & np.eye(p, dtype=bool)] = 1
-    factor = schur.Factor(xp.array(Z, dtype), used, xp.asarray(starts) if differ else None)
-    Zn = schur.append_factor(
+    factor = true_obs_ops.Factor(xp.array(Z, dtype), used, xp.asarray(starts) if differ else None)
+    Zn = true_obs_ops.append_factor(
         xp.asarray(C, dtype), xp.asarray(state["scopes"]), xp.asarray(columns),
         xp.asarray(Z_P, dtype), xp.asarray(inverse, dtype),
         xp.asarray(counts) if differ else None, factor, Workspace())
@@ -645,7 +645,7 @@ def test_update_scopes(xp, rng, state, dtype, close):
     B, p = R * r, 8
     Zn, y = rng.standard_normal((B, n * c, p)), rng.standard_normal((B, p))
     w, D = (xp.array(state[name], dtype) for name in "wD")
-    schur.update_scopes(w, D, xp.asarray(Zn, dtype), xp.asarray(y, dtype))
+    true_obs_ops.update_scopes(w, D, xp.asarray(Zn, dtype), xp.asarray(y, dtype))
     by_scope = Zn.reshape(R, r, n, c, p)
     close(w, state["w"] - np.einsum("Rrncp,Rrp->cRrn", by_scope, y.reshape(R, r, p)))
     below = np.tril(np.ones((c, c)))[..., None, None, None]

@@ -9,13 +9,11 @@
 //     rr, limit        REAL, (M,): the squared norm of each row's residual, and where to stop
 //     gained           REAL, (M,): raised by what the step takes off a row's energy
 //
-// Macros: REAL; OPERAND, __half or REAL; WIDTH, neighbours that a thread takes at once, which divides
-// K; ITEMS, how many times: THREADS * WIDTH * ITEMS >= K.
+// Macros: REAL; OPERAND, __half or REAL; THREADS; WIDTH, neighbours that a thread takes at once, which
+// divides K; ITEMS, how many times: THREADS * WIDTH * ITEMS >= K.
 #include <cuda_fp16.h>
 
 #include "scope.cuh"
-
-constexpr int THREADS = 512;
 
 // The sum of a value over the block, in every thread.
 __device__ __forceinline__ REAL block_sum(REAL value) {

@@ -76,11 +76,16 @@ __device__ __forceinline__ void store_in_row(T* p, const long long row, const T 
 #ifdef N_BLOCKS
 __device__ constexpr int BLOCK_OF[ROWS * PLACES] = BLOCKS;
 
-// The blocks with the lowest scores, as bits; the lowest index first where scores tie.
-__device__ __forceinline__ unsigned prune_lowest(const REAL (&score)[N_BLOCKS]) {
+// The blocks with the lowest scores, as bits; the lowest index first where scores tie. NaN counts as
+// infinite: whatever is compared with it is false, and ranks would not be a permutation.
+__device__ __forceinline__ unsigned prune_lowest(const REAL (&scores)[N_BLOCKS]) {
     int rank[N_BLOCKS];
+    REAL score[N_BLOCKS];
 #pragma unroll
-    for (int i = 0; i < N_BLOCKS; i++) rank[i] = 0;
+    for (int i = 0; i < N_BLOCKS; i++) {
+        rank[i] = 0;
+        score[i] = fmin(scores[i], REAL(__int_as_float(0x7f800000)));
+    }
 #pragma unroll
     for (int i = 1; i < N_BLOCKS; i++) {
 #pragma unroll

@@ -17,7 +17,8 @@
 // Shared memory: n (n + c) / 2 elements of F or C, see `at`; then for each warp its rows of REAL
 // (sparsegpt_block: w and s of r rows; solve_scopes: w) and n / c words.
 //
-// Macros, beside those of scope.cuh: WARPS (in a block). solve_scopes needs REAL, PLACES, WARPS only.
+// Macros, beside those of scope.cuh: WARPS in a block, threads WARP of one. solve_scopes needs REAL,
+// PLACES, WARPS and WARP alone.
 #include "scope.cuh"
 #include "masked_solve.cuh"
 
@@ -33,12 +34,12 @@ __device__ __forceinline__ void load_upper(REAL* held, const REAL* __restrict__ 
     for (int i = threadIdx.y; i < n; i += WARPS) {
         const int t = i / PLACES, first = t * PLACES;
         REAL* row = held + at(t, n) + (i - first) * (n - first) - first;
-        for (int j = first + threadIdx.x; j < n; j += 32) row[j] = A[i * A_row + j];
+        for (int j = first + threadIdx.x; j < n; j += WARP) row[j] = A[i * A_row + j];
     }
 }
 
 #ifdef N_BLOCKS
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, const long long S_row,
                 const REAL* __restrict__ F, const long long F_row, const REAL* __restrict__ scale,
                 bool* __restrict__ mask, const long long mask_row, const int groups,
@@ -55,7 +56,7 @@ sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, cons
     load_upper(factor, F, F_row, n);
     if (group < groups) {
         for (int q = 0; q < ROWS; q++) {
-            for (int j = lane; j < n; j += 32) {
+            for (int j = lane; j < n; j += WARP) {
                 w[q * n + j] = W[(row + q) * W_row + j];
                 s[q * n + j] = S[(row + q) * S_row + j];
             }
@@ -103,7 +104,7 @@ sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, cons
                 for (int i = 0; i < PLACES; i++) s[q * n + a + i] = e[q][i];
             }
         }
-        for (int j = PLACES + lane; j < width; j += 32) {
+        for (int j = PLACES + lane; j < width; j += WARP) {
             REAL step[ROWS];
 #pragma unroll
             for (int q = 0; q < ROWS; q++) step[q] = s[q * n + a + j];
@@ -119,7 +120,7 @@ sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, cons
         __syncwarp();
     }
     for (int q = 0; q < ROWS; q++) {
-        for (int j = lane; j < n; j += 32) {
+        for (int j = lane; j < n; j += WARP) {
             S[(row + q) * S_row + j] = s[q * n + j];
             mask[(row + q) * mask_row + j] =
                 !(chosen[j / PLACES] >> BLOCK_OF[q * PLACES + j % PLACES] & 1);
@@ -128,7 +129,7 @@ sparsegpt_block(const REAL* __restrict__ W, const long long W_row, REAL* S, cons
 }
 
 #else
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const long long C_row,
                 const bool* __restrict__ mask, const long long mask_row, const int M,
                 const int n) {
@@ -142,8 +143,8 @@ solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const l
 
     load_upper(inverse, C, C_row, n);
     if (row < M) {
-        for (int j = lane; j < n; j += 32) w[j] = W[row * W_row + j];
-        for (int t = lane; t < n / PLACES; t += 32) {
+        for (int j = lane; j < n; j += WARP) w[j] = W[row * W_row + j];
+        for (int t = lane; t < n / PLACES; t += WARP) {
             bool kept[PLACES];
             load_in_row(mask + row * mask_row + t * PLACES, mask_row, kept);
             unsigned set = 0;
@@ -168,7 +169,7 @@ solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const l
 #pragma unroll
             for (int i = 0; i < PLACES; i++) w[a + i] = multiplier[i];
         }
-        for (int j = PLACES + lane; j < width; j += 32) {
+        for (int j = PLACES + lane; j < width; j += WARP) {
             REAL step = w[a + j];
 #pragma unroll
             for (int i = 0; i < PLACES; i++) step -= c[i * width + j] * multiplier[i];
@@ -176,6 +177,6 @@ solve_scopes(REAL* W, const long long W_row, const REAL* __restrict__ C, const l
         }
         __syncwarp();
     }
-    for (int j = lane; j < n; j += 32) W[row * W_row + j] = w[j];
+    for (int j = lane; j < n; j += WARP) W[row * W_row + j] = w[j];
 }
 #endif

@@ -1,8 +1,8 @@
 // The lower triangle of a symmetric matrix from its upper one, tile by tile, through shared memory.
 //
-//   mirror_upper(A, row, K)   A REAL, (K, K), rows `row` elements apart; 32 x 8 threads a tile
-
-constexpr int TILE = 32;
+//   mirror_upper(A, row, K)   A REAL, (K, K), rows `row` elements apart; TILE x any threads a tile
+//
+// Macros: REAL; TILE, the order of a tile.
 
 extern "C" __global__ void mirror_upper(REAL* A, const long long row, const int K) {
     __shared__ REAL tile[TILE][TILE + 1];

@@ -4,7 +4,8 @@ import numpy as np
 import scipy.linalg
 
 from cuobs.arrays import namespace
-from cuobs.ops import cuda
+from cuobs.ops.checks import boolean, real, same_dtype, shaped, square
+from cuobs.ops.dispatch import twinned
 
 # Systems up to this order are solved by unrolled array operations over the batch.
 UNROLLED = 16
@@ -25,8 +26,14 @@ def masked_solve(C, w, mask):
     -------
     array, shape (c, ...)
     """
+    real("w", w)
+    same_dtype("w", w, "C", C)
+    boolean("mask", mask)
+    shaped("mask", mask, w.shape)
     xp = namespace(w)
     c = len(w)
+    if C.shape[:2] != (c, c):
+        raise ValueError(f"C: found shape {C.shape}, expected ({c}, {c}, ...)")
     keep = mask.astype(w.dtype)
     if c > UNROLLED:
         eye = xp.eye(c, dtype=w.dtype)
@@ -63,6 +70,18 @@ def masked_solve(C, w, mask):
     return out
 
 
+def _check_scope_compensation(W, C, mask):
+    real("W", W)
+    same_dtype("W", W, "C", C)
+    boolean("mask", mask)
+    shaped("mask", mask, W.shape)
+    if C.ndim != 3 or C.shape[0] != C.shape[1] or C.shape[0] * C.shape[2] != W.shape[1]:
+        raise ValueError(
+            f"C: found shape {C.shape}, expected (c, c, n) where c n = {W.shape[1]}, W's columns"
+        )
+
+
+@twinned(_check_scope_compensation)
 def scope_compensation(W, C, mask):
     """Compensate the loss of each scope's pruned weights by the rest of that scope.
 
@@ -72,7 +91,7 @@ def scope_compensation(W, C, mask):
     ----------
     W : array, shape (M, K)
         Whole scopes.
-    C : array, shape (c, c, G)
+    C : array, shape (c, c, n)
         The diagonal blocks of the inverse Hessian.
     mask : array of bool, shape (M, K)
         True = kept.
@@ -81,27 +100,26 @@ def scope_compensation(W, C, mask):
     -------
     array, shape (M, K)
     """
-    xp = namespace(W)
-    M, K = W.shape
-    c, _, G = C.shape
-    if xp is not np and c <= UNROLLED:
-        W, C, mask, out = *map(xp.ascontiguousarray, (W, C, mask)), xp.empty((M, K), W.dtype)
-        kernel = cuda.kernel(
-            "masked_solve.cu", "scope_compensation", REAL=cuda.real(W.dtype), PLACES=c
-        )
-        grid = -(-G // 32), min(-(-M // 16), 65535)
-        kernel(grid, (32, 4), (W, C, mask, out, np.int32(M), np.int32(G)))
-        return out
-    w = W.reshape(M, G, c).transpose(2, 0, 1)
-    pruned = ~mask.reshape(M, G, c).transpose(2, 0, 1)
-    multipliers = masked_solve(C[:, :, None], w, pruned)
+    c, _, n = C.shape
+    scoped = len(W), n, c
+    pruned = ~mask.reshape(scoped).transpose(2, 0, 1)
+    multipliers = masked_solve(C[:, :, None], W.reshape(scoped).transpose(2, 0, 1), pruned)
     out = W.copy()
-    scoped = out.reshape(M, G, c).transpose(2, 0, 1)
+    w = out.reshape(scoped).transpose(2, 0, 1)
     for i in range(c):
         for j in range(c):
-            scoped[i] -= multipliers[j] * C[j, i]
+            w[i] -= multipliers[j] * C[j, i]
     out *= mask
     return out
+
+
+def _check_factor_solve(A, B, mask, out):
+    square("A", A)
+    real("A", A)
+    shaped("B", B, (len(B), len(A)))
+    boolean("mask", mask)
+    for name, array in ("mask", mask), ("out", out):
+        shaped(name, array, B.shape)
 
 
 def masked_factor_solve(A, B, mask, out):
@@ -117,6 +135,7 @@ def masked_factor_solve(A, B, mask, out):
     out : ndarray, shape (M, K)
         Overwritten where in S.
     """
+    _check_factor_solve(A, B, mask, out)
     posv = scipy.linalg.get_lapack_funcs("posv", (A,))
     for m in range(len(B)):
         kept = np.flatnonzero(mask[m])
@@ -129,10 +148,3 @@ def masked_factor_solve(A, B, mask, out):
                 f"H: found a block that is not positive definite in row {m}, expected more damping"
             )
         out[m, kept] = solution
-
-
-def variants():
-    """What the kernels here compile for some patterns."""
-    for c in (2, 3, 4, 8, 12, 16):
-        for dtype in ("float32", "float64"):
-            yield "masked_solve.cu", {"REAL": cuda.real(dtype), "PLACES": c}

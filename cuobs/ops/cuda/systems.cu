@@ -1,24 +1,24 @@
 // Compensation inside each scope, one thread a scope of one row.
 //
-//   scope_compensation(W, C, mask, out, M, G)
-//     W, out  REAL, (M, G c)
-//     C       REAL, (c, c, G): diagonal blocks of the inverse Hessian
-//     mask    bool, (M, G c), true = kept
+//   scope_compensation(W, C, mask, out, M, n)
+//     W, out  REAL, (M, n c)
+//     C       REAL, (c, c, n): diagonal blocks of the inverse Hessian
+//     mask    bool, (M, n c), true = kept
 //   out = w - λ C, λ_P C_PP = w_P, in each scope; 0 where pruned.
 //
-// Macros: REAL, PLACES (columns c of a scope).
+// Macros: REAL; PLACES, the columns c of a scope; THREADS.
 #include "scope.cuh"
 #include "masked_solve.cuh"
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(THREADS)
 scope_compensation(const REAL* __restrict__ W, const REAL* __restrict__ C,
                    const bool* __restrict__ mask, REAL* __restrict__ out, const int M,
-                   const int G) {
+                   const int n) {
     const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    if (g >= G) return;
-    const auto entry = [&](int i, int j) { return C[(i * PLACES + j) * (long long)G + g]; };
+    if (g >= n) return;
+    const auto entry = [&](int i, int j) { return C[(i * PLACES + j) * (long long)n + g]; };
     for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < M; row += gridDim.y * blockDim.y) {
-        const long long first = (row * (long long)G + g) * PLACES;
+        const long long first = (row * (long long)n + g) * PLACES;
         REAL w[PLACES], multiplier[PLACES];
         bool kept[PLACES];
         load(W + first, w);

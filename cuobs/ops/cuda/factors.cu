@@ -1,5 +1,5 @@
 // Around Cholesky factorisations. A tile of one, or of a triangular inverse, in registers: a block
-// of threads a matrix, 16 x 16 threads with E x E elements each, every 16th row and column.
+// of threads a matrix, SIDE x SIDE threads with E x E elements each, every SIDE-th row and column.
 //
 //   factor_inverse(A, its strides, n, first, info)
 //     A     REAL, (B, n, n), n <= TILE: the lower triangle is read; L^-1 of A = L L' replaces it,
@@ -7,12 +7,12 @@
 //     info  int, (B,): where 0, first + 1 + k if pivot k is not positive
 //   triangular_inverse(L, its strides, n)
 //     L     REAL, (B, n, n), n <= TILE: lower triangular, replaced by its inverse
-//   reverse_transpose(U, R, n)    32 x 8 threads a tile of 32 x 32
+//   reverse_transpose(U, R, n)    TRANSPOSED x any threads a tile
 //     U, R  REAL, (n, n): R is the upper triangle of U' with rows and columns in reverse order
 //
-// Macros: REAL, TILE (a multiple of 16).
+// Macros: REAL; SIDE; TILE, a multiple of SIDE; TRANSPOSED, the order of a tile.
 
-constexpr int E = TILE / 16;
+constexpr int E = TILE / SIDE;
 
 // Gauss-Jordan without pivoting on [A | I], kept in one place: column k of A makes room for column
 // k of the inverse. Step k scales row k and takes multiples of it from the rows below. FACTOR
@@ -21,13 +21,13 @@ template <bool FACTOR>
 __device__ __forceinline__ void invert(REAL* A, const long long row, const long long column,
                                        const int n, const int first, int* info) {
     __shared__ REAL across[2][TILE], down[2][TILE];
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     REAL a[E][E];
 #pragma unroll
     for (int i = 0; i < E; i++) {
 #pragma unroll
         for (int j = 0; j < E; j++) {
-            const int y = ty + 16 * i, x = tx + 16 * j;
+            const int y = ty + SIDE * i, x = tx + SIDE * j;
             a[i][j] = x == y;
             if (y < n && x < n) {
                 if (x <= y) a[i][j] = A[y * row + x * column];
@@ -37,19 +37,19 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
     }
 #pragma unroll
     for (int block = 0; block < E; block++) {
-        for (int part = 0; part < 16; part++) {
-            const int k = 16 * block + part;
+        for (int part = 0; part < SIDE; part++) {
+            const int k = SIDE * block + part;
             if (k >= n) break;
             // Two copies: the next step writes one while this one may still be read.
             REAL* const row_k = across[k % 2];
             REAL* const column_k = down[k % 2];
             if (ty == part) {
 #pragma unroll
-                for (int j = 0; j < E; j++) row_k[tx + 16 * j] = a[block][j];
+                for (int j = 0; j < E; j++) row_k[tx + SIDE * j] = a[block][j];
             }
             if (tx == part) {
 #pragma unroll
-                for (int i = block; i < E; i++) column_k[ty + 16 * i] = a[i][block];
+                for (int i = block; i < E; i++) column_k[ty + SIDE * i] = a[i][block];
             }
             __syncthreads();
             const REAL pivot = row_k[k];
@@ -58,12 +58,12 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             REAL v[E];
 #pragma unroll
             for (int j = 0; j < E; j++) {
-                const int x = tx + 16 * j;
+                const int x = tx + SIDE * j;
                 v[j] = x == k ? scale : FACTOR || x < k ? row_k[x] * scale : REAL(0);
             }
 #pragma unroll
             for (int i = block; i < E; i++) {
-                const int y = ty + 16 * i;
+                const int y = ty + SIDE * i;
                 if (y > k) {
                     const REAL l = FACTOR ? column_k[y] * scale : column_k[y];
                     if (tx == part) a[i][block] = 0;
@@ -80,37 +80,36 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
     for (int i = 0; i < E; i++) {
 #pragma unroll
         for (int j = 0; j < E; j++) {
-            const int y = ty + 16 * i, x = tx + 16 * j;
+            const int y = ty + SIDE * i, x = tx + SIDE * j;
             if (y < n && x < n && (FACTOR || x <= y))
                 A[y * row + x * column] = x <= y ? a[i][j] : REAL(0);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(SIDE * SIDE)
 factor_inverse(REAL* A, const long long matrix, const long long row, const long long column,
                const int n, const int first, int* info) {
     invert<true>(A + blockIdx.x * matrix, row, column, n, first, info + blockIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(SIDE * SIDE)
 triangular_inverse(REAL* L, const long long matrix, const long long row, const long long column,
                    const int n) {
     invert<false>(L + blockIdx.x * matrix, row, column, n, 0, nullptr);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void
 reverse_transpose(const REAL* __restrict__ U, REAL* __restrict__ R, const int n) {
-    constexpr int SIDE = 32;
-    __shared__ REAL tile[SIDE][SIDE + 1];
-    const int i0 = blockIdx.y * SIDE, j0 = blockIdx.x * SIDE;
+    __shared__ REAL tile[TRANSPOSED][TRANSPOSED + 1];
+    const int i0 = blockIdx.y * TRANSPOSED, j0 = blockIdx.x * TRANSPOSED;
     // R_ij is U' at (n - 1 - i, n - 1 - j): rows of U are columns of R.
-    for (int k = threadIdx.y; k < SIDE && j0 + SIDE > i0; k += blockDim.y) {
+    for (int k = threadIdx.y; k < TRANSPOSED && j0 + TRANSPOSED > i0; k += blockDim.y) {
         const int i = i0 + threadIdx.x, j = j0 + k;
         if (i < n && j < n) tile[k][threadIdx.x] = U[(n - 1 - j) * (long long)n + (n - 1 - i)];
     }
     __syncthreads();
-    for (int k = threadIdx.y; k < SIDE; k += blockDim.y) {
+    for (int k = threadIdx.y; k < TRANSPOSED; k += blockDim.y) {
         const int i = i0 + k, j = j0 + threadIdx.x;
         if (i < n && j < n) R[i * (long long)n + j] = i <= j ? tile[threadIdx.x][k] : REAL(0);
     }

@@ -1,17 +1,19 @@
-// The passes of true OBS over a batch of B = R r rows, row group by row group.
+// The passes of true OBS over a batch of B = m r rows, row group by row group.
 //
-// Of each row group, scopes (R, n) lists the open scopes; Z (B, n c, room) holds the factor of each
+// Of each row group, scopes (m, n) lists the open scopes; Z (B, n c, room) holds the factor of each
 // row's lost columns, one row of Z for each open column, scope by scope. Rows of Z, and all that is
 // copied from them, start at multiples of 16 bytes, and their lengths in use are multiples of 8.
 //
 // Macros, beside those of scope.cuh:
 //   REAL     float or double: weights, diagonal blocks, costs
 //   FACTOR   __half, float or double: Z and what is made of it
+//   THREADS  of a block
+//   TILE     order of a tile of group_blocks;  WIDTH, DEEP  columns of C and of P in one of
+//            gather_blocks
+//   LANES    threads that share a scope in update_scopes;  UNROLLED  the widest scope it takes
 #include <cuda_fp16.h>
 
 #include "scope.cuh"
-
-constexpr int THREADS = 256;
 
 template <typename T, typename U>
 __device__ __forceinline__ T convert(const U x) {
@@ -108,8 +110,8 @@ __device__ __forceinline__ T select_rank(const int n, const int rank, Take take,
 }
 
 // first_scopes(key, key_row, scopes, scopes_row, n, size, chosen)
-//   key     REAL, (R, n);  scopes  int, (R, n)
-//   chosen  int, (R, size): positions, ascending, of the smallest keys; the lowest scope first
+//   key     REAL, (m, n);  scopes  int, (m, n)
+//   chosen  int, (m, size): positions, ascending, of the smallest keys; the lowest scope first
 //           where keys tie
 // A block a row group.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -151,18 +153,18 @@ first_scopes(const REAL* __restrict__ key, const long long key_row,
 }
 
 #ifdef N_BLOCKS
-// take_pruned(blocks, chosen, size, scopes, scopes_row, w, its 4 strides, n, G, p, mask, places,
+// take_pruned(blocks, chosen, size, scopes, scopes_row, w, its 4 strides, n, groups, p, mask, places,
 //             columns, weights, counts)
-//   blocks   bool, (N_BLOCKS, R, n);  chosen  int, (R, size);  w  REAL, (c, R, r, n)
-//   mask     bool, (R, r, G, c), true = kept
+//   blocks   bool, (N_BLOCKS, m, n);  chosen  int, (m, size);  w  REAL, (c, m, r, n)
+//   mask     bool, (m, r, groups, c), true = kept
 //   places, columns  int, (B, p), -1 beyond a row's count;  weights  REAL, (B, p), 0 there
-//   counts   int, (B,): columns that a row loses
+//   counts   int, (B,): columns that a row loses, p at most: what goes beyond is not listed
 // A block a row group.
 extern "C" __global__ void __launch_bounds__(THREADS)
 take_pruned(const bool* __restrict__ blocks, const int* __restrict__ chosen, const int size,
             const int* __restrict__ scopes, const long long scopes_row,
             const REAL* __restrict__ w, const long long w_place, const long long w_group,
-            const long long w_row, const long long w_scope, const int n, const int G, const int p,
+            const long long w_row, const long long w_scope, const int n, const int groups, const int p,
             bool* __restrict__ mask, int* __restrict__ places, int* __restrict__ columns,
             REAL* __restrict__ weights, int* __restrict__ counts) {
     __shared__ int scratch[33];
@@ -183,14 +185,14 @@ take_pruned(const bool* __restrict__ blocks, const int* __restrict__ chosen, con
                     kept[i] = !blocks[((long long)block * gridDim.x + group) * n + position];
                     count += !kept[i];
                 }
-                store(mask + (b * G + scope) * PLACES, kept);
+                store(mask + (b * groups + scope) * PLACES, kept);
             }
             int total;
             long long out = b * p + written + scan(count, scratch, total);
             if (k < size) {
 #pragma unroll
                 for (int i = 0; i < PLACES; i++) {
-                    if (kept[i]) continue;
+                    if (kept[i] || out >= (b + 1) * p) continue;
                     places[out] = position * PLACES + i;
                     columns[out] = scope * PLACES + i;
                     weights[out] =
@@ -204,7 +206,7 @@ take_pruned(const bool* __restrict__ blocks, const int* __restrict__ chosen, con
             places[b * p + i] = columns[b * p + i] = -1;
             weights[b * p + i] = 0;
         }
-        if (threadIdx.x == 0) counts[b] = written;
+        if (threadIdx.x == 0) counts[b] = min(written, p);
     }
 }
 #endif
@@ -243,19 +245,19 @@ gather_factor(const FACTOR* __restrict__ Z, const long long Z_matrix, const long
 // group_blocks(C, K, columns, p, A)
 //   C        REAL, (K, K);  columns  int, (B, p)
 //   A        REAL, (B, p, p): the lower triangle of C at these columns; the unit matrix where -1
-// Threads 32 x 8 over columns and rows; blocks (p / 32, p / 32, B).
+// A warp a row of a tile; blocks (p / TILE, p / TILE, B).
 extern "C" __global__ void __launch_bounds__(THREADS)
 group_blocks(const REAL* __restrict__ C, const long long K, const int* __restrict__ columns,
              const int p, REAL* __restrict__ A) {
     if (blockIdx.x > blockIdx.y) return;
-    const int j = blockIdx.x * 32 + threadIdx.x % 32;
+    const int j = blockIdx.x * TILE + threadIdx.x % TILE;
     const long long b = blockIdx.z;
     columns += b * p;
     A += b * p * p;
     if (j >= p) return;
     const int column = columns[j];
-    for (int part = threadIdx.x / 32; part < 32; part += THREADS / 32) {
-        const int i = blockIdx.y * 32 + part;
+    for (int part = threadIdx.x / TILE; part < TILE; part += THREADS / TILE) {
+        const int i = blockIdx.y * TILE + part;
         if (i >= p) break;
         if (j > i) continue;
         const int row = columns[i];
@@ -301,8 +303,8 @@ solve_group(const REAL* __restrict__ inverse, const REAL* __restrict__ weights, 
 #ifdef PLACES
 // drop_scopes(chosen, size, n, scopes, scopes_row, w, its 4 strides, D, its 5 strides, Z, its 2
 //             strides, used)
-//   chosen  int, (R, size): positions of the scopes to forget, ascending
-//   scopes  int, (R, n);  w  REAL, (c, R, r, n);  D  REAL, (c, c, R, r, n), lower triangle
+//   chosen  int, (m, size): positions of the scopes to forget, ascending
+//   scopes  int, (m, n);  w  REAL, (c, m, r, n);  D  REAL, (c, c, m, r, n), lower triangle
 //   Z       FACTOR, (B, n c, room): the first `used` of each row move
 // The k-th forgotten scope among the first n - size gives its place to the k-th open one behind.
 // Blocks (size, B).
@@ -354,13 +356,11 @@ drop_scopes(const int* __restrict__ chosen, const int size, const int n, int* __
 }
 
 // gather_blocks(C, K, columns, p, scopes, scopes_row, n, out)
-//   C        FACTOR, (K, K);  columns  int, (B, p);  scopes  int, (R, n)
+//   C        FACTOR, (K, K);  columns  int, (B, p);  scopes  int, (m, n)
 //   out      FACTOR, (B, n c, p): C at the open columns and at `columns`, 0 where -1
-// Tiles of WIDTH columns of C by 64 of P; blocks (p / 64, B, n c / WIDTH), so that those that run
+// Tiles of WIDTH columns of C by DEEP of P; blocks (p / DEEP, B, n c / WIDTH), so that those that run
 // together read the same columns of C.
 constexpr int VECTOR = largest_access(PLACES, 4);
-constexpr int WIDTH = sizeof(FACTOR) == 8 ? 64 : 128;
-constexpr int DEEP = 64;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_blocks(const FACTOR* __restrict__ C, const long long K, const int* __restrict__ columns,
@@ -401,15 +401,14 @@ gather_blocks(const FACTOR* __restrict__ C, const long long K, const int* __rest
 
 // update_scopes(Zn, its 2 strides, p, y, n, w, its 4 strides, D, its 5 strides)
 //   Zn      FACTOR, (B, n c, p);  y  REAL, (B, p)
-//   w       REAL, (c, R, r, n): w -= Zn y
-//   D       REAL, (c, c, R, r, n): the lower triangles lose those of Zn Zn'
+//   w       REAL, (c, m, r, n): w -= Zn y
+//   D       REAL, (c, c, m, r, n): the lower triangles lose those of Zn Zn'
 // LANES neighbouring threads a scope; blocks (n / SCOPES_A_BLOCK, B).
-constexpr int LANES = 8;
 constexpr int SCOPES_A_BLOCK = THREADS / LANES;
 constexpr int SUMS = PLACES * (PLACES + 1) / 2 + PLACES;
 // Values of each column that a thread holds at a time: as many as the registers bear.
 constexpr int HELD = PLACES > 8 ? 4 : 16 / sizeof(FACTOR);
-#if PLACES <= 16
+#if PLACES <= UNROLLED
 extern "C" __global__ void __launch_bounds__(THREADS)
 update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
               const int p, const REAL* __restrict__ y, const int n, REAL* __restrict__ w,

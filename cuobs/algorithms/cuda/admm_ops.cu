@@ -1,17 +1,17 @@
 // ADMM's passes over all elements.
 //
-//   project_update(B, V, D, mask, rho, inverse_rho, groups, G, changed)    one thread a scope
+//   project_update(B, V, D, mask, rho, inverse_rho, m, n, changed)    one thread a scope
 //     D <- project(B + V / rho), V <- V + rho (B - D)
-//   project_mask(B, mask, groups, G, changed)                              one thread a scope
+//   project_mask(B, mask, m, n, changed)                              one thread a scope
 //     mask <- that of project(B)
 //   right_side(D, V, G, B, rho, out, size)                                 one thread an element
 //     out <- rho D - V + G, or rho (D - B) - V + G where B is not null
 //
-//     B, V, D, G, out   REAL, (groups r, G c)
-//     mask              bool, (groups r, G c), true = kept
+//     B, V, D, G, out   REAL, (m r, n c)
+//     mask              bool, (m r, n c), true = kept
 //     changed           one number, to which the mask's changed elements are added
 //
-// A scope keeps the blocks with the largest sum of squares. Macros: those of scope.cuh.
+// A scope keeps the blocks with the largest sum of squares. Macros: those of scope.cuh, and THREADS.
 #include "scope.cuh"
 
 #ifdef N_BLOCKS
@@ -57,14 +57,14 @@ __device__ __forceinline__ void add_to(unsigned long long* total, int count) {
     if (threadIdx.x == 0 && count) atomicAdd(total, (unsigned long long)count);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(THREADS)
 project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restrict__ D,
-               bool* __restrict__ mask, const REAL rho, const REAL inverse_rho, const int groups,
-               const int G, unsigned long long* changed) {
+               bool* __restrict__ mask, const REAL rho, const REAL inverse_rho, const int m,
+               const int n, unsigned long long* changed) {
     const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    const long long row = G * (long long)PLACES;
+    const long long row = n * (long long)PLACES;
     int count = 0;
-    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < G && group < groups;
+    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < n && group < m;
          group += gridDim.y * blockDim.y) {
         const long long first = group * ROWS * row + g * PLACES;
         REAL x[ROWS][PLACES];
@@ -95,13 +95,13 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
     add_to(changed, count);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
-project_mask(const REAL* __restrict__ B, bool* __restrict__ mask, const int groups, const int G,
+extern "C" __global__ void __launch_bounds__(THREADS)
+project_mask(const REAL* __restrict__ B, bool* __restrict__ mask, const int m, const int n,
              unsigned long long* changed) {
     const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    const long long row = G * (long long)PLACES;
+    const long long row = n * (long long)PLACES;
     int count = 0;
-    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < G && group < groups;
+    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < n && group < m;
          group += gridDim.y * blockDim.y) {
         const long long first = group * ROWS * row + g * PLACES;
         REAL x[ROWS][PLACES];
@@ -113,7 +113,7 @@ project_mask(const REAL* __restrict__ B, bool* __restrict__ mask, const int grou
 }
 
 #else
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS)
 right_side(const REAL* __restrict__ D, const REAL* __restrict__ V, const REAL* __restrict__ G,
            const REAL* __restrict__ B, const REAL rho, REAL* __restrict__ out,
            const long long size) {

@@ -1,0 +1,216 @@
+"""Cholesky factors and triangular inverses."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import scipy.linalg
+
+from cuobs import blas
+from cuobs.arrays import namespace
+from cuobs.ops.checks import precise, real, square
+from cuobs.ops.dispatch import twinned
+
+# Orders between which the CPU factors a matrix by one thread.
+ONE_THREAD = (256, 4096)
+
+
+def _check_matrix(name, A):
+    square(name, A)
+    real(name, A)
+
+
+def _check_upper(U, precision="fp32"):
+    _check_matrix("U", U)
+    precise(precision)
+
+
+def _check_batch(A, info=None, precision="fp32"):
+    if A.ndim != 3 or A.shape[1] != A.shape[2]:
+        raise ValueError(f"A: found shape {A.shape}, expected a batch of square matrices")
+    real("A", A)
+    precise(precision)
+    if info is not None and (info.shape != A.shape[:1] or info.dtype != np.int32):
+        raise ValueError(
+            f"info: found {info.dtype} of shape {info.shape}, expected int32 of shape {A.shape[:1]}"
+        )
+
+
+def cholesky(A, info=None):
+    """Lower Cholesky factor of a matrix.
+
+    Parameters
+    ----------
+    A : array, shape (K, K)
+        float32 or float64, as in all that follow. Its lower triangle is read.
+    info : array of int32, shape (1,), optional
+        Instead of raising, note here a pivot that is not positive, for `check_factored`. A GPU is
+        then not waited for.
+
+    Returns
+    -------
+    array, shape (K, K)
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        A is not positive definite.
+    """
+    _check_matrix("A", A)
+    noted = namespace(A).zeros(1, np.int32) if info is None else info
+    L = _lower_factor(A, noted)
+    if info is None:
+        check_factored(noted)
+    return L
+
+
+@twinned()
+def _lower_factor(A, info):
+    # LAPACK counts columns first, and so sees the transpose.
+    A = np.array(A, order="C")
+    potrf = scipy.linalg.get_lapack_funcs("potrf", (A,))
+    with _threads_for(A):
+        L, info[0] = potrf(A.T, lower=False, overwrite_a=True)
+    return L.T
+
+
+def _threads_for(A):
+    """One thread of BLAS for a matrix that is done before two pools have settled their fight."""
+    return blas.one_thread() if ONE_THREAD[0] <= len(A) <= ONE_THREAD[1] else nullcontext()
+
+
+def check_factored(info):
+    """Raise unless each matrix of a batch was factored.
+
+    Parameters
+    ----------
+    info : array of int, shape (B,)
+        0, or 1 + the first column whose pivot is not positive.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        Which names the matrices.
+    """
+    failed = namespace(info).flatnonzero(info)
+    if not len(failed):
+        return
+    named = ", ".join(str(b) for b in failed[:8].tolist()) + (", ..." if len(failed) > 8 else "")
+    raise np.linalg.LinAlgError(
+        f"A: found {len(failed)} of {len(info)} matrices that are not positive definite (numbers "
+        f"{named}), expected none"
+        if len(info) > 1
+        else f"A: found a matrix whose pivot {int(info[0]) - 1} is not positive, expected a "
+        "positive definite one"
+    )
+
+
+def check_hessian(info):
+    """`check_factored` of a damped Hessian, with what to do about it."""
+    if int(info[0]):
+        raise np.linalg.LinAlgError(
+            "hessian: found a matrix that is not positive definite with this damping, expected "
+            "a larger damp (0.01 is usual), more calibration tokens than columns, or "
+            "dtype='float64'"
+        )
+
+
+def reversed_cholesky(H, info=None):
+    """Upper triangular R with H = R Rᵀ.
+
+    It is the Cholesky factor of H with rows and columns reversed, so that R[a:, a:] belongs to
+    the columns from a on after those before a have been eliminated from H⁻¹.
+
+    Parameters
+    ----------
+    H : array, shape (K, K)
+    info : array of int32, shape (1,), optional
+        As in `cholesky`, for `check_hessian`.
+
+    Returns
+    -------
+    array, shape (K, K)
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        H is not positive definite.
+    """
+    _check_matrix("H", H)
+    noted = namespace(H).zeros(1, np.int32) if info is None else info
+    R = _reversed_factor(H, noted)
+    if info is None:
+        check_hessian(noted)
+    return R
+
+
+@twinned()
+def _reversed_factor(H, info):
+    return _lower_factor(H[::-1, ::-1], info)[::-1, ::-1]
+
+
+@twinned(_check_upper)
+def upper_inverse(U, precision="fp32"):
+    """Inverse of an upper triangular U, shape (K, K), with zeros below.
+
+    On a GPU its larger blocks come by products, which keep the digits of float32 in either
+    precision.
+    """
+    trtri = scipy.linalg.get_lapack_funcs("trtri", (U,))
+    with _threads_for(U):
+        return trtri(U)[0]
+
+
+@twinned(_check_upper)
+def upper_gram(U, precision="fp32"):
+    """UᵀU of an upper triangular U, shape (K, K)."""
+    return U.T @ U
+
+
+def inverse(A, precision="fp32"):
+    """Inverse of one symmetric positive definite matrix, shape (K, K).
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        A is not positive definite.
+    """
+    return upper_gram(upper_inverse(reversed_cholesky(A), precision), precision)
+
+
+def cholesky_inverse(A, info=None, precision="fp32"):
+    """L⁻¹ of A = L Lᵀ, for a batch.
+
+    Parameters
+    ----------
+    A : array, shape (B, p, p)
+        Its lower triangle is read. Overwritten.
+    info : array of int32, shape (B,), optional
+        Instead of raising, note here the pivots that are not positive, for `check_factored`.
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (B, p, p)
+        Lower triangular, in the memory of A.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        Which names the matrices that are not positive definite.
+    """
+    _check_batch(A, info, precision)
+    noted = namespace(A).zeros(len(A), np.int32) if info is None else info
+    _factor_inverse(A, noted, precision)
+    if info is None:
+        check_factored(noted)
+    return A
+
+
+@twinned()
+def _factor_inverse(A, info, precision):
+    potrf, trtri = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (A,))
+    for b in range(len(A)):
+        # LAPACK counts columns first, and so sees the transpose.
+        upper, wrong = potrf(A[b].T, lower=False)
+        A[b] = trtri(upper, lower=False, overwrite_c=True)[0].T
+        info[b] = info[b] or wrong
