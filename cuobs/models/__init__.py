@@ -19,6 +19,7 @@ from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.rotation import RotationReport, rotate
 from cuobs.models.speedup import speedup
+from cuobs.models.training import KeepZeros
 from cuobs.models.writing import write_windows
 from cuobs.torch import keep_zeros, merge_masked
 
@@ -26,6 +27,7 @@ __all__ = [
     "Agreement",
     "BlockReport",
     "DistillationReport",
+    "KeepZeros",
     "LayerReport",
     "ModelReport",
     "RotationReport",

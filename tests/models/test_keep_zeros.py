@@ -7,7 +7,7 @@ import torch
 from small_models import make_model
 from torch import nn
 
-from cuobs.models import keep_zeros
+from cuobs.models import KeepZeros, keep_zeros
 from cuobs.torch import merge_masked
 
 OPTIMIZERS = [
@@ -201,3 +201,24 @@ def test_adapters_that_begin_at_zero_are_free():
     found = merged.model.layers[0].mlp.up_proj.weight
     assert not found[:, ::2].any()
     torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_transformers_own_loop(tmp_path, optim):
+    transformers = pytest.importorskip("transformers")
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[:, ::2] = 0
+    before = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.layers]
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 83).reshape(8, 10)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        num_train_epochs=2, learning_rate=0.01, weight_decay=0.1, optim=optim, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    callback = KeepZeros()
+    transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    for layer, first in zip(model.model.layers, before, strict=True):
+        weight = layer.mlp.up_proj.weight
+        assert torch.equal(weight == 0, first == 0) and not torch.equal(weight, first)
+    assert callback._kept is None

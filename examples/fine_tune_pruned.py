@@ -1,0 +1,69 @@
+"""Prune a model, train it further in a loop of one's own, and see that its pattern still holds.
+
+    python examples/fine_tune_pruned.py            # a tiny random model, seconds
+    python examples/fine_tune_pruned.py SRC DST    # a checkpoint, into a new folder
+
+Zeros stay zero because of the one line with `keep_zeros`; without it the first step of AdamW fills
+them. In transformers' Trainer it is ``callbacks=[cuobs.models.KeepZeros()]``.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import torch
+import transformers
+
+from cuobs import models
+
+STEPS, STEP_WINDOWS = 20, 8
+WINDOWS, LENGTH = 32, 64
+
+
+def main():
+    with tempfile.TemporaryDirectory() as work:
+        src, dst = sys.argv[1:3] or (make_tiny(f"{work}/dense"), f"{work}/pruned")
+        model = models.load_model(src)
+        dtype = model.dtype
+        # What the model writes itself stands for a text here.
+        tokens = models.write_windows(model, WINDOWS, LENGTH)
+        report = models.prune_model(model, tokens, pattern="2:4")
+        print(f"pruned: {report.sparsity:.0%} zeros in {len(report.layers)} linears")
+
+        fine_tune(model.float(), torch.from_numpy(tokens))
+
+        model.to(dtype).save_pretrained(dst)
+        check = [sys.executable, "-m", "cuobs", "verify", dst, "--pattern", "2:4"]
+        sys.exit(subprocess.run(check).returncode)
+
+
+def fine_tune(model, windows):
+    """Some steps on windows of tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    with models.keep_zeros(model):
+        for step in range(STEPS):
+            start = step * STEP_WINDOWS % len(windows)
+            batch = windows[start : start + STEP_WINDOWS]
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 5 == 0 or step + 1 == STEPS:
+                print(f"step {step + 1:>2}  loss {loss.item():.3f}")
+
+
+def make_tiny(path):
+    """A random model of the Llama family, saved."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return os.fspath(path)
+
+
+if __name__ == "__main__":
+    main()
