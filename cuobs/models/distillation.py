@@ -27,6 +27,7 @@ from cuobs.models.calibration import check_tokens, to_array
 from cuobs.models.divergence import divergence, divergence_gradient
 from cuobs.models.logits import CHUNK, Cut
 from cuobs.models.repeatable import repeatable
+from cuobs.models.replay import attention, record, refuse_more, sees_all
 from cuobs.models.structure import find_blocks
 from cuobs.torch.keep_zeros import masked_weights
 
@@ -40,6 +41,10 @@ ASIDE = 32
 # Tokens that run through a model at once while gradients are wanted.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 SAVE_SECONDS = 180.0
+# A gradient that is replayed differs from one that is not by rounding in bfloat16 alone.
+TOLERANCE = 5e-2
+# The name under which transformers finds `_attend`.
+ATTENTION = "cuobs_causal"
 
 
 @dataclass
@@ -182,6 +187,7 @@ def distill(
         pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
         room, again, report.memory_predicted = _plan(pair, checkpointing)
         held.enter_context(_forward_again(model, again))
+        pair.record(room.windows)
         if starting:
             starting(report)
         _learn(pair, room, steps, aside, report, saved, progress, on_pass)
@@ -222,61 +228,104 @@ class _Pair:
         self.mask = None if mask is None else mask.to(device)
         self.device = device
         self.model = model
+        self._replay = None
         with self._products():
             self.pruned, self.dense = Cut(model, self.tokens), Cut(dense, self.tokens)
 
-    def hidden(self, cut, windows, length=None):
+    def hidden(self, cut, tokens, mask=None):
         """What a model's head reads, shape (tokens, D)."""
-        mask = None if self.mask is None else self.mask[windows, :length]
         with self._products():
-            return cut.hidden(self.tokens[windows, :length], mask).flatten(0, 1)
+            return cut.hidden(tokens, mask).flatten(0, 1)
 
-    def counts(self, windows):
-        """1 for each token that counts, shape (tokens,)."""
+    def given(self, windows):
+        """Tokens of some windows, their mask, and 1 for each token that counts."""
+        tokens = self.tokens[windows]
         if self.mask is None:
-            return torch.ones(self.tokens[windows].numel(), device=self.device)
-        return self.mask[windows].flatten().float()
+            return tokens, None, torch.ones(tokens.numel(), device=self.device)
+        mask = self.mask[windows]
+        return tokens, mask, mask.flatten().float()
 
     @torch.no_grad()
     def divergence(self, windows, room):
         """The mean over the tokens of some windows."""
 
         def part(start, stop):
-            some = windows[start:stop]
-            both = self.hidden(self.pruned, some), self.hidden(self.dense, some)
-            return divergence(self.pruned, self.dense, *both, self.counts(some))
+            tokens, mask, counts = self.given(windows[start:stop])
+            both = (self.hidden(cut, tokens, mask) for cut in (self.pruned, self.dense))
+            return divergence(self.pruned, self.dense, *both, counts)
 
-        return float(sum(room.each(len(windows), part)) / self.counts(windows).sum())
+        return float(sum(room.each(len(windows), part)) / self.given(windows)[2].sum())
 
     def gradient(self, windows, room):
         """Set the gradients of the mean over some windows, 0 where a weight is pruned."""
-        whole = self.counts(windows).sum()
+        whole = self.given(windows)[2].sum()
+        several = len(windows) > room.windows
 
         def add(start, stop):
-            some = windows[start:stop]
+            tokens, mask, counts = self.given(windows[start:stop])
             # All or none: memory may run out on the way.
-            found = self._gradient(some, self.counts(some) / whole)
-            for weight, kept, gradient in zip(self.weights, self.kept, found, strict=True):
-                if gradient is not None:
-                    gradient.mul_(kept)
-                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            for weight, found in zip(
+                self.weights, self._masked_gradient(tokens, mask, counts / whole), strict=True
+            ):
+                if found is not None and weight.grad is not None:
+                    weight.grad.add_(found)
+                elif found is not None:
+                    # What is replayed comes to lie in the same place again.
+                    weight.grad = found.clone() if several else found
 
         for weight in self.weights:
             weight.grad = None
         room.each(len(windows), add)
 
-    def _gradient(self, windows, counts):
+    def record(self, windows):
+        """On a GPU, record the gradient of so many windows, to be replayed for as many or fewer."""
+        if self.device.type != "cuda" or self.mask is not None:
+            return
+        length = self.tokens.shape[1]
+        if not all(sees_all(cut.model, length) for cut in (self.pruned, self.dense)):
+            return
+        tokens, _, counts = self.given(np.arange(windows) % len(self.tokens))
+        expected = self._masked_gradient(tokens, None, counts)
+
+        def gradient():
+            with (
+                attention(self.pruned.model, ATTENTION, _attend),
+                attention(self.dense.model, ATTENTION, _attend),
+            ):
+                return self._gradient(tokens, None, counts)
+
+        try:
+            replay = record(gradient)
+        except (RuntimeError, ValueError):  # no memory for it among the reasons
+            memory.give_back()
+            return
+        found = replay()
+        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+        lost = sum((a - b).double().square().sum() for a, b in pairs)
+        if lost <= TOLERANCE**2 * sum(b.double().square().sum() for _, b in pairs):
+            self._replay = tokens, counts, replay
+
+    def _masked_gradient(self, tokens, mask, counts):
+        """The gradients of the weighted divergence of some windows, by replay where recorded."""
+        if self._replay is None or len(tokens) > len(self._replay[0]):
+            return self._gradient(tokens, mask, counts)
+        places, weights, replay = self._replay
+        places[: len(tokens)] = tokens
+        weights.zero_()
+        weights[: len(counts)] = counts
+        return replay()
+
+    def _gradient(self, tokens, mask, counts):
         with torch.no_grad():
-            goals = self.hidden(self.dense, windows)
-        hidden = self.hidden(self.pruned, windows)
+            goals = self.hidden(self.dense, tokens, mask)
+        hidden = self.hidden(self.pruned, tokens, mask)
         pull, at_head = divergence_gradient(
             self.pruned, self.dense, hidden, goals, counts, self.weights
         )
         before = torch.autograd.grad(hidden, self.weights, pull, allow_unused=True)
-        return [
-            a if b is None else b if a is None else a.add_(b)
-            for a, b in zip(before, at_head, strict=True)
-        ]
+        both = zip(before, at_head, self.kept, strict=True)
+        found = [(a if b is None else b if a is None else a.add_(b), kept) for a, b, kept in both]
+        return [None if gradient is None else gradient.mul_(kept) for gradient, kept in found]
 
     def _products(self):
         """On a GPU products are taken in bfloat16, before the head."""
@@ -402,7 +451,8 @@ def _bytes_of_a_window(pair):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden = pair.hidden(pair.pruned, [0], length)
+            mask = None if pair.mask is None else pair.mask[:1, :length]
+            hidden = pair.hidden(pair.pruned, pair.tokens[:1, :length], mask)
         pair.width = hidden.shape[-1]
         return sum(seen.values())
 
@@ -412,6 +462,16 @@ def _bytes_of_a_window(pair):
     except torch.cuda.OutOfMemoryError:
         memory.give_back()
         return math.inf
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Causal attention to all tokens before; no mask is made for it."""
+    refuse_more(kwargs)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _blocks_of(model):
@@ -427,7 +487,9 @@ def _forward_again(model, again):
     blocks = _blocks_of(model) if again else []
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
     try:
         yield
     finally:

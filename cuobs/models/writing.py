@@ -13,12 +13,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, Cache
+from transformers import Cache
 
 from cuobs import validation
 from cuobs.models import memory
 from cuobs.models.blocks import evaluating
 from cuobs.models.calibration import longest_window
+from cuobs.models.replay import attention, record, refuse_more, sees_all
 
 WINDOWS = 1024
 # Windows that are written side by side.
@@ -165,8 +166,7 @@ class _Steps:
     @classmethod
     def of(cls, model, length, first, device):
         """Steps of a model, or None where they do not give what a whole forward gives."""
-        sliding = getattr(model.config.get_text_config(), "sliding_window", None)
-        if sliding and length > sliding:
+        if not sees_all(model, length):
             return None
         steps = cls(model, length, device)
         tokens = torch.from_numpy(np.resize(first, (2, min(4, length)))).to(device)
@@ -202,14 +202,14 @@ class _Steps:
             if not record or self._device.type != "cuda":
                 return self._step()
             if held.shown not in self._recorded:
-                self._recorded[held.shown] = _record(self._step)
+                self._recorded[held.shown] = _recorded(self._step)
             return self._recorded[held.shown]()
 
         return logits
 
     def _step(self):
         held = self._held
-        with _attention(self._model):
+        with attention(self._model, ATTENTION, _attend):
             out = self._model(
                 input_ids=held.last, position_ids=held.position, use_cache=True,
                 attention_mask=held.mask[..., : held.shown], **{self._name: held},
@@ -275,26 +275,14 @@ class _Held(Cache):
         return self.shown, 0
 
 
-def _record(step):
+def _recorded(step):
     """A step recorded on the GPU, or as it is where it can't be."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()  # libraries set themselves up
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            out = step()
+        return record(step)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError:
-        torch.cuda.synchronize()
         return step
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -306,28 +294,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     key, value : tensor, shape (B, key-value heads, n, D)
     attention_mask : tensor, shape (1, 1, 1, n)
     """
-    if set(kwargs) & {"softcap", "s_aux", "position_bias"}:
-        raise ValueError("attention: found more than keys and values to attend to")
+    refuse_more(kwargs)
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
     scores = query @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
     shares = (scores + attention_mask).float().softmax(-1).to(value.dtype)
     out = (shares @ value).reshape(batch, 1, heads, value.shape[3])
     return out, None
-
-
-@contextlib.contextmanager
-def _attention(model):
-    """`_attend` instead of PyTorch's, which has no fast way for one query with a mask."""
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    if own == "sdpa":
-        AttentionInterface.register(ATTENTION, _attend)
-        config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from small_models import VOCABULARY, make_model, same, weights_of
 
 from cuobs.models import write_windows, writing
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def greedy(model, first, length):
     """What a model says is likeliest, by whole forwards."""
@@ -92,3 +94,35 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=match):
             write_windows(model, **{"windows": 2, "length": 4, **changes})
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("length", [8, 30])
+def test_on_a_gpu_a_cold_model_says_what_is_likeliest(family, length, monkeypatch):
+    """In half precision: nearly always, and where it does not it is nearly as likely."""
+    monkeypatch.setattr(writing, "STRIDE", 7)
+    model = make_model(family)
+    before = weights_of(model)
+    found = write_windows(model, 40, length, temperature=1e-4, batch=20, device="cuda")
+    assert same(before, weights_of(model)) and next(model.parameters()).device.type == "cpu"
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(found)).logits[:, :-1]
+    taken = logits.gather(2, torch.tensor(found)[:, 1:, None])[..., 0]
+    short = logits.max(2).values - taken
+    assert short.max() < 0.1 * logits.std() and (short == 0).double().mean() > 0.9
+
+
+@pytest.mark.gpu
+@GPU
+def test_steps_are_recorded_on_a_gpu():
+    model = make_model("llama").cuda()
+    first, device = np.arange(3, 11), torch.device("cuda")
+    with torch.no_grad():
+        steps = writing._Steps.of(model, 8, first, device)
+        logits = steps.begin(8)
+        tokens = torch.from_numpy(first).cuda()[:, None]
+        found = logits(tokens, 0).clone()
+        expected = model(input_ids=tokens).logits[:, -1]
+    assert steps._recorded[8].__name__ == "replay"
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
