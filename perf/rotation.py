@@ -87,18 +87,15 @@ def run(dense, calibration, texts, pattern, variant, device, args):
     if options is not None:
         if args.steps:
             options = {**options, "steps": args.steps}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         report = rotate(model, calibration, pattern, device=device, **options)
         found |= {
             "objective": f"{report.before:.4f} to {report.after:.4f}",
             "seconds": round(report.seconds, 2),
             "learning": round(report.learning, 2),
             "deviation": f"{report.deviation:.1e}",
+            "GiB": round(report.memory_peak / 2**30, 2),
             "untied MB": round(report.untied / 1e6, 1),
         }
-        if device.type == "cuda":
-            found["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     began = time.perf_counter()
     models.prune_model(
         model, calibration, pattern=pattern, method=args.method, target=args.target,

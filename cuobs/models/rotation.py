@@ -17,7 +17,7 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files, validation
-from cuobs.models import folding
+from cuobs.models import folding, memory
 from cuobs.models.rotation_learning import RATE, SCORES, STEPS, Learned, learn
 from cuobs.models.structure import find_blocks, linears
 
@@ -45,6 +45,8 @@ class RotationReport:
         Bytes that a head of its own adds to the model.
     learning, seconds : float
         Of learning alone, moments included; and of everything.
+    memory_peak : int
+        Bytes on the device (on the CPU: of the process).
     """
 
     pattern: str
@@ -58,6 +60,7 @@ class RotationReport:
     untied: int
     learning: float
     seconds: float
+    memory_peak: int
 
 
 def rotate(
@@ -135,6 +138,7 @@ def rotate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    memory.reset(device)
     tokens, attention_mask, counted = (
         None if array is None else torch.as_tensor(array)[:windows]
         for array in (tokens, attention_mask, counted)
@@ -172,6 +176,7 @@ def rotate(
         untied=untied,
         learning=learning,
         seconds=time.perf_counter() - began,
+        memory_peak=memory.peak(device),
     )
 
 

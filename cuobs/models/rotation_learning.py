@@ -7,7 +7,7 @@ import torch
 
 from cuobs.models.folding import Rotation
 from cuobs.models.pruned_share import Scopes, pruned_share
-from cuobs.models.rotation_moments import gather
+from cuobs.models.rotation_moments import compiled, gather
 
 STEPS = 100
 RATE = 3e-3
@@ -113,22 +113,20 @@ class Stack(NamedTuple):
     ----------
     weight : tensor, shape (L, M, K)
     scopes : Scopes
-    blocks : list of int
-    norm : str or None
-        The norm whose output they read.
     writes : bool
         Whether they write into the residual stream.
-    values : tuple or None
-        What `Heads` they belong to, and the place of each weight in it.
+    norm : (int, tensor) or None
+        Which norm's output they read, and the place of each block among those that have it.
+    values : (int, tensor) or None
+        Which `Heads` they belong to, and the place of each block in them.
     scale : tensor, shape (L, K), or None
         What the squares of weights are multiplied with, where no basis changes it.
     """
 
     weight: torch.Tensor
     scopes: Scopes
-    blocks: list
-    norm: str | None
     writes: bool
+    norm: tuple | None
     values: tuple | None
     scale: torch.Tensor | None
 
@@ -168,12 +166,12 @@ class Objective:
         self.inverse, self.device = inverse, device
         self.heads = _group_heads(stream, gathered)
         names = dict.fromkeys(name for block in gathered for name in block.norms)
-        self.places = {n: [i for i, b in enumerate(gathered) if n in b.norms] for n in names}
-        self.norms = {
-            name: torch.stack([gathered[i].norms[name] for i in places])
-            for name, places in self.places.items()
-        }
-        self.stacks = _stack(stream, gathered, patterns, self.heads, device)
+        having = {n: [i for i, b in enumerate(gathered) if n in b.norms] for n in names}
+        self.norms = [
+            torch.stack([gathered[i].norms[name] for i in blocks])
+            for name, blocks in having.items()
+        ]
+        self.stacks = _stack(stream, gathered, patterns, self.heads, having, device)
         self.size = sum(stack.weight.numel() for stack in self.stacks)
         if not self.stacks:
             labels = ", ".join(dict.fromkeys(p.label for p in patterns.values())) or "it"
@@ -202,7 +200,7 @@ class Objective:
     def backward(self, bases):
         """The objective; its gradient is added to that of the bases, which are leaves."""
         stream, values = bases[0], bases[1:]
-        roots = [self._scale(M, stream) for M in self.norms.values()]
+        roots = [self._scale(M, stream) for M in self.norms]
         roots += [
             self._scale(heads.moments, R2[:, :, None])
             for heads, R2 in zip(self.heads, values, strict=True)
@@ -211,7 +209,8 @@ class Objective:
         total = 0.0
         for stack in self.stacks:
             L, M, K = stack.weight.shape
-            for part in torch.arange(L, device=self.device).split(max(1, PIECE // (M * K))):
+            count = max(1, PIECE // (M * K))
+            for part in (slice(start, start + count) for start in range(0, L, count)):
                 share = self._share(stack, part, stream, values, scales)
                 loss = share.sum() * (M * K / self.size)
                 loss.backward()
@@ -226,24 +225,20 @@ class Objective:
 
     def _share(self, stack, part, stream, values, scales):
         """What is pruned of some weights' score, in the new basis."""
-        W = stack.weight[part]
+        W = stack.weight[part].to(self.device)
         stream = stream.to(W.dtype)
-        heads = place = None
         if stack.values is not None:
             which, places = stack.values
-            heads, place = self.heads[which], places[part]
-            R2 = values[which][place].to(W.dtype)
+            heads, R2 = self.heads[which].values, values[which][places[part]].to(W.dtype)
         if stack.norm is not None:
-            W = W @ stream
-            among = self.places[stack.norm]
-            rows = torch.tensor([among.index(stack.blocks[i]) for i in part.tolist()])
-            h = scales[list(self.norms).index(stack.norm)][rows.to(self.device)]
-            if heads is not None:
-                W = _by_rows(W, R2, heads.values.rows)
-        elif heads is not None:
-            W = _by_columns(W, R2, heads.values.columns)
-            flat = heads.values.columns.flatten().argsort().to(self.device)
-            h = scales[len(self.norms) + which][place].flatten(1)[:, flat]
+            norm, places = stack.norm
+            W, h = W @ stream, scales[norm][places[part]]
+            if stack.values is not None:
+                W = _by_rows(W, R2, heads.rows)
+        elif stack.values is not None:
+            W = _by_columns(W, R2, heads.columns)
+            h = scales[len(self.norms) + which][places[part]].flatten(1)
+            h = _ordered(h, 1, heads.columns.flatten().argsort())
         else:
             h = stack.scale[part]
         if stack.writes:
@@ -253,16 +248,23 @@ class Objective:
 
 def _by_rows(W, R2, rows):
     """R2ᵀ V of each head; W (L, M, K), R2 (L, heads, d, d)."""
-    flat = rows.flatten().to(W.device)
-    V = R2.mT @ W[:, flat].unflatten(1, rows.shape)
-    return V.flatten(1, 2)[:, flat.argsort()]
+    flat = rows.flatten()
+    V = R2.mT @ _ordered(W, 1, flat).unflatten(1, rows.shape)
+    return _ordered(V.flatten(1, 2), 1, flat.argsort())
 
 
 def _by_columns(W, R2, columns):
     """O R2 of each query head; W (L, M, K), R2 (L, heads, d, d)."""
-    flat = columns.flatten().to(W.device)
-    by_head = W[:, :, flat].unflatten(2, columns.shape)
-    return torch.einsum("lmhqd,lhde->lmhqe", by_head, R2).flatten(2)[:, :, flat.argsort()]
+    flat = columns.flatten()
+    heads = _ordered(W, 2, flat).unflatten(2, columns.shape)
+    return _ordered(torch.einsum("lmhqd,lhde->lmhqe", heads, R2).flatten(2), 2, flat.argsort())
+
+
+def _ordered(x, dim, order):
+    """Another order along a dimension, as it is where nothing moves."""
+    if bool((order == torch.arange(len(order))).all()):
+        return x
+    return x.index_select(dim, order.to(x.device))
 
 
 def _group_heads(stream, gathered):
@@ -279,11 +281,11 @@ def _group_heads(stream, gathered):
     ]
 
 
-def _stack(stream, gathered, patterns, heads, device):
+def _stack(stream, gathered, patterns, heads, having, device):
     """Weights of one name, shape, pattern and role in one tensor."""
     kinds = {}
     for index, (part, block) in enumerate(zip(stream.blocks, gathered, strict=True)):
-        norms = {name: norm.name for norm in part.norms for name in norm.readers}
+        norms = {name: list(having).index(n.name) for n in part.norms for name in n.readers}
         for name, W in block.weights.items():
             own = part.values is not None and name in (part.values.source, part.values.target)
             which = next(i for i, h in enumerate(heads) if index in h.blocks) if own else None
@@ -292,18 +294,25 @@ def _stack(stream, gathered, patterns, heads, device):
             kinds.setdefault(key, []).append(index)
     stacks = []
     for (name, shape, pattern, norm, writes, which), blocks in kinds.items():
-        if pattern is None:
+        layout = compiled(pattern, shape)
+        if layout is None:
             continue
-        try:
-            scopes = Scopes(pattern.compile(*shape), device)
-        except ValueError:
-            continue
-        values = scale = None
-        if which is not None:
-            places = torch.tensor([heads[which].blocks.index(i) for i in blocks], device=device)
-            values = which, places
-        elif norm is None:
+
+        def among(found, number, blocks=blocks):
+            places = [found.index(i) for i in blocks]
+            return number, torch.tensor(places, device=device)
+
+        scale = None
+        if norm is None and which is None:
             scale = torch.stack([gathered[i].scales[name] for i in blocks])
-        weight = torch.stack([gathered[i].weights.pop(name) for i in blocks])
-        stacks.append(Stack(weight, scopes, blocks, norm, writes, values, scale))
+        stacks.append(
+            Stack(
+                torch.stack([gathered[i].weights.pop(name) for i in blocks]),
+                Scopes(layout, device),
+                writes,
+                None if norm is None else among(list(having.values())[norm], norm),
+                None if which is None else among(heads[which].blocks, which),
+                scale,
+            )
+        )
     return stacks

@@ -25,7 +25,7 @@ class BlockMoments(NamedTuple):
     Attributes
     ----------
     weights : dict of tensor, shape (M, K)
-        By linear, bfloat16 on a GPU.
+        By linear; for a GPU in bfloat16, and on the host where it has no room for all of them.
     norms : dict of tensor, shape (D, D)
         Moments by norm.
     heads : tensor, shape (heads, queries, d, d), or None
@@ -75,6 +75,7 @@ def gather(
     masks = [None] * len(parts) if mask is None else mask.split(batch)
     counts = counted.split(batch)
     found, room = [], memory.Room(batch)
+    home = _home(blocks, device)
     with evaluating(model):
         hidden, calls = capture(model, blocks, list(zip(parts, masks, strict=True)), device)
         for index, (block, part) in enumerate(zip(blocks, stream.blocks, strict=True)):
@@ -86,9 +87,20 @@ def gather(
             if permute:
                 where = f"{stream.prefix}.{index}"
                 found[-1] = _dealt(found[-1], part, sums, where, patterns, damp)
+            for name, W in found[-1].weights.items():
+                found[-1].weights[name] = W.to(home)
             own.clear()
             memory.trim(device)
     return found
+
+
+def _home(blocks, device):
+    """Where all weights are kept: the device, or the host where they would fill a third of it."""
+    if device.type != "cuda":
+        return device
+    size = sum(m.weight.numel() for m in linears(blocks).values())
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if 2 * size <= free // 3 else torch.device("cpu")
 
 
 def _sums(block, part, hidden, calls, counts, room, whole):
@@ -177,6 +189,14 @@ def _damped_inverse(H, damp):
     return torch.cholesky_inverse(torch.linalg.cholesky(H)).float()
 
 
+def compiled(pattern, shape):
+    """The layout of a pattern; None where there is none or it does not divide the shape."""
+    try:
+        return pattern and pattern.compile(*shape)
+    except ValueError:
+        return None
+
+
 def deal(worth, shape, pattern):
     """An order of columns that deals them out to the scopes by what they are worth.
 
@@ -195,11 +215,7 @@ def deal(worth, shape, pattern):
     tensor of int, shape (K,)
         On the CPU; as it is where a scope is no choice between columns.
     """
-    order = torch.arange(len(worth))
-    try:
-        layout = pattern and pattern.compile(*shape)
-    except ValueError:
-        layout = None
+    order, layout = torch.arange(len(worth)), compiled(pattern, shape)
     if layout is None:
         return order
     kinds = np.unique(layout.blocks, axis=1, return_inverse=True)[1].ravel()
