@@ -21,6 +21,7 @@ COMMANDS = {
     "methods": "listing:methods",
     "info": "info:info",
     "prune-model": "models:prune_model",
+    "rotate": "rotating:rotate",
     "eval-model": "models:eval_model",
     "speedup": "models:speedup",
 }

@@ -27,7 +27,7 @@ def _share(ctx, parameter, value):
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-_trust = options.option(
+trust = options.option(
     "--trust-remote-code", is_flag=True, group=options.INPUT,
     help="Run code that the model's folder holds, where it needs it.",
 )  # fmt: skip
@@ -76,7 +76,7 @@ _trust = options.option(
 @options.option("--save-dtype", type=options.Name(SAVE_DTYPES), metavar="T", group=options.OUTPUT,
                 show_default="as in SRC, of a GGUF half precision",
                 help="Write the weights in " + ", ".join(SAVE_DTYPES) + ".")
-@_trust
+@trust
 def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
     plot, shard_size, save_dtype, trust_remote_code, tune_rate, batch_tokens, resume, **target,
@@ -92,7 +92,7 @@ def prune_model(
         if os.path.exists(plot):
             raise FileExistsError(f"--plot: found {plot}, expected a new path")
         files.check_output(plot)
-    models = _models()
+    models = load()
     from cuobs.models import report as reports
 
     view = _View()
@@ -137,14 +137,14 @@ def _arguments(config):
 @options.option("--sequence-length", type=int, metavar="T", show_default="2048",
                 help="Tokens of a window.")
 @options.setting("device")
-@_trust
+@trust
 def eval_model(folder, text, sequence_length, device, trust_remote_code):
     """Measure the perplexity of the model in DIR (or a .gguf) on a text.
 
     The text is tokenised once and cut into windows without overlap, the tail is dropped; in each
     window all tokens but the first are predicted.
     """
-    models = _models()
+    models = load()
     found, tokens = models.evaluate_folder(
         folder, text, sequence_length, device=device, progress=_View().progress,
         trust_remote_code=trust_remote_code,
@@ -160,7 +160,7 @@ def eval_model(folder, text, sequence_length, device, trust_remote_code):
 @options.option("--dtype", default="float16", metavar="T", help="float16 or bfloat16.")
 def speedup(source, batches, dtype):
     """Time each layer shape of the model in DIR, or one shape, dense and 2:4 on this GPU."""
-    models = _models()
+    models = load()
     from cuobs.models.speedup import BATCHES, verdict
 
     timings = models.speedup(source, batches or BATCHES, dtype)
@@ -174,7 +174,7 @@ def speedup(source, batches, dtype):
         click.echo(line)
 
 
-def _models():
+def load():
     """`cuobs.models`, or one sentence that says what to install."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would fill a log

@@ -18,6 +18,7 @@ from cuobs.models.loading import load_model
 from cuobs.models.prune import prune_model
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.rotation import RotationReport, rotate
+from cuobs.models.rotation_folder import rotate_folder
 from cuobs.models.speedup import speedup
 from cuobs.models.training import KeepZeros
 from cuobs.models.writing import write_windows
@@ -43,6 +44,7 @@ __all__ = [
     "prune_folder",
     "prune_model",
     "rotate",
+    "rotate_folder",
     "speedup",
     "tokenize",
     "write_windows",

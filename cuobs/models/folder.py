@@ -111,7 +111,7 @@ def prune_folder(
     ModelReport
     """
     say = say or (lambda line: None)
-    source, shard_bytes, save_dtype = _check(
+    source, shard_bytes, save_dtype = check_folders(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
     )  # fmt: skip
@@ -120,8 +120,8 @@ def prune_folder(
         say(f"resume       found no unfinished run in {dst}: a new one begins")
     place = choose_device(device)
     model = loading.load_model(source, trust_remote_code)
-    names = _names(source, model, options.get("skip"))
-    for line in _what_is_written(source, model, names, save_dtype):
+    names = names_in_files(source, model, options.get("skip"))
+    for line in what_is_written(source, model, names, save_dtype):
         say(line)
     if source.gguf is not None and save_dtype is None:
         save_dtype = loading.gguf_dtype(source)[0]
@@ -129,10 +129,10 @@ def prune_folder(
     tokenizer = None
     if not all(is_tokens(spec) for spec in (calibration, *evaluate)):
         tokenizer = loading.load_tokenizer(source, trust_remote_code)
-    tokens = _windows(calibration, model, tokenizer, samples, sequence_length, seed)
+    tokens = read_windows(calibration, model, tokenizer, samples, sequence_length, seed)
     length = tokens.shape[1]
     texts = {
-        name: _windows(spec, model, tokenizer, None, length, seed)
+        name: read_windows(spec, model, tokenizer, None, length, seed)
         for name, spec in zip(_short_names(evaluate), evaluate, strict=True)
     }
     mask = attention_mask and load_tokens(attention_mask, samples, length, kinds="biu")
@@ -196,7 +196,7 @@ def prune_folder(
     return report
 
 
-def _check(
+def check_folders(
     src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
     shard_size, save_dtype,
 ):  # fmt: skip
@@ -224,7 +224,7 @@ def _check(
     return source, shard_bytes, save_dtype
 
 
-def _windows(spec, model, tokenizer, samples, length, seed):
+def read_windows(spec, model, tokenizer, samples, length, seed):
     """Windows of a text or of a file of tokens, which the model can read."""
     if is_tokens(spec):
         found = load_tokens(spec, samples, length)
@@ -240,7 +240,7 @@ def _short_names(specs):
     return names if len(set(names)) == len(names) else [os.fspath(spec) for spec in specs]
 
 
-def _names(source, model, skip):
+def names_in_files(source, model, skip):
     """The names that a model's tensors have in its files, by those that they have in memory.
 
     Raises
@@ -263,7 +263,7 @@ def _names(source, model, skip):
     return names
 
 
-def _what_is_written(source, model, names, save_dtype):
+def what_is_written(source, model, names, save_dtype):
     """Lines of text: the dtype of what is written, and what is carried over untouched."""
     if source.gguf is not None:
         dtype, kinds = loading.gguf_dtype(source)

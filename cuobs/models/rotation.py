@@ -18,6 +18,8 @@ from safetensors.torch import safe_open, save
 import cuobs
 from cuobs import files, validation
 from cuobs.models import folding, memory
+from cuobs.models.calibration import check_tokens
+from cuobs.models.report import size
 from cuobs.models.rotation_learning import RATE, SCORES, STEPS, Learned, learn
 from cuobs.models.structure import find_blocks, linears
 
@@ -62,6 +64,24 @@ class RotationReport:
     seconds: float
     memory_peak: int
 
+    def summary(self):
+        """Names and values of what there is to say in a table."""
+        heads = f", the values of {self.heads} heads" if self.heads else ""
+        untied = f"adds {size(self.untied)}" if self.untied else "was one already"
+        return [
+            ("rotated", f"the residual stream{heads}, for {self.pattern}"),
+            ("pruned share", f"{self.before:.4f} of the score before, {self.after:.4f} after"),
+            ("logits", f"differ by {self.deviation:.1e} of their norm"),
+            ("head of its own", untied),
+            ("rotation", f"{self.seconds:.1f} s, {size(self.memory_peak)} at most"),
+        ]
+
+    def lines(self):
+        """The same as lines of a table."""
+        rows = self.summary()
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {value}" for name, value in rows]
+
 
 def rotate(
     model,
@@ -95,7 +115,7 @@ def rotate(
         Calibration windows.
     pattern : str, Pattern or dict
         See `cuobs.patterns`; a dict has one for each linear that counts, by its name.
-    attention_mask, counted : tensor, shape (windows, length), optional
+    attention_mask, counted : array of bool or int, shape (windows, length), optional
         0 where a token is padding; and which tokens enter the sums, by default all that are none,
         without the first of each window.
     steps : int
@@ -139,10 +159,14 @@ def rotate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     memory.reset(device)
-    tokens, attention_mask, counted = (
-        None if array is None else torch.as_tensor(array)[:windows]
-        for array in (tokens, attention_mask, counted)
-    )
+    tokens = torch.from_numpy(check_tokens(model, tokens))[:windows]
+    attention_mask = _mask_of("attention_mask", attention_mask, tokens)
+    counted = _mask_of("counted", counted, tokens)
+    if counted is None:
+        counted = torch.ones_like(tokens) if attention_mask is None else attention_mask.clone()
+        counted[torch.arange(len(counted)), counted.argmax(1)] = 0
+    if not counted.any():
+        raise ValueError("tokens: found none that count, expected longer windows")
     stream = folding.examine(model, tokens, device)
     arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
@@ -156,8 +180,8 @@ def rotate(
         learned = load(stored, identity)
     else:
         learned = learn(
-            model, stream, tokens, patterns, attention_mask=attention_mask, counted=counted,
-            device=device, progress=progress, **arguments,
+            model, stream, tokens, counted, patterns, attention_mask=attention_mask, device=device,
+            progress=progress, **arguments,
         )  # fmt: skip
         if stored is not None:
             store(stored, learned, identity)
@@ -178,6 +202,20 @@ def rotate(
         seconds=time.perf_counter() - began,
         memory_peak=memory.peak(device),
     )
+
+
+def _mask_of(name, mask, tokens):
+    """0 and 1 for each token; None where there is no mask."""
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)[: len(tokens)].long()
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"{name}: found shape {tuple(mask.shape)}, expected {tuple(tokens.shape)} as the tokens"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name}: found other values, expected 0 and 1 alone")
+    return mask
 
 
 def _patterns_of(model, pattern):

@@ -26,7 +26,7 @@ class Learned(NamedTuple):
 
 
 def learn(
-    model, stream, tokens, patterns, *, attention_mask=None, counted=None, steps=STEPS, rate=RATE,
+    model, stream, tokens, counted, patterns, *, attention_mask=None, steps=STEPS, rate=RATE,
     score="activations", permute=False, damp=0.01, device="cpu", progress=None,
 ):  # fmt: skip
     """Learn R1 and R2 for patterns; the model stays as it is.
@@ -39,10 +39,11 @@ def learn(
     model : transformers.PreTrainedModel
     stream : cuobs.models.folding.Stream
         Of `cuobs.models.folding.examine`.
-    tokens : tensor of int, shape (windows, length)
+    tokens, counted : tensor of int, shape (windows, length)
+        And which of them enter the sums: 0 or 1.
     patterns : dict of Pattern
         By the name of a linear; those that are not named do not count.
-    attention_mask, counted : tensor, shape (windows, length), optional
+    attention_mask : tensor of int, shape (windows, length), optional
     steps, rate, score, permute, damp, device, progress
         See `cuobs.models.rotate`.
 
@@ -57,9 +58,6 @@ def learn(
         There is no pattern, or none divides its layer.
     """
     device = torch.device(device)
-    if counted is None:
-        counted = torch.ones_like(tokens) if attention_mask is None else attention_mask.clone()
-        counted[torch.arange(len(counted)), counted.argmax(1)] = 0
     gathered = gather(
         model, stream, tokens, attention_mask, counted.bool(), patterns, device,
         compensated=score == "compensated", permute=permute, damp=damp,

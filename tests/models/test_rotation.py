@@ -218,6 +218,12 @@ def test_smallest():
         assert torch.equal(smallest(scores, k), scores.sort(-1)[0][:, k - 1])
 
 
+def without_first(tokens):
+    counted = torch.ones_like(tokens)
+    counted[:, 0] = 0
+    return counted
+
+
 def everywhere(model, pattern="2:4"):
     return {name: cuobs.pattern.parse(pattern) for name in linears(model) if "layers" in name}
 
@@ -262,7 +268,8 @@ def test_learned_bases_are_orthogonal_and_leave_the_model_alone(family):
     model, tokens = make_model(family), tokens_of()
     before = weights_of(model)
     stream = folding.examine(model, tokens)
-    learned = learn(model, stream, tokens, everywhere(model), steps=10, rate=1e-2)
+    counted, patterns = without_first(tokens), everywhere(model)
+    learned = learn(model, stream, tokens, counted, patterns, steps=10, rate=1e-2)
     assert same(weights_of(model), before)
     assert len(learned.history) == 11 and learned.history[-1] < learned.history[0]
     for R in filter(lambda R: R is not None, (learned.rotation.stream, *learned.rotation.values)):
@@ -274,7 +281,10 @@ def test_learned_bases_are_orthogonal_and_leave_the_model_alone(family):
 def test_compensated_scores_are_those_of_the_inverse():
     model, tokens = make_model("qwen2"), tokens_of()
     stream = folding.examine(model, tokens)
-    found = learn(model, stream, tokens, everywhere(model), steps=0, score="compensated", damp=0.1)
+    found = learn(
+        model, stream, tokens, without_first(tokens), everywhere(model), steps=0,
+        score="compensated", damp=0.1,
+    )  # fmt: skip
     depth, whole, pruned = len(stream.blocks), 0, 0.0
     eye = torch.eye(stream.width, dtype=torch.float64)
     folding.fold(model, stream, folding.Rotation(eye, (None,) * depth, ((),) * depth))
@@ -377,6 +387,9 @@ def test_what_is_stored_gives_the_same_bits(tmp_path):
         ({"score": "weights"}, "score: found 'weights'"),
         ({"damp": -1}, "damp: found -1"),
         ({"pattern": "7:64"}, "divides no linear"),
+        ({"attention_mask": torch.ones(8, 3)}, r"attention_mask: found shape \(8, 3\)"),
+        ({"attention_mask": torch.full((8, LENGTH), 2)}, "attention_mask: found other values"),
+        ({"counted": torch.zeros(8, LENGTH)}, "tokens: found none that count"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

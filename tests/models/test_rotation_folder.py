@@ -1,0 +1,95 @@
+"""A folder in another basis: plain, of the same function, opened by transformers alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import make_source, make_tokens
+
+from cuobs.models import rotate_folder
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    np.savez(tmp_path / "tokens.npz", calibration=make_tokens())
+    return f"{tmp_path / 'tokens.npz'}:calibration"
+
+
+def open_plainly(folder):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(make_tokens(3, seed=5))).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_the_folder_opens_in_plain_transformers(tmp_path, calibration, family, tied):
+    src = make_source(tmp_path / "src", family, tie_word_embeddings=tied)
+    before = {path.name: path.read_bytes() for path in src.iterdir()}
+    report = rotate_folder(src, tmp_path / "dst", calibration, steps=8, rate=1e-2, permute=True)
+    assert {path.name: path.read_bytes() for path in src.iterdir()} == before
+    dense, rotated = open_plainly(src), open_plainly(tmp_path / "dst")
+    assert torch.allclose(logits(rotated), logits(dense), atol=1e-4 * float(logits(dense).max()))
+    head, embedding = rotated.get_output_embeddings(), rotated.get_input_embeddings()
+    assert head.weight.data_ptr() != embedding.weight.data_ptr()
+    assert report.untied == (head.weight.nbytes if tied else 0)
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    written = json.loads((tmp_path / "dst" / "cuobs_rotation.json").read_text())
+    assert written["after"] == report.after < report.before
+    assert (tmp_path / "dst" / "LICENSE.txt").exists()
+    assert (tmp_path / "dst" / "tokenizer.json").exists()
+
+
+def test_a_folder_that_does_not_fold_leaves_nothing(tmp_path, calibration):
+    src = make_source(tmp_path / "src", "gpt2")
+    with pytest.raises(ValueError, match="LayerNorm"):
+        rotate_folder(src, tmp_path / "dst", calibration)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_tensors_that_would_stay_in_the_old_basis_are_refused(tmp_path, calibration):
+    src = make_source(tmp_path / "src", "llama")
+    path = min(src.glob("*.safetensors"))
+    tensors = load_file(path)
+    index = json.loads((src / "model.safetensors.index.json").read_text())
+
+    def add(name):
+        save_file({**tensors, name: torch.ones(32)}, path, {"format": "pt"})
+        weight_map = {**index["weight_map"], name: path.name}
+        content = {**index, "weight_map": weight_map}
+        (src / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    add("model.rotary_emb.inv_freq")
+    rotate_folder(src, tmp_path / "old", calibration, steps=0)
+    add("model.mtp.norm.weight")
+    with pytest.raises(ValueError, match=r"1 tensors of .* model.mtp.norm.weight among them"):
+        rotate_folder(src, tmp_path / "dst", calibration, steps=0)
+
+
+def test_command_line(tmp_path, calibration):
+    from click.testing import CliRunner
+    from cuobs_cli import main
+
+    src = make_source(tmp_path / "src", "llama", tie_word_embeddings=True)
+    arguments = ["rotate", str(src), str(tmp_path / "dst"), "--calibration", calibration]
+    result = CliRunner().invoke(main, [*arguments, "--steps", "3", "--pattern", "4:8"])
+    assert result.exit_code == 0, result.output
+    for text in ("the values of 6 heads, for 4:8", "of the score before", "head of its own  adds"):
+        assert text in result.output
+    assert logits(open_plainly(tmp_path / "dst")).shape == (3, 24, 97)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2 and "expected a new or empty folder" in again.output
+    make_source(tmp_path / "other", "opt")
+    arguments[1:3] = [str(tmp_path / "other"), str(tmp_path / "third")]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2 and "takes the mean away (LayerNorm)" in refused.output
