@@ -1,6 +1,7 @@
 """Run the blocks of a model one by one, with what the model itself passes to each."""
 
 import contextlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,19 +22,42 @@ class Entry(NamedTuple):
     calls: list
 
 
-class _Stop(Exception):
-    """Ends a forward once everything that was wanted has been seen."""
-
-
 @contextlib.contextmanager
-def running_alone():
-    """Say what it means where a block does not run for one window of a batch."""
+def running_alone(whole=None):
+    """Say what it means where a block does not run for one window of a batch.
+
+    Parameters
+    ----------
+    whole : callable, optional
+        The same for all windows: where that fails too, it is not for their number.
+    """
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        raise not_by_window(str(error).partition("\n")[0]) from error
+    except (RuntimeError, IndexError) as error:
+        if whole is not None:
+            with taking_windows():
+                whole()
+        raise not_by_window(_first_line(error)) from error
+
+
+@contextlib.contextmanager
+def taking_windows():
+    """Say what it means where a model does not run for windows of this length."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"tokens: found windows that the model itself does not run for ({_first_line(error)}), "
+            "expected others: shorter ones where they are longer than its positions"
+        ) from error
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0]
 
 
 def not_by_window(reason):
@@ -55,6 +79,28 @@ def evaluating(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def plain_torch():
+    """Without autocast, inference mode, gradients or a default device or dtype of the caller's.
+
+    Autocast keeps copies of weights that it has cast, and would run on with them once they are
+    pruned; tensors of inference mode can't be changed outside of it.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @torch.no_grad()
@@ -92,7 +138,7 @@ def capture(model, blocks, batches, device):
             hidden = args[0] if args else kwargs["hidden_states"]
             if not form:  # a tensor, or a tuple that begins with it: its own forward tells
                 one = windows_of((args, kwargs), 0, 1, len(hidden))
-                with running_alone():
+                with running_alone(partial(whole, *args, **kwargs)):
                     out = whole(*one[0], **one[1])
                 form.append(None if torch.is_tensor(out) else tuple(out[1:]))
             return hidden if form[0] is None else (hidden, *form[0])
@@ -108,7 +154,8 @@ def capture(model, blocks, batches, device):
         for tokens, mask in batches:
             seen.clear()
             arguments = {} if mask is None else {"attention_mask": mask.to(home)}
-            body(input_ids=tokens.to(home), use_cache=False, **arguments)
+            with taking_windows():
+                body(input_ids=tokens.to(home), use_cache=False, **arguments)
             if len(seen) != len(blocks):
                 raise ValueError(
                     f"model: found that {len(seen)} of {len(blocks)} blocks run once a forward, "
@@ -178,42 +225,28 @@ def run(block, hidden, call):
     return out if torch.is_tensor(out) else out[0]
 
 
-def run_until(block, module, hidden, call, before=()):
-    """The input of a module inside a block, and the residual stream at that point.
-
-    The forward ends there.
+class Resident:
+    """The blocks of a model in memory, one of which at a time is on a device.
 
     Parameters
     ----------
-    block, module : torch.nn.Module
-    hidden : tensor, shape (B, T, D)
-    call : tuple
-        The block's other arguments.
-    before : sequence of torch.nn.Module
-        Linears that add their output to the stream before that point.
-
-    Returns
-    -------
-    x : tensor, shape (tokens, K)
-    stream : tensor, shape (tokens, D)
+    blocks : torch.nn.ModuleList
+    device : torch.device
     """
-    found, stream = [], hidden.reshape(-1, hidden.shape[-1])
 
-    def stop(_, args):
-        found.append(args[0])
-        raise _Stop
+    def __init__(self, blocks, device):
+        self._blocks, self._device = blocks, device
+        self._home = None
 
-    def add(_, args, output):
-        nonlocal stream
-        stream = stream + output.reshape(stream.shape)
+    def __len__(self):
+        return len(self._blocks)
 
-    handles = [module.register_forward_pre_hook(stop)]
-    handles += [m.register_forward_hook(add) for m in before]
-    try:
-        with contextlib.suppress(_Stop):
-            run(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    x = found[0]
-    return x.reshape(-1, x.shape[-1]), stream
+    def load(self, index):
+        """A block, on the device."""
+        block = self._blocks[index]
+        self._home = next(block.parameters()).device
+        return block.to(self._device)
+
+    def store(self, index):
+        """Take a block back to where it was."""
+        self._blocks[index].to(self._home)

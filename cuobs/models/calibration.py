@@ -7,6 +7,9 @@ import torch
 
 from cuobs import files, validation
 
+# Keys of a config that say how many tokens a window may have.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
 
 def is_tokens(spec):
     """Whether a source names an array of tokens and not a text."""
@@ -55,8 +58,26 @@ def to_array(values):
 
 
 def longest_window(model):
-    """Tokens that the model was made for, None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that the model has positions for, None if nothing says how many.
+
+    The config says how many it was made for; a table of positions has so many rows, less those up
+    to its padding index where it has one (RoBERTa counts from there). Neither 0 nor −1 means any.
+    """
+    config = model.config.get_text_config()
+    found = [getattr(config, key, None) for key in POSITIONS]
+    found += [rows for name, table in model.named_modules() if (rows := _positions(name, table))]
+    found = [n for n in found if isinstance(n, int) and n > 0]
+    return min(found, default=None)
+
+
+def _positions(name, table):
+    """The positions that a table of them holds, None of any other module."""
+    if not isinstance(table, torch.nn.Embedding) or "position" not in name.rpartition(".")[2]:
+        return None
+    first = getattr(table, "offset", None)
+    if first is None:
+        first = 0 if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - first
 
 
 def load_tokens(spec, samples=None, length=None, kinds="iu"):

@@ -176,11 +176,10 @@ def prune_folder(
         if on_block:
             on_block(report, blocks)
 
-    masks = {} if save_masks else None
     try:
         report = prune_model(
             model, tokens, attention_mask=mask, checkpoint_folder=dst, resume=resume,
-            protocol=protocol, masks=masks, device=device, starting=checked,
+            protocol=protocol, keep_masks=save_masks, device=device, starting=checked,
             drop_first_token=drop_first_token, on_block=done, **options,
         )  # fmt: skip
         if save_dtype is not None:
@@ -192,7 +191,7 @@ def prune_folder(
             "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
-    _write(source, dst, model, names, report, masks, save_dtype, shard_bytes)
+    _write(source, dst, model, names, report, report.masks if save_masks else None, save_dtype, shard_bytes)
     return report
 
 
@@ -300,7 +299,7 @@ def _file_name(linear, names):
     return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
 
 
-def _write(source, dst, model, names, report, masks, save_dtype, shard_bytes):
+def _write(source, dst, model, names, report, report.masks if save_masks else None, save_dtype, shard_bytes):
     config, extra = None, {}
     if source.gguf is None:
         changed = changed_tensors(model, source, names)

@@ -1,80 +1,38 @@
-"""Memory that pruning a model takes: predicted before it starts, measured as it goes."""
+"""Memory while a model is pruned: measured, shared between libraries, given back."""
 
 import contextlib
 import ctypes
-import math
 import re
 import resource
 import sys
 
+import numpy as np
 import torch
 
-# A process that has imported PyTorch and transformers and holds no model.
-LIBRARIES = 400 * 2**20
+from cuobs import arrays
 
 
-def predict(
-    shapes, windows, length, width, batch, *, dense, tune, device, element, model, forward=None
-):
-    """Bytes that will be in use at the peak.
+@contextlib.contextmanager
+def one_pool(device):
+    """Let CuPy take the device's memory from PyTorch's pool: one can't use what lies in another."""
+    if device.type != "cuda":
+        yield
+        return
+    import cupy
 
-    Parameters
-    ----------
-    shapes : list of (int, int)
-        Of the weights of a block's linears.
-    windows, length, width : int
-        Of the hidden states.
-    batch : int
-        Windows in a batch.
-    dense : bool
-        Whether the dense model's hidden states are followed too.
-    tune : int
-        Windows in a step of tuning; 0 where blocks are not tuned.
-    device : torch.device
-        On the CPU the process as it is now counts too, and the whole model.
-    element : int
-        Bytes of an element of the hidden states.
-    model : int
-        Bytes of all weights. Those that are mapped from a file come into memory as they are used.
-    forward : int, optional
-        Bytes that a window's forward of the block takes, if `taken` has measured them: they can't
-        be told from the weights, since an attention without a fused kernel holds its scores.
+    def take(size, device_id):
+        stream = torch.cuda.current_stream(device_id).cuda_stream
+        try:
+            return torch.cuda.caching_allocator_alloc(size, device_id, stream)
+        except torch.cuda.OutOfMemoryError:
+            raise cupy.cuda.memory.OutOfMemoryError(size, 0) from None
 
-    Returns
-    -------
-    int
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    weights, elements = sum(sizes), max(sizes)
-    side = max(max(shape) for shape in shapes)
-    # Dense ones before and after the block, and the pruned model's.
-    states = windows * length * width * element * (3 if dense else 1)
-    if forward is None:
-        window = length * (sum(max(shape) for shape in shapes) + 4 * side) * element
-    else:
-        # Inputs and residual stream of the pruned model wait for those of the dense one; then
-        # both are widened.
-        waiting = length * (side + 2 * width) * element if dense else 0
-        window = max(forward + waiting, length * side * 16)
-    # What backpropagation keeps of a window in float32 is about three times as much.
-    activations = max(batch * window, 3 * min(batch, tune) * window * 4 // element)
-    grams = side**2 * (4 * (1 + dense) + 8 * 3)
-    method = 10 * 4 * (side**2 + elements)
-    total = weights * element * 2 + states + activations + grams + method
-    if tune:
-        total += 16 * weights
-    if device.type == "cpu":
-        total += max(resident(), LIBRARIES + model)
-    return int(total)
+    def give(pointer, _):
+        torch.cuda.caching_allocator_delete(pointer)
 
-
-def taken(function, device):
-    """Bytes of PyTorch's memory on a GPU that a call needs while it runs."""
-    function()  # what libraries keep for themselves, they have from now on
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    return torch.cuda.max_memory_allocated(device) - before
+    allocator = cupy.cuda.PythonFunctionAllocator(take, give)
+    with cupy.cuda.using_allocator(allocator.malloc):
+        yield
 
 
 def resident():
@@ -86,14 +44,17 @@ def resident():
         return _maximum()
 
 
+def free(device):
+    """Bytes that can still be taken: on the device, or of the host."""
+    if device.type != "cuda":
+        return arrays.free_memory(np)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 def peak(device):
     """Bytes in use at the peak so far: on the device since `reset`, else of the process."""
-    if device.type != "cuda":
-        return _maximum()
-    held = torch.cuda.max_memory_allocated(device)
-    if "cupy" in sys.modules:
-        held += sys.modules["cupy"].get_default_memory_pool().total_bytes()
-    return held
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _maximum()
 
 
 class Room:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import cuobs
 from cuobs import files
@@ -106,6 +106,9 @@ class ModelReport:
         Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
         Bytes on the device (on the CPU: of the process).
+    masks : dict of tensor of bool
+        Where they were asked for, by the name of a linear, in the form of its weight, True = kept.
+        Not in JSON.
     perplexity : dict
         By the name of a text, the perplexity before and after; null in JSON where it is no finite
         number.
@@ -121,6 +124,7 @@ class ModelReport:
     memory_predicted: int = 0
     memory_peak: int = 0
     perplexity: dict = field(default_factory=dict)
+    masks: dict = field(default_factory=dict, repr=False)
 
     @property
     def layers(self):
@@ -136,7 +140,8 @@ class ModelReport:
 
     def to_json(self):
         """The report as text."""
-        content = {"cuobs": cuobs.__version__, **asdict(self)}
+        content = {"cuobs": cuobs.__version__, **asdict(replace(self, masks={}))}
+        del content["masks"]
         content["perplexity"] = {
             name: [value if math.isfinite(value) else None for value in pair]
             for name, pair in self.perplexity.items()

@@ -1,48 +1,14 @@
-"""What a model is made of, found by its structure and by one forward of a block, not by names."""
-
-import copy
-from typing import NamedTuple
+"""What a model is made of, found by its structure and not by names."""
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from cuobs.models.blocks import as_dtype, run
-
-# A linear whose output enters the residual stream has a share of 1 in what a block adds to it.
-TOLERANCE = 1e-2
-
-
-class Group(NamedTuple):
-    """Linears that read one and the same tensor.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Names inside the block, in the order in which they run.
-    before : tuple of str
-        Writers into the residual stream that run before this group.
-    """
-
-    names: tuple
-    before: tuple
-
-
-class Plan(NamedTuple):
-    """How a block is pruned.
-
-    Attributes
-    ----------
-    groups : tuple of Group
-        In the order in which they run.
-    writers : tuple of str
-        Linears whose output is added to the residual stream as it is, in order.
-    idle : tuple of str
-        Linears that the block's forward does not call.
-    """
-
-    groups: tuple
-    writers: tuple
-    idle: tuple
+# What a refusal of experts ends in.
+DENSE = (
+    "expected dense blocks of matrices: experts see too few tokens each, and cuobs does not prune "
+    "them"
+)
 
 
 def find_blocks(model):
@@ -73,6 +39,7 @@ def find_blocks(model):
             "expected a causal language model"
         )
     for index, block in enumerate(best):
+        refuse_adapters(f"{name}.{index}", block)
         refuse_mixture(f"{name}.{index}", block)
         for inner, module in linears(block).items():
             if not module.weight.is_floating_point():
@@ -105,19 +72,90 @@ def oriented(module, weight=None):
 
 
 def refuse_mixture(name, block):
-    """Refuse a block with experts: tokens that a linear does not see tell nothing about it."""
-    found = None
+    """Refuse a block with experts: tokens that a linear does not see tell nothing about it.
+
+    A list of linears is one of experts by its name alone; that each of them sees every token is
+    looked at when the block runs.
+    """
     for inner, module in block.named_modules():
-        if isinstance(module, nn.ModuleList) and sum(bool(linears(m)) for m in module) > 1:
-            found = inner
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        if not convolution and any(p.ndim > 2 for p in module.parameters(recurse=False)):
-            found = inner
-    if found is not None:
-        raise ValueError(
-            f"model: found a mixture of experts in {name} ({found or 'itself'}), expected dense "
-            "blocks: experts see too few tokens each, and cuobs does not prune them"
+        several = isinstance(module, nn.ModuleList) and sum(bool(linears(m)) for m in module) > 1
+        if several and "expert" in inner.lower():
+            raise ValueError(
+                f"model: found a mixture of experts in {name} ({inner}), a list of {len(module)}, "
+                f"{DENSE}"
+            )
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            if sum(n > 1 for n in shape) > 2:
+                place = f"{inner}.{key}".lstrip(".")
+                expert = "expert" in place.lower() or "expert" in type(module).__name__.lower()
+                what = "a mixture of experts" if expert else "a weight of three dimensions"
+                raise ValueError(
+                    f"model: found {what} in {name} ({place} of shape {shape}), {DENSE}"
+                )
+
+
+def check_plain(name, module, materialised=True):
+    """Refuse a linear whose weight is not a plain parameter that can be changed in place.
+
+    Parameters
+    ----------
+    name : str
+    module : torch.nn.Module
+        A linear, or what stands for one.
+    materialised : bool
+        Whether the weight has to be there.
+    """
+    fault = _fault(module, materialised)
+    if fault:
+        found, way_out = fault
+        raise ValueError(f"model: found {name} {found}, expected a plain parameter: {way_out}")
+
+
+def _fault(module, materialised):
+    """What is wrong with the weight of a linear and the way out, or None."""
+    if hasattr(module, "weight_orig"):
+        return (
+            "under a mask of torch.nn.utils.prune",
+            "make it permanent first, torch.nn.utils.prune.remove(module, 'weight')",
         )
+    if parametrize.is_parametrized(module, "weight"):
+        return (
+            "under a parametrization",
+            "take it off first, torch.nn.utils.parametrize.remove_parametrizations(module, "
+            "'weight')",
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return (
+            "with a weight that is computed from others (as weight_norm does)",
+            "take that off first, torch.nn.utils.remove_weight_norm(module)",
+        )
+    if type(weight) not in (nn.Parameter, torch.Tensor):
+        return (
+            f"with a weight of type {type(weight).__name__}",
+            "load the model whole, neither quantized nor distributed",
+        )
+    if materialised and weight.is_meta:
+        return (
+            "on the meta device, as offloaded weights are",
+            "load the model whole, without device_map and without offloading",
+        )
+    if weight.is_inference():
+        return "made inside torch.inference_mode", "load the model outside of it"
+    return None
+
+
+def refuse_adapters(name, block):
+    """Refuse a block with adapters: what is pruned would not be what runs."""
+    for inner, module in block.named_modules():
+        if hasattr(module, "base_layer") or "lora_A" in inner.split("."):
+            raise ValueError(
+                f"model: found an adapter in {name} ({inner}), expected plain linears: merge it "
+                "first, model = model.merge_and_unload()"
+            )
 
 
 def shared_weights(model, prefix, blocks):
@@ -129,84 +167,7 @@ def shared_weights(model, prefix, blocks):
     for index, block in enumerate(blocks):
         for name, module in linears(block).items():
             own = f"{prefix}.{index}.{name}.weight"
-            others = [n for n in owner[id(module.weight)] if n != own]
+            others = [n for n in owner.get(id(module.weight), ()) if n != own]
             if others:
                 shared[index, name] = others[0]
     return shared
-
-
-@torch.no_grad()
-def probe(block, hidden, call):
-    """Run a block once to see which linears share an input, in what order, and which write.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-    hidden : tensor, shape (B, T, D)
-        Hidden states that enter it; one window is enough.
-    call : tuple
-        Its other arguments, see `cuobs.models.blocks.capture`.
-
-    Returns
-    -------
-    Plan
-    """
-    # In float32, so that what the block adds can be told from rounding.
-    block = copy.deepcopy(block).float()
-    hidden, call = hidden.float(), as_dtype(call, torch.float32)
-    inputs, outputs, order, kept = {}, {}, [], []
-
-    def hook(name):
-        def look(module, args, output):
-            x = args[0]
-            kept.append(x)  # so that no other tensor comes to lie at its address
-            if name in inputs:
-                raise ValueError(f"model: found that {name} runs twice in a block, expected once")
-            if x.numel() // x.shape[-1] != tokens:
-                raise ValueError(
-                    f"model: found that {name} sees {x.numel() // x.shape[-1]} of {tokens} "
-                    "tokens, expected dense blocks that show every token to every linear"
-                )
-            inputs[name] = (x.data_ptr(), x.shape[-1], x._version)
-            outputs[name] = output.reshape(tokens, -1)
-            order.append(name)
-
-        return look
-
-    tokens = hidden.shape[0] * hidden.shape[1]
-    modules = linears(block)
-    for name, module in modules.items():
-        module.register_forward_hook(hook(name))
-    out = run(block, hidden, call)
-    writers = _writers(order, outputs, (out - hidden).reshape(tokens, -1))
-
-    members = {}
-    for name in order:
-        members.setdefault(inputs[name], []).append(name)
-    groups = []
-    for names in members.values():
-        before = tuple(w for w in writers if order.index(w) < order.index(names[0]))
-        groups.append(Group(tuple(names), before))
-    idle = tuple(name for name in modules if name not in inputs)
-    return Plan(tuple(groups), writers, idle)
-
-
-def _writers(order, outputs, added):
-    """Those linears whose outputs add up to what the block adds to its input."""
-    names = [n for n in order if outputs[n].shape == added.shape]
-    if not names:
-        return ()
-    A = torch.stack([outputs[n].flatten() for n in names], dim=1).double()
-    scale = A.norm(dim=0).clamp_min(1e-30)
-    d = added.flatten().double()
-    if not bool(torch.isfinite(d).all()):
-        return ()
-    A /= scale
-    shares = torch.linalg.pinv(A.T @ A, hermitian=True) @ (A.T @ d)
-    error = (d - A @ shares).norm() / d.norm().clamp_min(1e-30)
-    shares /= scale
-    whole = (shares - 1).abs() < TOLERANCE
-    none = shares.abs() < TOLERANCE
-    if error > TOLERANCE or not bool((whole | none).all()):
-        return ()
-    return tuple(n for n, w in zip(names, whole.tolist(), strict=True) if w)

@@ -9,11 +9,14 @@ h, ĥ the residual stream just before a layer writes into it, dense and pruned:
 The second form is the one computed: where nothing has been lost yet, it is W to the last bit.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from cuobs import arrays
+from cuobs.ops.gram import add_cross_gram, add_gram
+from cuobs.ops.products import gemm
 
 # Shares (α, β) that a target stands for; "mixed" leaves both to the caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
@@ -40,6 +43,9 @@ class Moments:
     def update(self, Xh, X=None, hidden=None, pruned_hidden=None):
         """Add the tokens of one batch.
 
+        On a GPU half precision is multiplied as it is, on tensor cores; differences are rounded
+        to it.
+
         Parameters
         ----------
         Xh, X : tensor, shape (N, K)
@@ -47,31 +53,51 @@ class Moments:
         hidden, pruned_hidden : tensor, shape (N, D), optional
             The residual stream in the dense and in the pruned model.
         """
-        with exact_products(Xh):
-            Xh = Xh.float()
-            products = {"hessian": Xh.T @ Xh}
-            if X is not None:
-                products["lost"] = (X.float() - Xh).T @ Xh
-            if hidden is not None:
-                products["residual"] = (hidden.float() - pruned_hidden.float()).T @ Xh
-        # Nothing is added before all products are there: memory may run out on the way.
-        for name, product in products.items():
-            total = getattr(self, name)
-            setattr(self, name, product if total is None else total.add_(product))
+        if not (Xh.is_cuda and Xh.element_size() == 2):
+            Xh, X, hidden, pruned_hidden = (
+                None if x is None else x.float() for x in (Xh, X, hidden, pruned_hidden)
+            )
+        away = {"hessian": None}
+        if X is not None:
+            away["lost"] = X - Xh
+        if hidden is not None:
+            away["residual"] = hidden - pruned_hidden
+        # Nothing is added before all of this is there: memory may run out on the way.
+        for name, x in away.items():
+            if getattr(self, name) is None:
+                rows = Xh.shape[1] if x is None else x.shape[1]
+                setattr(self, name, Xh.new_zeros(rows, Xh.shape[1], dtype=torch.float32))
+        precision = "tensor" if Xh.element_size() == 2 else "fp32"
+        with arrays.stream_of(Xh):
+            inputs = _array(Xh)
+            for name, x in away.items():
+                total = _array(getattr(self, name))
+                if x is None:
+                    add_gram(inputs, total, precision)
+                else:
+                    add_cross_gram(_array(x), inputs, total, precision)
+
+    def sums(self):
+        """The sums that there are, for whoever adds them up over processes in place."""
+        return [s for s in (self.hessian, self.lost, self.residual) if s is not None]
+
+    def check_finite(self, name):
+        """Refuse activations that are not finite, before a linear of this name."""
+        if not bool(torch.isfinite(self.hessian.diagonal()).all()):
+            raise ValueError(
+                f"model: found activations that are NaN or infinite before {name}, expected finite "
+                "ones; where they overflow float16, a copy of the model in bfloat16 may hold them: "
+                "model.bfloat16().save_pretrained(FOLDER)"
+            )
 
 
-@contextlib.contextmanager
-def exact_products(like):
-    """On the device, tf32 only where it holds every value: half precision that was widened."""
-    if not like.is_cuda:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if like.element_size() < 4 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _array(tensor):
+    """A tensor as an array of NumPy or CuPy on the same data, bfloat16 included."""
+    if not (tensor.is_cuda and tensor.dtype == torch.bfloat16):
+        return arrays.receive(tensor)
+    import ml_dtypes
+
+    return arrays.receive(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
 
 
 def target_weights(weights, moments, damp, dense_share, residual_shares):
@@ -97,22 +123,34 @@ def target_weights(weights, moments, damp, dense_share, residual_shares):
     numpy.linalg.LinAlgError
         The damped Hessian is not positive definite.
     """
-    changes = []
-    for W, residual_share in zip(weights, residual_shares, strict=True):
-        change = torch.zeros_like(W, dtype=torch.float64)
-        if dense_share:
-            change += dense_share * (W.double() @ moments.lost.double())
-        if residual_share:
-            change += residual_share * moments.residual.double()
-        changes.append(change)
     if not dense_share and not any(residual_shares):
         return [W.float() for W in weights]
-    H = moments.hessian.double()
+    # On a GPU the method that follows works on float32 as well.
+    dtype = torch.float32 if moments.hessian.is_cuda else torch.float64
+    changes = []
+    for W, residual_share in zip(weights, residual_shares, strict=True):
+        change = torch.zeros_like(W, dtype=dtype)
+        if dense_share:
+            change += dense_share * _product(W.to(dtype), moments.lost.to(dtype))
+        if residual_share:
+            change += residual_share * moments.residual.to(dtype)
+        changes.append(change)
+    H = moments.hessian.to(dtype, copy=True)
     diagonal = H.diagonal().clone()
-    H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.mean()))
+    H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.double().mean()).to(dtype))
     factor, info = torch.linalg.cholesky_ex(H)
     if info.item():
         raise np.linalg.LinAlgError("hessian: not positive definite even when damped")
-    changes = torch.cholesky_solve(torch.cat(changes).T.contiguous(), factor).T
+    changes = torch.cholesky_solve(torch.cat(changes).T, factor).T
     changes = changes.split([len(W) for W in weights])
-    return [(W.double() + change).float() for W, change in zip(weights, changes, strict=True)]
+    return [(W.to(dtype) + change).float() for W, change in zip(weights, changes, strict=True)]
+
+
+def _product(A, B):
+    """A B; on a GPU in tf32, which holds every digit of weights in half precision."""
+    if not A.is_cuda:
+        return A @ B
+    with arrays.stream_of(A):
+        out = torch.empty(A.shape[0], B.shape[1], device=A.device)
+        gemm(_array(A), _array(B), _array(out), precision="tensor")
+    return out

@@ -130,8 +130,9 @@ def test_layers_by_hand(tokens):
 
 def test_second_sweep_changes_nothing(tokens):
     """With the model as it came out, each weight is the best one for its mask and its target."""
-    dense, masks = make_model("llama"), {}
-    found, _ = pruned(dense, tokens, masks=masks, drop_first_token=False)
+    dense = make_model("llama")
+    found, report = pruned(dense, tokens, keep_masks=True, drop_first_token=False)
+    masks = report.masks
 
     def inputs(model):
         seen = {}
@@ -289,9 +290,10 @@ def test_tied_embeddings_stay_tied(tokens):
 
 
 def test_masks_are_in_the_form_of_the_weight(tokens):
-    model, masks = make_model("gpt2"), {}
-    prune_model(model, tokens, masks=masks, device="cpu")
-    for name, mask in masks.items():
+    model = make_model("gpt2")
+    report = prune_model(model, tokens, keep_masks=True, device="cpu")
+    assert len(report.masks) == len(report.layers)
+    for name, mask in report.masks.items():
         weight = model.get_submodule(name).weight
         assert mask.shape == weight.shape and mask.dtype == torch.bool
         assert not weight[~mask].any()

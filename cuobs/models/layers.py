@@ -1,0 +1,70 @@
+"""The linears of a model that are pruned, by which recipe, and why others stay as they are."""
+
+from dataclasses import dataclass
+
+from cuobs.models.structure import linears, oriented, shared_weights
+
+
+@dataclass
+class Layers:
+    """What becomes of each linear in the blocks.
+
+    Attributes
+    ----------
+    prefix : str
+        Name of the list of blocks.
+    recipes : dict
+        (index of the block, name inside it) to the `Recipe` of a linear that is pruned.
+    left : dict
+        Likewise to the reason why a linear stays as it is.
+    outside : list of str
+        Linears outside the blocks.
+    """
+
+    prefix: str
+    recipes: dict
+    left: dict
+    outside: list
+
+
+def choose_layers(model, prefix, blocks, recipe):
+    """Say for each linear in the blocks how it is pruned, or why it is not: `Layers`.
+
+    Shapes alone are looked at: the model may be on the meta device.
+
+    Raises
+    ------
+    ValueError
+        Nothing could be pruned, or the recipe names linears that are not there.
+    """
+    inside = [f"{prefix}.{i}.{n}" for i, block in enumerate(blocks) for n in linears(block)]
+    outside = [name for name in linears(model) if name not in set(inside)]
+    recipe.unknown([*inside, *outside])
+    shared = shared_weights(model, prefix, blocks)
+    found = Layers(prefix, {}, {}, outside)
+    for index, block in enumerate(blocks):
+        for inner, module in linears(block).items():
+            name, place = f"{prefix}.{index}.{inner}", (index, inner)
+            own = recipe.of(name)
+            reason = "skipped" if recipe.skips(name) else ""
+            if not reason and place in shared:
+                reason = f"it shares its weight with {shared[place]}"
+            reason = reason or _indivisible(own.pattern, oriented(module).shape)
+            if reason:
+                found.left[place] = reason
+            else:
+                found.recipes[place] = own
+    if not found.recipes:
+        reasons = "; ".join(dict.fromkeys(found.left.values()))
+        raise ValueError(
+            f"model: found no linear that could be pruned ({reasons}), expected at least one"
+        )
+    return found
+
+
+def _indivisible(pattern, shape):
+    try:
+        pattern.compile(*shape)
+    except ValueError as error:
+        return str(error)
+    return ""

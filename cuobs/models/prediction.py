@@ -1,0 +1,228 @@
+"""What pruning a model takes, predicted before it starts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cuobs.models import memory
+from cuobs.models.blocks import capture
+from cuobs.models.groups import probe
+from cuobs.models.streams import Passage, Streams
+from cuobs.models.structure import linears, oriented
+from cuobs.models.tuning import STEP_WINDOWS
+
+# A process that has imported PyTorch and transformers and holds no model.
+LIBRARIES = 400 * 2**20
+# Share of the memory that is free which forwards that wait inside a block may fill up to.
+HOLDING = {"cpu": 0.5, "cuda": 0.85}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a window takes while it waits before a group, and until then.
+
+    Attributes
+    ----------
+    waits : int
+        Bytes that a forward holds where it stands there.
+    runs : int
+        Bytes that it takes at most on the way there, those that it holds included.
+    """
+
+    waits: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What pruning a model takes, in numbers.
+
+    Attributes
+    ----------
+    groups : list of (int, int)
+        Columns and rows in all of the linears of each group.
+    stages : list of Stage
+        One for each group, and one for what leaves the block.
+    windows, length, width : int
+        Of the hidden states.
+    batch : int
+        Windows in a batch.
+    element : int
+        Bytes of an element of the hidden states and weights.
+    block : int
+        Bytes of a block.
+    model : int
+        Bytes of all weights that lie where blocks are pruned; those that are mapped from a file
+        come into memory as they are used.
+    follows : bool
+        Whether the dense model is followed too.
+    mixed : bool
+        Whether its inputs enter the targets.
+    method : str
+    tune : int
+        Windows in a step of tuning; 0 where blocks are not tuned.
+    """
+
+    groups: list
+    stages: list
+    windows: int
+    length: int
+    width: int
+    batch: int
+    element: int
+    block: int
+    model: int
+    follows: bool
+    mixed: bool
+    method: str
+    tune: int
+
+    @property
+    def batches(self):
+        """How many batches there are."""
+        return -(-self.windows // self.batch)
+
+
+# Matrices of float32 that a method holds at its peak: (K, K), and (rows, K) of all linears of a
+# group, beside the group's sums and its target; measured.
+HELD_BY_METHOD = {"magnitude": (3, 5), "wanda": (3, 5), "sparsegpt": (5, 5), "admm": (8, 10)}
+HELD_BY_OTHERS = (8, 8)
+# The same for the target of a group, where it is not the weights themselves.
+HELD_BY_TARGET = (2, 5)
+# Bytes of float64 in place of float32 on the CPU, where targets are solved for.
+TARGET_ITEM = {"cpu": 8, "cuda": 4}
+
+
+def predict(work, device, held=0):
+    """Bytes that will be in use at the peak.
+
+    Parameters
+    ----------
+    work : Work
+    device : torch.device
+    held : int
+        Batches whose forwards wait inside a block.
+
+    Returns
+    -------
+    int
+    """
+    streams = 2 if work.follows else 1
+    fixed = work.model + work.block * streams
+    fixed += work.windows * work.length * work.width * work.element * streams
+    return int(fixed + max(_phases(work, device, held)))
+
+
+def batches_to_hold(work, device, budget):
+    """How many batches may wait inside a block for the peak to stay within a budget, in bytes."""
+    least = predict(work, device)
+    each = predict(work, device, work.batches) - least
+    if each <= 0:
+        return work.batches
+    return int(max(0, min(work.batches, (budget - least) * work.batches // each)))
+
+
+def _phases(work, device, held):
+    """Bytes beside weights and hidden states, phase by phase."""
+    streams = 2 if work.mixed else 1
+    for (K, rows), stage in zip(work.groups, work.stages, strict=False):
+        # Forwards that wait: all that are held, or those of one batch.
+        waiting = min(max(held, 1) * work.batch, work.windows) * stage.waits * streams
+        sums = 4 * K * K * streams + (4 * K * work.width if work.mixed else 0)
+        # The inputs of tokens that count, and how they differ.
+        taken = work.batch * work.length * K * work.element * (3 if work.mixed else 1)
+        yield waiting + sums + max(work.batch * (stage.runs - stage.waits), taken)
+        yield waiting * (held > 0) + sums + _pruning(work, device, K, rows)
+    waiting = min(held * work.batch, work.windows) * work.stages[-2].waits * streams
+    yield waiting + work.batch * work.stages[-1].runs
+    if work.tune:
+        # What backpropagation keeps of a window in float32 is about three times as much, and
+        # Adam keeps two numbers of each weight beside it, its gradient and its float32 copy.
+        kept = 3 * min(work.batch, work.tune) * work.stages[-1].runs * 4 // work.element
+        yield kept + 16 * work.block // work.element
+
+
+def _pruning(work, device, K, rows):
+    """Bytes that it takes to prune a group beside its sums."""
+    squares, wide = HELD_BY_METHOD.get(work.method, HELD_BY_OTHERS)
+    method = 4 * (squares * K * K + wide * rows * K)
+    if not work.mixed:
+        return method
+    squares, wide = HELD_BY_TARGET
+    target = TARGET_ITEM[device.type] * (squares * K * K + wide * rows * K)
+    return max(method + 4 * rows * K, target)
+
+
+def stages_of(groups, length, width, element):
+    """The `Stage` of each group and of the end, from shapes alone."""
+    window = length * element
+    run, found = 4 * width, []
+    for K, rows in groups:
+        found.append(Stage((K + 4 * width) * window, (run + K) * window))
+        run += rows
+    return [*found, Stage(0, (run + 2 * max(K for K, _ in groups)) * window)]
+
+
+def measure_stages(passing, device):
+    """The `Stage` of each place of a walk on a GPU, and of its end.
+
+    Parameters
+    ----------
+    passing : callable
+        Begins a `Walk` of one window.
+    device : torch.device
+    """
+    for _ in range(2):  # what libraries keep for themselves, they have from the first on
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        found = []
+        for step in passing():
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            waits = torch.cuda.memory_allocated(device) - before
+            found.append(Stage(waits, torch.cuda.max_memory_allocated(device) - before))
+    return found
+
+
+def work_of(model, blocks, windows, batch, recipe, device):
+    """What pruning will take, in numbers; a window is run through the first block to see."""
+    block = blocks[0]
+    shown = [(t[:1], None if m is None else m[:1]) for t, m in windows.batches(batch)[:1]]
+    entry = capture(model, blocks, shown, device)
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        streams = Streams.begin(entry.hidden, entry.calls, [None], False, memory.Room(1))
+        plan = probe(block, *streams.first_window(0))
+        modules = linears(block)
+        shapes = [[oriented(modules[name]).shape for name in g.names] for g in plan.groups]
+        groups = [(some[0][1], sum(rows for rows, _ in some)) for some in shapes]
+        (hidden,), length = entry.hidden, windows.tokens.shape[1]
+        element = hidden.element_size()
+        if device.type == "cuda":
+            with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
+                stages = measure_stages(passage.steps, device)
+        else:
+            stages = stages_of(groups, length, hidden.shape[2], element)
+    finally:
+        block.to(home)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    here = home.type == device.type
+    return Work(
+        groups, stages, len(windows.tokens), length, hidden.shape[2], batch, element,
+        block=sum(p.numel() * p.element_size() for p in block.parameters()),
+        model=max(memory.resident(), LIBRARIES + size) if device.type == "cpu"
+        else size if here else 0,
+        follows=recipe.follows,
+        mixed=recipe.target != "pruned",
+        method=recipe.recipe.method,
+        tune=STEP_WINDOWS if recipe.tune else 0,
+    )  # fmt: skip
+
+
+def hold(work, device):
+    """How many batches may wait inside a block, by the memory that is free."""
+    free = memory.free(device)
+    if device.type == "cpu":
+        free += memory.resident()
+    return batches_to_hold(work, device, HOLDING[device.type] * free)
