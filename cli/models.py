@@ -86,7 +86,8 @@ def prune_model(
     Block by block, each fed by what is pruned so far. DST holds all that SRC does, as plain dense
     safetensors with exact zeros, which open wherever SRC's do.
     """
-    common.one_layer(config)
+    if config.skip and target.get("skip"):
+        raise ValueError("skip: found it in --config too, expected it in one place")
     if plot:
         plotting.check_picture(plot)
         if os.path.exists(plot):
@@ -127,6 +128,7 @@ def _arguments(config):
         "pattern": recipe.pattern, "method": recipe.method, "refine": recipe.refine,
         "damp": recipe.damp, **recipe.options,
         **{key: getattr(settings, key) for key in cuobs.recipe.SETTINGS},
+        "layers": config.layers or None, "skip": list(config.skip) or None,
     })  # fmt: skip
 
 

@@ -22,6 +22,10 @@ class Entry(NamedTuple):
     calls: list
 
 
+class _Stop(Exception):
+    """Ends a forward once what was wanted has been seen."""
+
+
 @contextlib.contextmanager
 def running_alone(whole=None):
     """Say what it means where a block does not run for one window of a batch.
@@ -223,6 +227,23 @@ def run(block, hidden, call):
     args, kwargs = call
     out = block(hidden, *args, **kwargs)
     return out if torch.is_tensor(out) else out[0]
+
+
+def run_until(block, module, hidden, call):
+    """The input (tokens, K) of a module inside a block; the forward ends there."""
+    found = []
+
+    def stop(_, args):
+        found.append(args[0])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_Stop):
+            run(block, hidden, call)
+    finally:
+        handle.remove()
+    return found[0].reshape(-1, found[0].shape[-1])
 
 
 class Resident:

@@ -191,7 +191,8 @@ def prune_folder(
             "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
-    _write(source, dst, model, names, report, report.masks if save_masks else None, save_dtype, shard_bytes)
+    masks = report.masks if save_masks else None
+    _write(source, dst, model, names, report, masks, save_dtype, shard_bytes)
     return report
 
 
@@ -299,7 +300,7 @@ def _file_name(linear, names):
     return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
 
 
-def _write(source, dst, model, names, report, report.masks if save_masks else None, save_dtype, shard_bytes):
+def _write(source, dst, model, names, report, masks, save_dtype, shard_bytes):
     config, extra = None, {}
     if source.gguf is None:
         changed = changed_tensors(model, source, names)

@@ -39,17 +39,19 @@ def choose_layers(model, prefix, blocks, recipe):
     """
     inside = [f"{prefix}.{i}.{n}" for i, block in enumerate(blocks) for n in linears(block)]
     outside = [name for name in linears(model) if name not in set(inside)]
-    recipe.unknown([*inside, *outside])
+    recipe.check_names([*inside, *outside])
     shared = shared_weights(model, prefix, blocks)
     found = Layers(prefix, {}, {}, outside)
     for index, block in enumerate(blocks):
         for inner, module in linears(block).items():
             name, place = f"{prefix}.{index}.{inner}", (index, inner)
             own = recipe.of(name)
-            reason = "skipped" if recipe.skips(name) else ""
-            if not reason and place in shared:
+            if own is None:
+                reason = "skipped"
+            elif place in shared:
                 reason = f"it shares its weight with {shared[place]}"
-            reason = reason or _indivisible(own.pattern, oriented(module).shape)
+            else:
+                reason = _indivisible(own.pattern, oriented(module).shape)
             if reason:
                 found.left[place] = reason
             else:

@@ -215,7 +215,7 @@ def work_of(model, blocks, windows, batch, recipe, device):
         else size if here else 0,
         follows=recipe.follows,
         mixed=recipe.target != "pruned",
-        method=recipe.recipe.method,
+        method=recipe.config.recipe.method,
         tune=STEP_WINDOWS if recipe.tune else 0,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -117,7 +117,7 @@ def prune_model(
         An argument is wrong, the model has no blocks of plain linears, is a mixture of experts or
         passes more between its blocks than hidden states, or its activations are not finite.
     """
-    recipe, settings, device = check_arguments(batch_tokens=batch_tokens, **options)
+    recipe, device = check_arguments(batch_tokens=batch_tokens, **options)
     if resume and checkpoint_folder is None:
         raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
@@ -127,8 +127,7 @@ def prune_model(
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
     batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // windows.tokens.shape[1])
     report = ModelReport(
-        settings={**recipe.described(), "device": device.type, "dtype": settings.dtype,
-                  "precision": settings.precision, "batch_windows": batch},
+        settings={**recipe.described(), "device": device.type, "batch_windows": batch},
         protocol={"windows": len(windows.tokens), "length": windows.tokens.shape[1],
                   **(protocol or {})},
         left=layers.outside,
@@ -142,8 +141,9 @@ def prune_model(
         report.memory_predicted = predict(work, device, held)
         if starting:
             starting(report)
-        job = Job(recipe, settings, layers, Resident(blocks, device), report, device,
-                  checkpoint_folder, keep_masks)  # fmt: skip
+        job = Job(
+            recipe, layers, Resident(blocks, device), report, device, checkpoint_folder, keep_masks
+        )
         memory.reset(device)
         began = time.perf_counter()
         streams = _enter(model, blocks, windows, batch, recipe.follows, held, device)
@@ -162,14 +162,12 @@ def check_arguments(*, device="auto", batch_tokens=None, **options):
     Returns
     -------
     recipe : ModelRecipe
-    settings : Settings
     device : torch.device
     """
     if batch_tokens is not None:
         validation.integer("batch_tokens", batch_tokens)
     device = choose_device(device)
-    recipe, settings = read_arguments(options)
-    return recipe, replace(settings, device=device.type), device
+    return read_arguments({**options, "device": device.type}), device
 
 
 def choose_device(name):
@@ -193,7 +191,6 @@ class Job:
     Attributes
     ----------
     recipe : ModelRecipe
-    settings : Settings
     layers : Layers
     source : Resident
         Whose `load` and `store` are the only way to a block.
@@ -207,7 +204,6 @@ class Job:
     """
 
     recipe: object
-    settings: object
     layers: object
     source: object
     report: ModelReport
@@ -307,7 +303,7 @@ def _prune_groups(job, index, block, passage):
         memory.make_room(job.device)
         for recipe, members in _by_recipe(job, index, names).items():
             masks |= prune_rows(
-                recipe, job.settings, moments, dense_share,
+                recipe, job.recipe.config.settings, moments, dense_share,
                 {n: (modules[n], rows[n], shares[n]) for n in members},
             )  # fmt: skip
         memory.make_room(job.device)

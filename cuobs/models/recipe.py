@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass, field
 
 from cuobs import validation
+from cuobs.config import Config
 from cuobs.models.targets import TARGETS
+from cuobs.recipe import KEYS as RECIPE
 from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
 
@@ -17,13 +19,11 @@ class ModelRecipe:
 
     Parameters
     ----------
-    recipe : Recipe
-        For every linear.
-    layers : dict
-        By a glob of names, such as "*.down_proj", what is different there: keys of a recipe or of
-        its method's options. Where several match, later ones have the last word.
-    skip : str or list of str, optional
-        Linears that stay as they are: a regular expression that is found in their names, or globs.
+    config : Config
+        The recipe of every linear, what is different for some of them, globs of names of those
+        that stay as they are, and how to run.
+    skip : str, optional
+        A regular expression; linears in whose name it is found stay as they are, too.
     target : {"mixed", "pruned", "dense"}
     dense_share, residual_share : float or (float, float), optional
         Of a mixed target, 0.5 by default; a pair goes evenly from the first block to the last.
@@ -40,9 +40,8 @@ class ModelRecipe:
         A value is wrong.
     """
 
-    recipe: Recipe = field(default_factory=Recipe)
-    layers: dict = field(default_factory=dict, hash=False)
-    skip: object = None
+    config: Config = field(default_factory=Config)
+    skip: str = None
     target: str = "mixed"
     dense_share: tuple = None
     residual_share: tuple = None
@@ -55,11 +54,8 @@ class ModelRecipe:
         rate = self.tune_rate
         if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
             raise ValueError(f"tune_rate: found {rate!r}, expected a positive number")
-        shares = _shares(self.target, self.dense_share, self.residual_share)
         _check_skip(self.skip)
-        for glob, changes in self.layers.items():
-            with validation.naming(f"layers, {glob}"):
-                self.recipe.replace(**changes)
+        shares = _shares(self.target, self.dense_share, self.residual_share)
         for name, value in zip(("dense_share", "residual_share"), shares, strict=True):
             object.__setattr__(self, name, value)
 
@@ -69,36 +65,24 @@ class ModelRecipe:
         return self.target != "pruned" or self.tune > 0
 
     def of(self, name):
-        """The `Recipe` of a linear."""
-        changes = {}
-        for glob, own in self.layers.items():
-            if fnmatch.fnmatchcase(name, glob):
-                changes.update(own)
-        return self.recipe.replace(**changes) if changes else self.recipe
-
-    def skips(self, name):
-        """Whether a linear stays as it is."""
-        if not self.skip:
-            return False
-        if isinstance(self.skip, str):
-            return re.search(self.skip, name) is not None
-        return any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
+        """The `Recipe` of a linear, None where it stays as it is."""
+        if self.skip and re.search(self.skip, name):
+            return None
+        return self.config.recipe_for(name)
 
     def shares(self, depth):
         """The dense and the residual share at a depth from 0, the first block, to 1."""
         return [a + (b - a) * depth for a, b in (self.dense_share, self.residual_share)]
 
-    def unknown(self, names):
+    def check_names(self, names):
         """Refuse a glob or an expression that fits none of the linears of a model."""
-        globs = [("layers", glob) for glob in self.layers]
-        if isinstance(self.skip, list | tuple):
-            globs += [("skip", glob) for glob in self.skip]
-        for key, glob in globs:
+        entries = {"layers": self.config.layers, "skip": self.config.skip}
+        for key, glob in ((key, glob) for key, globs in entries.items() for glob in globs):
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 raise ValueError(
                     f"{key}: found no linear whose name {glob!r} fits, expected one as {names[0]}"
                 )
-        if isinstance(self.skip, str) and self.skip and not any(map(self.skips, names)):
+        if self.skip and not any(re.search(self.skip, name) for name in names):
             raise ValueError(
                 f"skip: found no linear in whose name {self.skip!r} is, expected part of one as "
                 f"{names[0]}"
@@ -106,7 +90,7 @@ class ModelRecipe:
 
     def described(self):
         """The recipe as plain values, for a report."""
-        recipe = self.recipe
+        recipe, config = self.config.recipe, self.config
         return {
             "pattern": recipe.pattern.label,
             "pattern_view": str(recipe.pattern),
@@ -114,20 +98,23 @@ class ModelRecipe:
             **recipe.options,
             "refine": recipe.refine,
             "damp": recipe.damp,
-            **{
-                f.name: getattr(self, f.name)
-                for f in dataclasses.fields(self)
-                if f.name != "recipe"
-            },
+            "dtype": config.settings.dtype,
+            "precision": config.settings.precision,
+            "layers": {glob: dict(changes) for glob, changes in config.layers.items()},
+            **{key: getattr(self, key) for key in KEYS},
+            "skip": self.skip or list(config.skip) or None,
         }
 
 
-# Keys of a `ModelRecipe` beside those of its recipe.
-KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "recipe")
+# Keys of a `ModelRecipe` beside its config.
+KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "config")
 
 
 def read_arguments(given):
-    """A `ModelRecipe` and `Settings` from keyword arguments; those that are None are left out.
+    """A `ModelRecipe` from keyword arguments, those that are None left out.
+
+    They are those of `ModelRecipe`, of its recipe and its method, and of `Settings`; and
+    ``layers``. ``skip`` may be a list of globs as well.
 
     Raises
     ------
@@ -135,18 +122,20 @@ def read_arguments(given):
         An argument is unknown.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    options = method_options()
-    recipe = {k: given[k] for k in ("pattern", "method", "refine", "damp") if k in given}
-    known = (*KEYS, "pattern", "method", "refine", "damp", *SETTINGS, *options)
+    known = (*RECIPE, "layers", *method_options(), *SETTINGS, *KEYS)
     for key in given:
         if key not in known:
             raise TypeError(
                 f"{key}: found an unknown argument, expected one of {', '.join(known)}"
             )
-    own = {key: value for key, value in given.items() if key in options}
-    whole = {key: value for key, value in given.items() if key in KEYS}
-    settings = {key: value for key, value in given.items() if key in SETTINGS}
-    return ModelRecipe(Recipe(options=own, **recipe), **whole), Settings(**settings)
+    globs = given.pop("skip") if isinstance(given.get("skip"), list | tuple) else ()
+    layers = given.pop("layers", {})
+    own, recipe, settings, whole = (
+        {key: given[key] for key in keys if key in given}
+        for keys in (method_options(), RECIPE, SETTINGS, KEYS)
+    )
+    config = Config(Recipe(options=own, **recipe), Settings(**settings), layers, globs)
+    return ModelRecipe(config, **whole)
 
 
 def _shares(target, dense_share, residual_share):
@@ -172,8 +161,6 @@ def _shares(target, dense_share, residual_share):
 
 
 def _check_skip(skip):
-    if isinstance(skip, list | tuple) and all(isinstance(glob, str) for glob in skip):
-        return
     if skip is not None and not isinstance(skip, str):
         raise TypeError(
             f"skip: found {type(skip).__name__}, expected a regular expression or a list of globs"

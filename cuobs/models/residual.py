@@ -355,7 +355,7 @@ def _input_when(block, modules, changes, target, hidden, call):
         for name, change in changes.items()
     ]
     try:
-        return run_until(block, modules[target], hidden, call)[0]
+        return run_until(block, modules[target], hidden, call)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import make_model, make_tokens
 
-from cuobs.models.blocks import capture, run, windows_of
+from cuobs.models.blocks import capture, run, run_until, windows_of
 from cuobs.models.structure import find_blocks
 
 
@@ -58,6 +58,21 @@ def test_equal_arguments_are_kept_once():
     entry = capture(model, blocks, [(t, None) for t in tokens.split(2)], "cpu")
     seen = [call[1]["position_embeddings"][0] for calls in entry.calls for call in calls]
     assert len({id(tensor) for tensor in seen}) == 1
+
+
+def test_run_until_stops_before_the_module():
+    model = make_model("llama")
+    tokens = torch.tensor(make_tokens(2))
+    _, blocks = find_blocks(model)
+    entry = capture(model, blocks, [(tokens, None)], "cpu")
+    block, hidden, call = blocks[0], entry.hidden[0], entry.calls[0][0]
+    ran = []
+    block.mlp.down_proj.register_forward_hook(lambda _, args, out: ran.append(args[0]))
+    with torch.no_grad():
+        x = run_until(block, block.mlp.down_proj, hidden, call)
+        assert not ran
+        run(block, hidden, call)
+    assert torch.equal(x, ran[0].reshape(x.shape))
 
 
 def test_windows_of_slices_what_belongs_to_windows():

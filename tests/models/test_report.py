@@ -9,7 +9,8 @@ import torch
 from small_models import make_model
 
 from cuobs.models import BlockReport, prune_model
-from cuobs.models.memory import peak, predict, reset, resident, trim
+from cuobs.models.memory import peak, reset, resident, trim
+from cuobs.models.prediction import Work, batches_to_hold, predict, stages_of
 from cuobs.models.report import picture, size, summary
 
 
@@ -63,20 +64,33 @@ def test_size():
     assert size(5 * 2**29) == "2.50 GiB"
 
 
-def test_more_windows_need_more_memory():
-    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
-    common = {"dense": True, "tune": 0, "device": torch.device("cuda", 0), "element": 4,
-              "model": 10**9}  # fmt: skip
-    few, many = (predict(shapes, n, 1024, 32, 8, **common) for n in (64, 128))
-    assert many - few == 3 * 64 * 1024 * 32 * 4
-    alone = predict(shapes, 64, 1024, 32, 8, **{**common, "dense": False})
-    assert alone < few
-    tuned = predict(shapes, 64, 1024, 32, 8, **{**common, "tune": 8})
-    assert few < tuned
-    measured = predict(shapes, 64, 1024, 32, 8, **common, forward=10**9)
-    assert measured - few == pytest.approx(8 * 10**9, rel=0.05)
-    here = predict(shapes, 64, 1024, 32, 8, **{**common, "device": torch.device("cpu")})
-    assert here - few >= 10**9  # the whole model, in memory or still mapped from its file
+@pytest.fixture
+def work():
+    """A block of Llama, 64 windows of 1024 tokens, followed in both models."""
+    groups = [(32, 64), (32, 32), (32, 128), (64, 32)]
+    return Work(
+        groups, stages_of(groups, 1024, 32, 4), windows=64, length=1024, width=32, batch=8,
+        element=4, block=4 * 10240, model=0, follows=True, mixed=True, method="admm", tune=0,
+    )  # fmt: skip
+
+
+def test_more_windows_need_more_memory(work):
+    device = torch.device("cuda", 0)
+    few, many = (predict(dataclasses.replace(work, windows=n), device) for n in (64, 128))
+    assert many - few == 2 * 64 * 1024 * 32 * 4
+    alone = dataclasses.replace(work, follows=False, mixed=False)
+    assert predict(alone, device) < few
+    assert few < predict(dataclasses.replace(work, tune=8), device)
+    assert predict(dataclasses.replace(work, model=10**9), device) - few == 10**9
+
+
+def test_as_many_batches_wait_as_the_budget_allows(work):
+    device = torch.device("cuda", 0)
+    all_of_them = predict(work, device, work.batches)
+    assert batches_to_hold(work, device, all_of_them) == work.batches == 8
+    some = batches_to_hold(work, device, all_of_them - 1)
+    assert 0 < some < 8 and predict(work, device, some) < all_of_them
+    assert batches_to_hold(work, device, predict(work, device)) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures")

@@ -1,0 +1,137 @@
+"""Seconds a block and memory of pruning a whole model of 8B shape on a GPU, step by step.
+
+    python -m perf.whole_model [--method admm --target mixed] [--blocks 4] [--windows 128]
+
+A Llama with hidden size 4096, 14336 in its MLP, 32 and 8 heads, random weights in bfloat16, windows
+of 2048 tokens. Each setting runs twice: as it is, for the seconds of each block and the peak memory
+beside what was predicted, and with the device waited for after each step, for the shares of steps.
+"""
+
+import argparse
+import contextlib
+import time
+
+import numpy as np
+import torch
+import transformers
+
+import cuobs
+from cuobs.models import prune as loop
+from cuobs.models import prune_model, rows, streams, targets
+
+# Seconds a block after the first and GiB at the peak, predicted and measured, as they were with
+# every group's inputs by forwards from the block's start and sums in tf32; one H100, 2026-11-25.
+BEFORE = {("sparsegpt", "pruned"): (1.5, 25.0, 13.3), ("admm", "mixed"): (4.2, 29.8, 29.1)}
+# (where, name, what it is called here); those inside others are taken off them.
+STEPS = (
+    (streams.Passage, "inputs", "forwards to a group"),
+    (streams.Passage, "leave", "forwards to the end"),
+    (targets.Moments, "update", "sums"),
+    (rows, "target_weights", "targets"),
+    (cuobs.Recipe, "run", "pruning"),
+    (rows, "prune_rows", "losses and copies"),
+    (loop, "prune_rows", "losses and copies"),
+    (loop, "probe", "finding groups"),
+)
+
+
+def make_model(blocks, hidden=4096, inner=14336, heads=32, groups=8):
+    """A random Llama on the CPU, in bfloat16."""
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = transformers.LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return model.eval().cpu()
+
+
+@contextlib.contextmanager
+def stepwise(spent):
+    """Add the seconds of each step to a dict, those of steps inside it taken off."""
+    open_steps, originals = [], []
+
+    def timed(function, label):
+        def call(*args, **kwargs):
+            torch.cuda.synchronize()
+            open_steps.append(0.0)
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.synchronize()
+                whole = time.perf_counter() - began
+                spent[label] = spent.get(label, 0.0) + whole - open_steps.pop()
+                if open_steps:
+                    open_steps[-1] += whole
+
+        return call
+
+    for place, name, label in STEPS:
+        originals.append((place, name, getattr(place, name)))
+        setattr(place, name, timed(originals[-1][2], label))
+    try:
+        yield
+    finally:
+        for place, name, function in reversed(originals):
+            setattr(place, name, function)
+
+
+def run(arguments, method, target):
+    """Prune twice and print what it took."""
+    tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
+    options = {"method": method, "target": target, "pattern": arguments.pattern}
+    marks = []
+    report = prune_model(
+        make_model(arguments.blocks), tokens, **options,
+        starting=lambda _: marks.append(time.perf_counter()),
+        on_block=lambda *_: marks.append(time.perf_counter()),
+    )  # fmt: skip
+    first, *others = np.diff(marks)
+    gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
+    print(f"\n{method}, {target}: first block {first:.2f} s, then {min(others):.2f} to "
+          f"{max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, {gib[1]:.1f} at the "
+          f"peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
+          f"{np.mean([row.loss for row in report.layers]):.4f}")  # fmt: skip
+    if (method, target) in BEFORE:
+        print("  before: {:.1f} s a block; {:.1f} GiB predicted, {:.1f} at the peak".format(
+            *BEFORE[method, target]))  # fmt: skip
+    spent, marks = {}, []
+    with stepwise(spent):
+        prune_model(
+            make_model(2), tokens, **options,
+            on_block=lambda report, _: marks.append((report.blocks[-1].seconds, dict(spent))),
+        )  # fmt: skip
+    (_, before), (seconds, after) = marks
+    for label in after:
+        print(f"  {after[label] - before.get(label, 0.0):6.3f} s  {label}")
+    print(f"  {seconds - sum(after.values()) + sum(before.values()):6.3f} s  all else, of "
+          f"{seconds:.3f} s step by step", flush=True)  # fmt: skip
+
+
+def main():
+    """Run the settings that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--target", action="append")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("found no CUDA device, expected one")
+    print(f"{torch.cuda.get_device_name()}, cuobs {cuobs.__version__}, torch {torch.__version__}")
+    methods = arguments.method or ["sparsegpt", "admm"]
+    wanted = arguments.target or ["pruned", "mixed"]
+    for method, target in zip(methods, wanted, strict=True):
+        run(arguments, method, target)
+
+
+if __name__ == "__main__":
+    main()
