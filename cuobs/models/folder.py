@@ -31,7 +31,7 @@ from cuobs.models.source import (
     stored_tensors,
     unfinished,
 )
-from cuobs.models.structure import find_blocks, linears
+from cuobs.models.structure import find_blocks, is_transposed, linears
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -161,7 +161,7 @@ def prune_folder(
     before = {}
 
     def checked(report):
-        _rename(report, names)
+        report.left = [_file_name(name, names) for name in report.left]
         if starting:
             starting(report)
         before.update(measure("dense"))
@@ -172,7 +172,9 @@ def prune_folder(
             )
 
     def done(report, blocks):
-        _rename(report, names)
+        for row in report.blocks[-1].layers:
+            row.transposed = is_transposed(model.get_submodule(row.name))
+            row.name = _file_name(row.name, names)
         if on_block:
             on_block(report, blocks)
 
@@ -289,14 +291,8 @@ def _some(names, most=3):
     return ", ".join(names[:most]) + more
 
 
-def _rename(report, names):
-    """Give the layers of a report the names that their tensors have in the files."""
-    for row in report.layers:
-        row.name = _file_name(row.name, names)
-    report.left = [_file_name(name, names) for name in report.left]
-
-
 def _file_name(linear, names):
+    """The name of a linear by that of its weight in the files."""
     return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
 
 

@@ -32,6 +32,8 @@ class LayerReport:
     seconds : float
     note : str
         Why a layer was left as it is, or what else there is to say.
+    transposed : bool
+        Whether the weight lies as (inputs, outputs) in the model's files.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerReport:
     residual_share: float | None = None
     seconds: float = 0.0
     note: str = ""
+    transposed: bool = False
 
 
 @dataclass
