@@ -83,7 +83,7 @@ def test_of_every_family(family, tmp_path, calibration):
 
 
 def test_tensors_that_the_class_ignores(tmp_path, calibration):
-    """Heads for further tokens, buffers of older versions: transformers hides that it drops them."""
+    """Heads for further tokens, buffers of older versions: transformers drops them unsaid."""
     source = save(make_model("llama"), tmp_path / "source")
     extra = {
         "mtp.layers.0.mlp.up_proj.weight": torch.randn(64, 32),  # like a linear that is pruned
@@ -223,7 +223,8 @@ def test_bin_files(tmp_path, calibration, shards):
         for name, part in zip(names, parts, strict=True):
             torch.save(part, source / name)
         index = {k: name for name, part in zip(names, parts, strict=True) for k in part}
-        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        content = json.dumps({"metadata": {}, "weight_map": index})
+        (source / "pytorch_model.bin.index.json").write_text(content)
     report = prune_folder(source, tmp_path / "out", calibration, shard_size="20KB", **FAST)
     check(source, tmp_path / "out", report)
     assert not list((tmp_path / "out").glob("*.bin*"))
