@@ -45,7 +45,7 @@ def methods():
 def drawing(pattern):
     """The first scope of a pattern where it lies in the weight, as lines of text."""
     layout = pattern.compile(*_smallest(pattern))
-    rows, columns = layout.rows[0], layout.columns[0]
+    rows, columns = layout.row_order[0], layout.column_order[0]
     left, right = int(columns.min()), int(columns.max())
     lines, last = [], None
     for row in sorted(map(int, rows)):

@@ -281,6 +281,40 @@ def _from_torch(tensor):
     return tensor.numpy()
 
 
+def tensor_view(tensor):
+    """A tensor of PyTorch as an array on the same memory, bfloat16 as it is.
+
+    For ops that take half precision, such as `cuobs.ops.add_gram`. What is written to the array is
+    in the tensor. On a GPU, ops run on CuPy's current stream: call them under
+    `cuobs.arrays.stream_of(tensor)`, which makes it PyTorch's.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Of any strides, float16, bfloat16, float32 or float64.
+
+    Returns
+    -------
+    array
+        Of NumPy or, on a GPU, of CuPy; bfloat16 is that of the package ml_dtypes.
+    """
+    tensor = tensor.detach()
+    half = dtype_of(tensor) == "bfloat16"
+    if half:
+        import ml_dtypes
+        import torch
+
+        # Neither NumPy nor every release of CuPy takes bfloat16 from another library.
+        tensor = tensor.view(torch.int16)
+    if tensor.is_cuda:
+        import cupy
+
+        array = cupy.from_dlpack(tensor)
+    else:
+        array = tensor.numpy()
+    return array.view(ml_dtypes.bfloat16) if half else array
+
+
 def _cupy_of(array):
     import cupy
 

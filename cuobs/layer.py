@@ -9,8 +9,9 @@ import numpy as np
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_held, check_symmetric
 from cuobs.loss import loss
+from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
-from cuobs.problem import Problem, permute_back
+from cuobs.problem import Problem
 from cuobs.refine import resolve
 from cuobs.result import Result
 

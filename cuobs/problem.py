@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays
-from cuobs.ops import factors
+from cuobs.ops import factors, views
 from cuobs.ops.selection import factor_scope_blocks
 
 # Largest targets and mean diagonals of Hessians that are left as they are.
@@ -81,9 +81,9 @@ class Problem:
         settings : Settings
         """
         xp = arrays.namespace(H)
-        W = xp.ascontiguousarray(permute(W, layout))
+        W = xp.ascontiguousarray(views.permute(W, layout))
         columns = layout.column_order.ravel()
-        H = H.copy() if _ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
+        H = H.copy() if views.ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
         diagonal = H.diagonal().copy()
         dead = diagonal == 0
         hessian_unit = _unit(float(diagonal.mean(dtype="float64")))
@@ -125,9 +125,7 @@ class Problem:
 
     def by_scope(self, array):
         """A view (c, m, r, n) of an (M, K) array: place in the scope first."""
-        layout = self.layout
-        shape = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-        return array.reshape(shape).transpose(3, 0, 1, 2)
+        return views.by_scope(array, self.layout)
 
     def check_definite(self):
         """Raise LinAlgError where H is not positive definite.
@@ -192,24 +190,3 @@ def _unit(size):
     if not size or ORDINARY[0] <= size <= ORDINARY[1]:
         return 1.0
     return 4.0 ** (math.frexp(size)[1] // 2)
-
-
-def permute(array, layout):
-    """An (M, K) array into layout order."""
-    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
-        if not _ordered(order):
-            array = array.take(arrays.namespace(array).asarray(order), axis=axis)
-    return array
-
-
-def permute_back(array, layout):
-    """An (M, K) array out of layout order."""
-    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
-        if not _ordered(order):
-            inverse = np.argsort(order)
-            array = array.take(arrays.namespace(array).asarray(inverse), axis=axis)
-    return array
-
-
-def _ordered(order):
-    return bool((order[1:] > order[:-1]).all())

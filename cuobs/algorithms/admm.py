@@ -3,10 +3,11 @@
 import math
 from typing import NamedTuple
 
-from cuobs.algorithms.admm_ops import project_mask, project_update, ridge_right_side
+from cuobs.algorithms.admm_ops import project_update, ridge_right_side
 from cuobs.arrays import largest
 from cuobs.ops.factors import inverse
 from cuobs.ops.products import gemm, matmul, tensor_operand
+from cuobs.ops.projection import project_mask
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 

@@ -38,6 +38,12 @@ def boolean(name, array):
         raise TypeError(f"{name}: found dtype {array.dtype}, expected bool")
 
 
+def contiguous(name, array):
+    """Refuse an array whose elements do not follow each other row after row."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: found strides {array.strides}, expected row after row")
+
+
 def precise(precision):
     """Refuse an unknown precision."""
     if precision not in PRECISIONS:

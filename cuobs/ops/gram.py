@@ -22,7 +22,7 @@ def add_gram(X, out, precision="tensor"):
     Parameters
     ----------
     X : array, shape (N, K)
-        float16, float32 or float64; on a GPU bfloat16 too, see `cuobs.ops.half_view`.
+        float16, bfloat16 (see `cuobs.ops.tensor_view`), float32 or float64.
     out : array, shape (K, K)
         float32 or float64, symmetric. Overwritten.
     precision : {"tensor", "fp32"}

@@ -15,6 +15,7 @@ from cuobs.ops import (
     factors,
     gram,
     products,
+    projection,
     schur,
     selection,
     sweep,
@@ -380,7 +381,7 @@ def test_projection(xp, rng, dtype, close, text):
         return ~gone[layout.blocks].transpose(2, 0, 3, 1).reshape(B.shape)
 
     mask, before = xp.zeros(B.shape, bool), mask_of(old)
-    assert admm_ops.project_mask(xp.asarray(old), mask, layout) == before.sum()
+    assert projection.project_mask(xp.asarray(old), mask, layout) == before.sum()
     np.testing.assert_array_equal(host(mask), before)
     rho = 0.3
     b, v, d = xp.array(B), xp.array(V), xp.empty(B.shape, dtype)

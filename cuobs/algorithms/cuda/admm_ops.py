@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import cupy
 import numpy as np
 
 from cuobs.ops.cuda import loader
-from cuobs.ops.cuda.scope import samples, scope_defines, scope_grid, thread_defines, unrolls
+from cuobs.ops.cuda.projection import launch_projection, projection_defines
+from cuobs.ops.cuda.scope import samples, unrolls
 
 SOURCE = Path(__file__).with_suffix(".cu")
 # Threads of a block that takes single elements, and the most blocks of them.
@@ -17,13 +17,8 @@ def project_update(B, V, D, mask, rho, layout):
     if not unrolls(layout):
         return NotImplemented
     real = B.dtype.type
-    return _launch("project_update", (B, V, D, mask, real(rho), real(1 / rho)), B, layout)
-
-
-def project_mask(B, mask, layout):
-    if not unrolls(layout):
-        return NotImplemented
-    return _launch("project_mask", (B, mask), B, layout)
+    args = B, V, D, mask, real(rho), real(1 / rho)
+    return launch_projection(SOURCE, "project_update", args, B, layout)
 
 
 def ridge_right_side(D, V, G, rho, out, B=None):
@@ -31,20 +26,6 @@ def ridge_right_side(D, V, G, rho, out, B=None):
     blocks = min(-(-D.size // ELEMENTS), MAX_BLOCKS)
     kernel((blocks,), (ELEMENTS,), (D, V, G, loader.NULL if B is None else B, D.dtype.type(rho),
                                     out, np.int64(D.size)))
-
-
-def _launch(name, args, B, layout):
-    """Launch a thread for each scope; returns the count of changed elements."""
-    m, n = B.shape[0] // layout.rows, B.shape[1] // layout.columns
-    changed = cupy.zeros((), np.uint64)
-    kernel = loader.kernel_for(SOURCE, name, _scope_defines, layout, B.dtype)
-    grid, block = scope_grid(m, n)
-    kernel(grid, block, (*args, np.int32(m), np.int32(n), changed))
-    return int(changed)
-
-
-def _scope_defines(layout, dtype):
-    return scope_defines(layout, dtype) | thread_defines()
 
 
 def _element_defines(dtype):
@@ -57,4 +38,4 @@ def variants():
         yield _element_defines(dtype)
     for layout, dtype in samples():
         if unrolls(layout):
-            yield _scope_defines(layout, dtype)
+            yield projection_defines(layout, dtype)

@@ -1,0 +1,46 @@
+// The projection of a scope onto its pattern: the blocks with the largest sum of squares stay.
+//
+// Macros: those of scope.cuh.
+#include "scope.cuh"
+
+// The blocks of a scope to prune, as bits.
+__device__ __forceinline__ unsigned project(const REAL (&x)[ROWS][PLACES]) {
+    REAL score[N_BLOCKS];
+#pragma unroll
+    for (int b = 0; b < N_BLOCKS; b++) score[b] = 0;
+#pragma unroll
+    for (int q = 0; q < ROWS; q++) {
+#pragma unroll
+        for (int i = 0; i < PLACES; i++)
+            score[BLOCK_OF[q * PLACES + i]] += x[q][i] * x[q][i];
+    }
+    return prune_lowest(score);
+}
+
+__device__ __forceinline__ bool is_kept(const unsigned pruned, const int q, const int i) {
+    return !(pruned >> BLOCK_OF[q * PLACES + i] & 1);
+}
+
+// Store a scope's mask; returns how many of its elements differ from what was there.
+__device__ __forceinline__ int replace_mask(bool* mask, const long long first,
+                                            const long long row, const unsigned pruned) {
+    int changed = 0;
+#pragma unroll
+    for (int q = 0; q < ROWS; q++) {
+        bool kept[PLACES];
+        load(mask + first + q * row, kept);
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) {
+            changed += kept[i] != is_kept(pruned, q, i);
+            kept[i] = is_kept(pruned, q, i);
+        }
+        store(mask + first + q * row, kept);
+    }
+    return changed;
+}
+
+__device__ __forceinline__ void add_to(unsigned long long* total, int count) {
+    for (int offset = 16; offset; offset /= 2)
+        count += __shfl_down_sync(0xffffffffu, count, offset);
+    if (threadIdx.x == 0 && count) atomicAdd(total, (unsigned long long)count);
+}

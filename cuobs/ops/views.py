@@ -1,0 +1,59 @@
+"""A weight in a pattern's own order, where scopes lie side by side, and as scopes."""
+
+import numpy as np
+
+from cuobs.arrays import namespace
+from cuobs.ops.checks import shaped
+
+
+def permute(array, layout):
+    """An (M, K) array into layout order: row group by row group, column group by column group.
+
+    Parameters
+    ----------
+    array : array, shape (M, K)
+    layout : Layout
+        Of `Pattern.compile`.
+
+    Returns
+    -------
+    array, shape (M, K)
+        The array itself where its order is the layout's.
+    """
+    shaped("array", array, layout.shape)
+    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
+        if not ordered(order):
+            array = array.take(namespace(array).asarray(order), axis=axis)
+    return array
+
+
+def permute_back(array, layout):
+    """An (M, K) array out of layout order: the inverse of `permute`."""
+    shaped("array", array, layout.shape)
+    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
+        if not ordered(order):
+            array = array.take(namespace(array).asarray(np.argsort(order)), axis=axis)
+    return array
+
+
+def by_scope(array, layout):
+    """A view (c, m, r, n) of an (M, K) array in layout order: place in the scope first.
+
+    Parameters
+    ----------
+    array : array, shape (M, K)
+    layout : Layout
+        Of m row groups of r rows and n column groups of c columns.
+
+    Returns
+    -------
+    array, shape (c, m, r, n)
+    """
+    shaped("array", array, layout.shape)
+    shape = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    return array.reshape(shape).transpose(3, 0, 1, 2)
+
+
+def ordered(order):
+    """Whether places ascend, so that nothing has to move."""
+    return bool((order[1:] > order[:-1]).all())
