@@ -219,12 +219,12 @@ def deal(worth, shape, pattern):
     if layout is None:
         return order
     kinds = np.unique(layout.blocks, axis=1, return_inverse=True)[1].ravel()
-    count, scopes = int(kinds.max()) + 1, len(layout.columns)
+    count, scopes = int(kinds.max()) + 1, layout.column_groups
     if count == 1:
         return order
     # Ranks by block of the scope, scope, and column of the block.
     ranks = torch.argsort(worth.cpu(), stable=True).reshape(count, scopes, -1)
     for block in range(count):
-        places = layout.columns[:, np.flatnonzero(kinds == block)]
+        places = layout.column_order[:, np.flatnonzero(kinds == block)]
         order[torch.from_numpy(places.copy()).flatten()] = ranks[block].flatten()
     return order
