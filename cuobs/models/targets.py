@@ -68,7 +68,8 @@ class Moments:
                 rows = Xh.shape[1] if x is None else x.shape[1]
                 setattr(self, name, Xh.new_zeros(rows, Xh.shape[1], dtype=torch.float32))
         precision = "tensor" if Xh.element_size() == 2 else "fp32"
-        with arrays.stream_of(Xh):
+        # Whether the sums are finite is looked at afterwards.
+        with arrays.stream_of(Xh), np.errstate(over="ignore", invalid="ignore"):
             inputs = _array(Xh)
             for name, x in away.items():
                 total = _array(getattr(self, name))
