@@ -5,7 +5,7 @@ from cuobs_cli import common, display, options
 
 import cuobs
 from cuobs import files
-from cuobs.hessian import check_activations
+from cuobs.activations import check_matrix
 
 
 @click.command(cls=options.Command, short_help="Add up the Hessian of activations.")
@@ -32,7 +32,7 @@ def hessian(specs, out, dtype, device, force):
     for spec, part in parts:
         if not isinstance(part, cuobs.Hessian):
             with files.naming(spec):
-                K = check_activations(part, K).shape[1]
+                K = check_matrix(part, K).shape[1]
     total = cuobs.Hessian(K, dtype=dtype, device=device)
     for spec, part in parts:
         with files.naming(spec), display.Progress(spec) as progress:

@@ -7,6 +7,7 @@ its result back in the kind that came with `hand_back`.
 import contextlib
 import os
 import re
+import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -78,7 +79,14 @@ def device_name(xp):
 
 
 def receive(array, name="array"):
-    """An array of NumPy or CuPy on the data of whatever came, without a copy where possible."""
+    """An array of NumPy or CuPy on the data of whatever came, without a copy where possible.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no array, or one that holds no plain numbers: masked, sparse, quantised, without data.
+    """
+    array = _plain(array, name)
     if isinstance(array, np.ndarray):
         return array
     if _is_torch(array):
@@ -95,15 +103,52 @@ def receive(array, name="array"):
         return np.from_dlpack(array)
     if isinstance(array, list | tuple) or hasattr(array, "__array__"):
         try:
-            return np.asarray(array)
-        except ValueError:
+            return _stacked(array, name)
+        except ValueError as error:
+            if str(error).startswith(name):
+                raise
             raise ValueError(f"{name}: found rows of unequal lengths, expected an array") from None
     raise TypeError(f"{name}: found {type(array).__name__}, expected an array")
 
 
 def typed(array, name="array"):
     """An array as it is where it names its dtype, else (a list, a mere protocol) as `receive`."""
+    array = _plain(array, name)
     return array if hasattr(array, "dtype") else receive(array, name)
+
+
+def _plain(array, name):
+    """Refuse arrays whose elements are no plain numbers; matrices of NumPy as arrays."""
+    if isinstance(array, np.ma.MaskedArray):
+        if masked := np.ma.count_masked(array):
+            raise ValueError(
+                f"{name}: found an array with {masked} masked elements, expected numbers alone"
+            )
+        return np.asarray(array.data)
+    if isinstance(array, np.matrix):
+        return np.asarray(array)
+    if _is_torch(array):
+        torch = sys.modules["torch"]
+        own = type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        for wrong, found in (
+            (array.is_nested, "a nested tensor"),
+            (array.layout != torch.strided, f"a tensor of layout {array.layout}"),
+            (array.is_meta, "a tensor on the meta device, which holds no numbers"),
+            (own, f"{type(array).__name__}, a tensor of its own kind"),
+        ):
+            if wrong:
+                raise TypeError(f"{name}: found {found}, expected a plain tensor")
+    return array
+
+
+def _stacked(rows, name):
+    """An array of lists; of arrays, whose values NumPy can't always read, one by one."""
+    if isinstance(rows, list | tuple) and any(_is_torch(row) or _is_cuda(row) for row in rows):
+        rows = [receive(row, f"{name}[{i}]") for i, row in enumerate(rows)]
+        if all(_is_cuda(row) for row in rows):
+            return namespace(rows[0]).stack(rows)
+        rows = [to_numpy(row) for row in rows]
+    return np.asarray(rows)
 
 
 def round_to(array, like):
@@ -134,7 +179,7 @@ def hand_back(array, like, cast=True):
         tensor = torch.from_dlpack(_cupy_of(array)) if like.is_cuda else torch.from_numpy(
             to_numpy(array)
         )
-        return tensor.to(like.dtype) if cast else tensor
+        return tensor.to(like.device, like.dtype if cast else tensor.dtype)
     array = _cupy_of(array) if _is_cuda(like) else to_numpy(array)
     return array.astype(like.dtype, copy=False) if cast else array
 
@@ -199,8 +244,9 @@ def dtype_of(array):
 @contextlib.contextmanager
 def stream_of(*arrays):
     """Run on the device of the first CUDA array among these, on PyTorch's current stream if it is a
-    tensor."""
-    first = next((a for a in arrays if _is_cuda(a)), None)
+    tensor. Of a list the first array counts, of a Hessian its matrix.
+    """
+    first = next((a for a in map(_inside, arrays) if _is_cuda(a)), None)
     if first is None:
         yield
         return
@@ -256,7 +302,15 @@ def parse_size(text):
 
 
 def _is_torch(array):
-    return type(array).__module__.partition(".")[0] == "torch"
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and isinstance(array, tensor)
+
+
+def _inside(thing):
+    """The array that tells where something is."""
+    while isinstance(thing, list | tuple) and thing:
+        thing = thing[0]
+    return getattr(thing, "matrix", thing)
 
 
 def _is_cuda(array):
@@ -270,7 +324,7 @@ def _is_cuda(array):
 
 
 def _from_torch(tensor):
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if str(tensor.dtype) == "torch.bfloat16":
         # NumPy has no bfloat16; float32 holds each of its values.
         tensor = tensor.float()
@@ -278,7 +332,7 @@ def _from_torch(tensor):
         import cupy
 
         return cupy.from_dlpack(tensor)
-    return tensor.numpy()
+    return tensor.cpu().numpy()
 
 
 def tensor_view(tensor):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from cuobs import arrays, recipe, validation
 from cuobs.layer import check_layer, hessian_of, prune_checked
+from cuobs.modules import weight_of
 from cuobs.recipe import SETTINGS, Recipe, Settings
 
 REFERENCE = "sparsegpt"
@@ -129,11 +130,12 @@ def compare(
     )
     recipes = recipes_of(names, options, pattern=pattern, refine=refine, damp=damp)
     pattern = recipes[names[0]].pattern
+    W = weight_of(W, "W")
     with arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         shape = layer.weight.shape
         pattern.compile(*shape)
-        H = hessian_of(shape[1], X, hessian, settings, settings.namespace(W))
+        H, _ = hessian_of(shape, X, hessian, settings, settings.namespace(W))
         done = {}
         # The others' ratios are known at once where the reference is the first to run.
         for name in sorted(recipes, key=lambda name: name != REFERENCE):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from cuobs import arrays, validation
+from cuobs.activations import are_batches, check_batches, check_matrix, join
 from cuobs.ops.gram import add_gram
 
 # Bytes of one piece of X: in the compute dtype on the CPU, small beside any memory and large beside
@@ -24,7 +25,7 @@ class Hessian:
     dtype : {"float32", "float64"}
         What the sum is held and accumulated in; half precision is widened first.
     device : {"auto", "cpu", "cuda"}
-        Where the sum is held and computed.
+        Where the sum is held and computed; "auto" takes the GPU where there is one.
     precision : {"tensor", "fp32"}
         Whether a GPU may multiply in float16 (where X is) or tf32 for a sum in float32.
 
@@ -47,7 +48,7 @@ class Hessian:
     True
     """
 
-    def __init__(self, K, dtype="float32", device="cpu", precision="tensor"):
+    def __init__(self, K, dtype="float32", device="auto", precision="tensor"):
         self._K = validation.integer("K", K)
         validation.name_of("dtype", dtype, ("float32", "float64"))
         validation.name_of("precision", precision, ("tensor", "fp32"))
@@ -80,42 +81,74 @@ class Hessian:
         return self._xp.zeros((self._K, self._K), self._dtype)
 
     def update(self, X, progress=None):
-        """Add the activations X, of shape (..., K), reading them in pieces.
+        """Add activations, reading them in pieces.
 
         Whatever stops it, an exception of ``progress`` or Ctrl-C among them, leaves the sum as it
         was.
 
+        Parameters
+        ----------
+        X : array, shape (..., K), or batches of them
+            A list, or anything that gives one batch after the other, such as a generator or a
+            DataLoader.
+        progress : callable, optional
+            Called with (done, total) tokens, where the total is known.
+
         Raises
         ------
         ValueError
-            X has other features, is empty, or holds NaN or infinity.
+            X has other features, is empty, or holds NaN, infinity or numbers whose squares the
+            dtype can't hold.
         TypeError
-            X is not of a floating-point dtype.
+            X is no array of floats, nor batches of them.
         """
-        X = check_activations(X, self.K)
-        rows = self._rows_of_piece(X)
-        total = self._zeros()
-        done = 0
-        # Whether the sums are finite is looked at afterwards.
+        with arrays.stream_of(X, self):
+            if are_batches(X):
+                matrices, count = check_batches(X, self.K)
+                pieces, X = join(matrices, self._xp, self._rows_of_piece()), None
+            else:
+                X = check_matrix(X, self.K)
+                count = len(X)
+                pieces = arrays.pieces(X, self._xp, self._rows_of_piece(X))
+            total, tokens, size = self._sum(pieces, count, progress, again=X is not None)
+            largest = self._add_held(total)
+            if not math.isfinite(largest):
+                self._refuse_overflow(() if X is None else X)
+            if largest < least_square(self._dtype) and size:
+                raise _too_small("X", size, "whose squares", self._dtype)
+            self._replace(total, tokens)
+
+    def _sum(self, pieces, count, progress, again):
+        """XᵀX of pieces, their rows, and the largest magnitude of those with tiny squares.
+
+        ``again`` says whether what is not finite can be looked for afterwards.
+        """
+        total, done, size = self._zeros(), 0, 0.0
+        least, tiny = least_square(self._dtype), True
         quiet = np.errstate(over="ignore", invalid="ignore")
         with quiet:
-            for piece in arrays.pieces(X, self._xp, rows):
+            for piece in pieces:
                 add_gram(piece, total, self._precision)
+                tiny = tiny and float(total.diagonal().max()) < least
+                if tiny:
+                    size = max(size, arrays.largest(piece))
+                if not (again or self._xp.isfinite(total.diagonal()).all()):
+                    self._refuse_overflow(piece, done)
                 done += len(piece)
-                if progress:
-                    progress(done, len(X))
-        largest = self._add_held(total)
-        if not math.isfinite(largest):
-            for start in range(0, len(X), rows):
-                validation.all_finite("X", X[start : start + rows], offset=start)
-            raise ValueError(
-                f"X: found values whose squares overflow {self._dtype}, expected smaller ones"
-            )
-        if largest < least_square(self._dtype):
-            size = max(arrays.largest(X[a : a + rows]) for a in range(0, len(X), rows))
-            if size:
-                raise _too_small("X", size, "whose squares", self._dtype)
-        self._replace(total, len(X))
+                if progress and count:
+                    progress(done, count)
+        if not done:
+            raise ValueError("X: found no batches, expected at least one")
+        return total, done, size
+
+    def _refuse_overflow(self, X=(), offset=0):
+        """Say what is not finite in a matrix (tokens, K), or that squares are not."""
+        rows = self._rows_of_piece()
+        for start in range(0, len(X), rows):
+            validation.all_finite("X", X[start : start + rows], offset=offset + start)
+        raise ValueError(
+            f"X: found values whose squares overflow {self._dtype}, expected smaller ones"
+        )
 
     def _add_held(self, part):
         """Add what is held to a part, which is overwritten; the largest square of the sum."""
@@ -129,9 +162,11 @@ class Hessian:
         before = self._state[1]
         self._state = total, None if None in (before, tokens) else before + tokens
 
-    def _rows_of_piece(self, X):
+    def _rows_of_piece(self, X=None):
         if self._xp is np:
             size, item = PIECE, self._dtype.itemsize
+        elif X is None:
+            size, item = COPIED_PIECE, self._dtype.itemsize
         else:
             size = COPIED_PIECE if isinstance(X, np.ndarray) else RESIDENT_PIECE
             item = X.dtype.itemsize
@@ -143,7 +178,7 @@ class Hessian:
             raise TypeError(f"other: found {type(other).__name__}, expected a Hessian")
         if other.K != self.K:
             raise ValueError(f"other: found K={other.K}, expected K={self.K}")
-        with np.errstate(over="ignore"):
+        with arrays.stream_of(self, other), np.errstate(over="ignore"):
             total = self._xp.array(arrays.asarray(other.matrix, self._xp), self._dtype)
         if not math.isfinite(self._add_held(total)):
             raise ValueError(
@@ -163,7 +198,7 @@ class Hessian:
         files.save_arrays(path, content, force=force)
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path, device="auto"):
         """Read what `save` wrote."""
         from cuobs import files
 
@@ -195,21 +230,6 @@ def _check_tokens(array):
     return int(array.reshape(()))
 
 
-def check_activations(X, K=None):
-    """X as a matrix (tokens, K), still where it was, and not yet read; any K where it is None."""
-    X = arrays.typed(X, "X")
-    validation.floating("X", X)
-    if X.ndim < 2:
-        raise ValueError(f"X: found {X.ndim} dimensions, expected at least 2 (tokens, features)")
-    validation.nonempty("X", X)
-    if K not in (None, X.shape[-1]):
-        raise ValueError(
-            f"X: found {X.shape[-1]} features, expected K={K}, the columns of the weight or Hessian"
-        )
-    X = arrays.receive(X, "X")
-    return X.reshape(-1, X.shape[-1])
-
-
 def check_symmetric(H, K):
     """A Hessian as a matrix (K, K) that is symmetric and has no negative diagonal."""
     H = validation.matrix("hessian", H, (K, K))
@@ -224,6 +244,21 @@ def check_symmetric(H, K):
     if float(H.diagonal().min()) < 0:
         raise ValueError("hessian: found a negative diagonal element, expected XᵀX")
     return H
+
+
+def warn_of_few(tokens, shape, activations):
+    """Warn of fewer tokens than a weight of a shape (M, K) has columns, or activations rows."""
+    M, K = shape
+    if activations and tokens < M:
+        validation.warn(
+            f"X: found {tokens} rows and W {M}, both of {K} columns; where they are swapped, give "
+            "the weight first"
+        )
+    if tokens and tokens < K:
+        validation.warn(
+            f"{'X' if activations else 'hessian'}: found {tokens} tokens for {K} columns, expected "
+            "several for each: the loss on other tokens will be higher by far"
+        )
 
 
 def check_held(H, dtype, name="hessian"):

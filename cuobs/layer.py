@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian, check_held, check_symmetric
+from cuobs.hessian import Hessian, check_held, check_symmetric, warn_of_few
 from cuobs.loss import loss
+from cuobs.modules import weight_of
 from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
 from cuobs.problem import Problem
@@ -36,7 +37,7 @@ class Layer(NamedTuple):
 
 def check_layer(W, target, dtype):
     """Refuse a weight, or a target for it, that no recipe can work on; a `Layer`."""
-    W = arrays.typed(W, "W")
+    W = arrays.typed(weight_of(W, "W"), "W")
     weight = validation.matrix("W", W)
     validation.squares("W", weight, dtype)
     if target is not None:
@@ -45,8 +46,14 @@ def check_layer(W, target, dtype):
     return Layer(W, weight, target)
 
 
-def hessian_of(K, X, hessian, settings, xp):
-    """The undamped Hessian, shape (K, K), on a namespace, from activations or as it came.
+def hessian_of(shape, X, hessian, settings, xp):
+    """The undamped Hessian of a weight (M, K), on a namespace, from activations or as it came.
+
+    Returns
+    -------
+    array, shape (K, K)
+    int or None
+        Its tokens, where they are known.
 
     Raises
     ------
@@ -56,25 +63,33 @@ def hessian_of(K, X, hessian, settings, xp):
     if (X is None) == (hessian is None):
         found = "neither" if X is None else "both"
         raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
+    K = shape[1]
     if hessian is None:
         part = Hessian(K, settings.dtype, arrays.device_name(xp), settings.precision)
         part.update(X, settings.progress)
         check_held(part.matrix, settings.dtype, "X")
-        return part.matrix
-    H = check_symmetric(hessian.matrix if isinstance(hessian, Hessian) else hessian, K)
+        warn_of_few(part.tokens, shape, activations=True)
+        return part.matrix, part.tokens
+    tokens = None
+    if isinstance(hessian, Hessian):
+        hessian, tokens = hessian.matrix, hessian.tokens
+    H = check_symmetric(hessian, K)
     check_held(H, settings.dtype)
-    return arrays.asarray(H, xp, settings.dtype)
+    warn_of_few(tokens, shape, activations=False)
+    return arrays.asarray(H, xp, settings.dtype), tokens
 
 
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
     """Check a weight, make or check its Hessian, and prune it; a `Result`."""
+    W = weight_of(W, "W")
     with arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         recipe.pattern.compile(*layer.weight.shape)
         xp = settings.namespace(layer.W)
         began = time.perf_counter()
-        H = hessian_of(layer.weight.shape[1], X, hessian, settings, xp)
-        return prune_checked(recipe, settings, layer, H, _since(began, xp))
+        H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp)
+        result = prune_checked(recipe, settings, layer, H, _since(began, xp))
+        return dataclasses.replace(result, tokens=tokens)
 
 
 def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):

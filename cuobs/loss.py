@@ -6,6 +6,7 @@ import numpy as np
 
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_symmetric
+from cuobs.modules import weight_of
 from cuobs.ops.products import gemm, matmul
 
 # Share of the whole energy that rounding may take off none at all.
@@ -35,7 +36,8 @@ def relative_loss(W, W_pruned, H):
     >>> cuobs.relative_loss(W, np.array([[3.0, 0.0]]), np.eye(2))
     0.8
     """
-    with arrays.stream_of(W, W_pruned):
+    W, W_pruned = weight_of(W, "W"), weight_of(W_pruned, "W_pruned")
+    with arrays.stream_of(W, W_pruned, H):
         W = validation.matrix("W", W)
         W_pruned = validation.matrix("W_pruned", W_pruned, W.shape)
         H = check_symmetric(H.matrix if isinstance(H, Hessian) else H, W.shape[1])

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from cuobs.arrays import namespace, receive
+from cuobs.modules import weight_of
 
 # Scopes with more masks than this are pruned by separable block scores instead of trying them all.
 MAX_CANDIDATES = 128
@@ -284,7 +285,7 @@ def verify(W, pattern):
 
     Parameters
     ----------
-    W : array, shape (M, K)
+    W : array, shape (M, K), or a linear layer
     pattern : str or Pattern
 
     Returns
@@ -300,7 +301,7 @@ def verify(W, pattern):
     >>> cuobs.verify(np.array([[1.0, 0.0, 3.0, 2.0]]), "2:4")
     Verification(broken=1, scopes=1, first=(0, 0))
     """
-    W = receive(W, "W")
+    W = receive(weight_of(W, "W"), "W")
     xp = namespace(W)
     if W.ndim != 2:
         raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")

@@ -2,6 +2,7 @@
 
 from cuobs import arrays, validation
 from cuobs.layer import check_layer, hessian_of, prune_layer
+from cuobs.modules import weight_of
 from cuobs.pattern import Layout
 from cuobs.problem import Problem
 from cuobs.recipe import Recipe, Settings
@@ -31,10 +32,13 @@ def prune(
 
     Parameters
     ----------
-    W : array, shape (M, K)
+    W : array, shape (M, K), or a linear layer
         Rows are outputs, columns inputs. NumPy, CuPy or PyTorch, half, single or double precision.
-    X : array, shape (..., K), optional
-        Calibration activations, the layer's inputs; read in pieces.
+        Of an ``nn.Linear`` or ``Conv1D`` its weight is taken, and left as it is; see
+        `cuobs.prune_linear`.
+    X : array, shape (..., K), or batches of them, optional
+        Calibration activations, the layer's inputs; read in pieces. Batches, of any length, come in
+        a list, a generator, a DataLoader.
     hessian : array, shape (K, K), or Hessian, optional
         XᵀX, undamped, in place of X.
     pattern : str or Pattern
@@ -126,13 +130,14 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
     >>> cuobs.reconstruct(W, np.array([[True, False]]), H, damp=0.0, dtype="float64")
     array([[1.5, 0. ]])
     """
+    W = weight_of(W, "W")
     with arrays.stream_of(W, mask, H):
         damp = validation.damping(damp)
         settings = Settings(device, dtype)
         W, weight, target = check_layer(W, target, dtype)
         mask = validation.mask("mask", mask, weight.shape)
         xp = settings.namespace(W, H)
-        H = hessian_of(weight.shape[1], None, H, settings, xp)
+        H, _ = hessian_of(weight.shape, None, H, settings, xp)
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp, settings)
         problem.check_definite()

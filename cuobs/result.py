@@ -27,6 +27,8 @@ class Result:
         How it was run, on the device that was found.
     cost : array, shape (M,), or None
         The damped cost of each row, summed by the method as it went (true-obs, obs-ordered).
+    tokens : int or None
+        Rows of X that the Hessian is of, where that is known.
     """
 
     weight: object
@@ -38,6 +40,7 @@ class Result:
     recipe: object
     settings: object
     cost: object = None
+    tokens: int | None = None
 
     @property
     def method(self):

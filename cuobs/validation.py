@@ -8,6 +8,8 @@ import contextlib
 import difflib
 import math
 import numbers
+import sys
+import warnings
 
 import numpy as np
 
@@ -163,6 +165,14 @@ def _shown(value):
     """A value as a message shows it: not all digits of one that has hundreds."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def warn(text):
+    """Warn the one who called into the package."""
+    level, frame = 1, sys._getframe(0)
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == "cuobs":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def _shape(array):

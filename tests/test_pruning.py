@@ -52,6 +52,8 @@ def broken(value, *places):
     (broken(np.nan, (3, 5)), ValueError, r"W: found 1 .*\(3, 5\)"),
     (broken(-np.inf, (7, 1), (2, 31)), ValueError, r"W: found 2 .*\(2, 31\)"),
     ("W.npy", TypeError, "W: .*str"),
+    (np.ma.masked_invalid(broken(np.nan, (3, 5))), ValueError, "W: found an array with 1 masked"),
+    ([np.ones((8, 32))] * 2, ValueError, r"W: found \(2, 8, 32\)"),
     (np.ones((8, 16)), ValueError, r"hessian: .*\(32, 32\).*\(16, 16\)"),
 ])
 def test_weights_refused(W, error, words):
@@ -277,6 +279,16 @@ def test_lists_and_mere_protocols(small, form):
     assert table.shape == W.shape and [row.method for row in table] == ["sparsegpt"]
 
 
+def test_subclasses_of_arrays(small):
+    """Products of np.matrix are not element by element; a masked array without a mask is one."""
+    W, H = small
+    plain = prune(np, W, H, method="sparsegpt")
+    for form in (np.asmatrix, np.ma.array):
+        result = cuobs.prune(form(W), hessian=form(H), method="sparsegpt", **CPU)
+        np.testing.assert_array_equal(result.weight, plain.weight)
+        assert type(result.weight) is np.ndarray
+
+
 def test_columns_in_memory_order(small):
     W, H = small
     plain = prune(np, W, H, method="sparsegpt")
@@ -292,7 +304,7 @@ def test_x_and_its_hessian_are_the_same(method, options):
     flat = X.reshape(-1, 32)
     by_x = cuobs.prune(W, X, method=method, **CPU, **options)
     by_matrix = cuobs.prune(W, hessian=flat.T @ flat, method=method, **CPU, **options)
-    part = cuobs.Hessian(32, dtype="float64")
+    part = cuobs.Hessian(32, dtype="float64", device="cpu")
     part.update(X[:1])
     part.update(X[1:])
     by_hessian = cuobs.prune(W, hessian=part, method=method, **CPU, **options)
@@ -415,7 +427,7 @@ def test_reconstruct_another_target_and_damping():
     mask = np.random.default_rng(0).random(W.shape) < 0.5
     goal = W + 1
     target, Hl = oracles.damped(W, H, 0.2, goal)
-    h = cuobs.Hessian(32, dtype="float64")
+    h = cuobs.Hessian(32, dtype="float64", device="cpu")
     h.matrix[...] = H
     for given in H, h:
         new = cuobs.reconstruct(W, mask, given, 0.2, target=goal, **CPU)
