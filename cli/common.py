@@ -84,3 +84,8 @@ def keeps(pattern):
         blocks, elements = blocks * scope, elements * block
     what = {1: "", 2: " pairs"}.get(elements, f" blocks of {elements}")
     return f"keep {pattern.keep} of {blocks}{what}"
+
+
+def by(shape):
+    """A shape as it is said: 576 x 1536."""
+    return " x ".join(map(str, shape))

@@ -3,6 +3,9 @@
 import contextlib
 import importlib
 import importlib.util
+import signal
+import threading
+import warnings
 
 import click
 
@@ -27,11 +30,44 @@ COMMANDS = {
 }
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to stop, as Ctrl-C does."""
+
+
 @contextlib.contextmanager
-def one_sentence():
-    """Turn what a user did wrong into one sentence and exit code 2, and Ctrl-C into 130."""
+def stopped_by_signals():
+    """Let SIGTERM and SIGHUP stop as Ctrl-C does, so that no temporary file is left."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup has a signal ignored
+            if number and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _stop)
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number, frame):
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Turn what a user did wrong into one sentence and exit code 2, and Ctrl-C into 130.
+
+    A warning is one line, without the place in the code that it comes from.
+    """
+    try:
+        with stopped_by_signals(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except Stopped as stopped:
+        click.echo("Stopped.", err=True)
+        raise click.exceptions.Exit(128 + stopped.args[0]) from None
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
@@ -41,6 +77,10 @@ def one_sentence():
         failure = click.ClickException(sentence(error))
         failure.exit_code = BAD_INPUT
         raise failure from error
+
+
+def _show_warning(message, *_, **__):
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 class Commands(click.Group):

@@ -49,7 +49,7 @@ def prune(w, x, hessian, config, out, mask_out, report, force):
             **_content(result),
         }
         files.write_text(report, json.dumps(content, indent=2) + "\n", force)
-    _show(result)
+    _show(result, W.shape, X)
     for path in (out, mask_out, report):
         if path:
             click.echo(f"written   {path}")
@@ -65,6 +65,7 @@ def _content(result):
         "damp": result.damp,
         "options": result.options,
         "settings": {key: getattr(settings, key) for key in cuobs.recipe.SETTINGS},
+        "tokens": result.tokens,
         "loss": result.loss,
         "sparsity": result.sparsity,
         "seconds": result.seconds,
@@ -73,7 +74,11 @@ def _content(result):
     }
 
 
-def _show(result):
+def _show(result, shape, X):
+    click.echo(f"weight    {common.by(shape)}")
+    inputs = f"{shape[1]} columns" if X is None else common.by(X.shape)
+    each = "" if result.tokens is None else f", {result.tokens / shape[1]:.1f} tokens a column"
+    click.echo(f"inputs    {inputs}{each}")
     resolved = ", weights re-solved" if result.refine else ""
     click.echo(f"method    {result.method}{resolved}")
     click.echo(f"pattern   {result.pattern.label}: {common.keeps(result.pattern)}")

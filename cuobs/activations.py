@@ -47,7 +47,7 @@ def check_batches(X, K):
 
 def _check_batch(batch, K, name):
     if isinstance(batch, list | tuple) and are_batches(batch):
-        raise TypeError(f"{name}: found {len(batch)} arrays, expected the inputs of the layer alone")
+        raise TypeError(f"{name}: found {len(batch)} arrays, expected the layer's inputs alone")
     return check_matrix(batch, K, name)
 
 

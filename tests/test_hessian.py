@@ -419,6 +419,7 @@ def test_the_tokens_are_told():
     h = Hessian(4)
     h.update(X)
     for data, tokens in (
-        ({"X": X}, 20), ({"X": iter([X, X])}, 40), ({"hessian": h}, 20), ({"hessian": X.T @ X}, None)
+        ({"X": X}, 20), ({"X": iter([X, X])}, 40),
+        ({"hessian": h}, 20), ({"hessian": X.T @ X}, None),
     ):
         assert cuobs.prune(W, **data, device="cpu", method="wanda").tokens == tokens

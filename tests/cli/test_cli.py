@@ -41,7 +41,7 @@ def refused(*args):
     result = run(*args, code=2)
     assert {name: os.stat(name).st_mtime_ns for name in os.listdir(".")} == before
     assert result.stdout == ""
-    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
+    assert re.fullmatch(r"(Warning: [^\n]+\n)*Error: [^\n]+\n", result.stderr), result.stderr
     return result.stderr
 
 
@@ -100,7 +100,7 @@ def test_mask_and_report():
         "cuobs": cuobs.__version__, "weight": "W.npy", "activations": "X.npy", "hessian": None,
         "written": "P.npy", "mask": "mask.npz", "shape": [M, K], "dtype": "float16",
         "method": "wanda", "pattern": str(cuobs.patterns()["2:4"]), "refine": None,
-        "damp": 0.01, "options": {}, "sparsity": 0.5, "device": "cpu",
+        "damp": 0.01, "options": {}, "sparsity": 0.5, "device": "cpu", "tokens": N,
         "settings": {"device": "cpu", "dtype": "float32", "precision": "tensor", "workers": None,
                      "batch_rows": None, "memory_limit": None},
     }  # fmt: skip
@@ -583,6 +583,39 @@ def test_stopped_while_writing_the_old_file_is_whole(stop):
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_leave_no_temporary_file_either(stop):
+    before = sorted(os.listdir("."))
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_WRITE, "prune", "W.npy", "X.npy", "--method", "wanda"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(stop)
+        assert process.wait(60) == 128 + stop
+        assert process.stderr.read() == b"Stopped.\n"
+    assert sorted(os.listdir(".")) == before
+
+
+def test_shapes_and_tokens_are_told_and_few_are_warned_of():
+    said = run("prune", "W.npy", "X.npy", "--method", "wanda", "-o", "a.npy")
+    assert re.search(rf"weight +{M} x {K}\ninputs +{N} x {K}, 3.0 tokens a column\n", said.stdout)
+    assert said.stderr == ""
+    run("hessian", "X.npy", "-o", "H.npz")
+    said = run("prune", "W.npy", "--hessian", "H.npz", "--method", "wanda", "-o", "b.npy").stdout
+    assert f"{K} columns, 3.0 tokens a column\n" in said
+    np.save("H.npy", cuobs_hessian().matrix)
+    said = run("prune", "W.npy", "--hessian", "H.npy", "--method", "wanda", "-o", "c.npy").stdout
+    assert re.search(rf"inputs +{K} columns\n", said)
+    said = run("prune", "X.npy", "W.npy", "--method", "wanda", "-o", "d.npy").stderr
+    assert said.splitlines() == [
+        f"Warning: X: found {M} rows and W {N}, both of {K} columns; where they are swapped, give "
+        "the weight first",
+        f"Warning: X: found {M} tokens for {K} columns, expected several for each: the loss on "
+        "other tokens will be higher by far",
+    ]
 
 
 def test_a_closed_pipe_is_no_error():
