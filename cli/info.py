@@ -7,8 +7,21 @@ import click
 
 import cuobs
 from cuobs import arrays
+from cuobs.extras import hint
 
-EXTRAS = {"safetensors": "safetensors", "ml_dtypes": "safetensors", "matplotlib": "plot"}
+# Packages beside NumPy and SciPy, each by the first name that is installed, and what brings it.
+PACKAGES = {
+    "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), hint("cuda13")),
+    "safetensors": (("safetensors",), hint("safetensors")),
+    "ml_dtypes": (("ml_dtypes",), hint("safetensors")),
+    "matplotlib": (("matplotlib",), hint("plot")),
+    "torch": (("torch",), hint("model")),
+    "transformers": (("transformers",), hint("model")),
+    "gguf": (("gguf",), hint("model")),
+    "cuSPARSELt": (
+        ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"), "PyTorch for CUDA brings it"
+    ),
+}  # fmt: skip
 
 # The header is what CuPy without [ctk] does not bring.
 KERNEL = """
@@ -22,15 +35,20 @@ def info():
     """Show versions, whether a device is found and whether a kernel compiles."""
     click.echo(f"cuobs        {cuobs.__version__}, Python {platform.python_version()}")
     for name in ("numpy", "scipy"):
-        click.echo(f"{name:<11}  {importlib.metadata.version(name)}")
-    for name, extra in EXTRAS.items():
-        try:
-            click.echo(f"{name:<11}  {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            click.echo(f"{name:<11}  not installed: pip install 'cuobs[{extra}]'")
+        click.echo(f"{name:<12} {_version(name)}")
+    for name, (packages, how) in PACKAGES.items():
+        found = next(filter(None, map(_version, packages)), f"not installed: {how}")
+        click.echo(f"{name:<12} {found}")
     fault = arrays.cupy_fault()
     click.echo(f"device       {fault or _device()}")
     click.echo(f"kernels      {'not tried without a device' if fault else _kernel()}")
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _device():

@@ -13,6 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cuobs import extras
+
+# What is public; the rest is for the package.
+__all__ = ["cupy_fault"]
+
 DEVICES = ("auto", "cpu", "cuda")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -30,8 +35,7 @@ def cupy_fault():
         import cupy
     except ImportError:
         return (
-            "CuPy is not installed: pip install 'cuobs[cuda13]' (or 'cuobs[cuda12]' "
-            "for a driver of CUDA 12)"
+            f"CuPy is not installed: {extras.hint('cuda13')}, '.[cuda12]' for a driver of CUDA 12"
         )
     try:
         if cupy.cuda.runtime.getDeviceCount() > 0:
@@ -287,6 +291,14 @@ def free_memory(xp):
             if match := re.search(r"MemAvailable:\s+(\d+) kB", file.read()):
                 return 1024 * int(match[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def size_text(n):
+    """Bytes for people."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= unit:
+            return f"{n / unit:.3g} {name}"
+    return f"{n} bytes"
 
 
 def parse_size(text):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cuobs import blas
+from cuobs.arrays import size_text
 
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
 CPU_ROWS = 16
@@ -61,15 +62,31 @@ def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
     ------
     MemoryError
         Even a single row group does not fit.
+    ValueError
+        Not under the limit of the settings.
     """
     settings, xp = problem.settings, problem.xp
     if xp is not np:
         _run_on_device(function, count, problem, bytes_per_row, unit, most or count)
         return
     workers = settings.workers or os.cpu_count() or 1
-    fit = min(problem.free_bytes() // workers, CPU_BYTES) // max(1, bytes_per_row)
+    free = problem.free_bytes()
+    _check_limit(settings, free, bytes_per_row)
+    if settings.memory_limit is not None:
+        workers = min(workers, free // max(1, bytes_per_row))
+    fit = min(free // workers, CPU_BYTES) // max(1, bytes_per_row)
     rows = settings.batch_rows or max(1, min(CPU_ROWS, fit, -(-count // workers)))
     _share(function, count, rows, workers, settings)
+
+
+def _check_limit(settings, free, bytes_per_row):
+    """Refuse a limit that leaves no room for a row group."""
+    limit = settings.memory_limit
+    if limit is not None and free < bytes_per_row:
+        raise ValueError(
+            f"memory_limit: found {size_text(limit)}, of which {size_text(max(free, 0))} are left "
+            f"beside what is held, expected {size_text(bytes_per_row)} for a row at least"
+        )
 
 
 def _run_on_device(function, count, problem, bytes_per_row, unit, most):
@@ -81,6 +98,7 @@ def _run_on_device(function, count, problem, bytes_per_row, unit, most):
         free = min(free, GPU_BYTES)
     else:
         free = min(free, settings.memory_limit - pool.used_bytes() - GPU_LIBRARIES)
+        _check_limit(settings, free, bytes_per_row)
     rows = -(-(settings.batch_rows or GPU_ROWS) // unit) * unit
     rows = _whole(min(rows, max(1, free // bytes_per_row), count, most), unit)
     start = 0

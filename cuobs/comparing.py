@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 from cuobs import arrays, recipe, validation
-from cuobs.layer import check_layer, hessian_of, prune_checked
+from cuobs.layer import check_layer, check_memory, hessian_of, prune_checked
 from cuobs.modules import weight_of
 from cuobs.recipe import SETTINGS, Recipe, Settings
+
+__all__ = ["Row", "Table", "compare", "recipes_of"]
 
 REFERENCE = "sparsegpt"
 HEADER = ("method", "loss %", f"/ {REFERENCE}", "sparsity %", "seconds")
@@ -135,6 +137,7 @@ def compare(
         layer = check_layer(W, target, settings.dtype)
         shape = layer.weight.shape
         pattern.compile(*shape)
+        check_memory(shape, settings)
         H, _ = hessian_of(shape, X, hessian, settings, settings.namespace(W))
         done = {}
         # The others' ratios are known at once where the reference is the first to run.

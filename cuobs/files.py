@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cuobs import containers
+from cuobs import containers, extras
 from cuobs.validation import naming
 
 __all__ = [
@@ -436,7 +436,7 @@ def _safetensors():
     except ImportError as e:
         raise ImportError(
             f".safetensors files need {e.name}, which is not installed: "
-            "pip install 'cuobs[safetensors]'"
+            + extras.hint("safetensors")
         ) from None
     return safetensors
 

@@ -79,12 +79,24 @@ def hessian_of(shape, X, hessian, settings, xp):
     return arrays.asarray(H, xp, settings.dtype), tokens
 
 
+def check_memory(shape, settings):
+    """Refuse a limit that the weight and its Hessian alone exceed."""
+    M, K = shape
+    least = (M * K + K * K) * np.dtype(settings.dtype).itemsize
+    if settings.memory_limit is not None and settings.memory_limit < least:
+        raise ValueError(
+            f"memory_limit: found {arrays.size_text(settings.memory_limit)}, expected more than "
+            f"{arrays.size_text(least)}, which W {M} x {K} and its Hessian take in {settings.dtype}"
+        )
+
+
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
     """Check a weight, make or check its Hessian, and prune it; a `Result`."""
     W = weight_of(W, "W")
     with arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         recipe.pattern.compile(*layer.weight.shape)
+        check_memory(layer.weight.shape, settings)
         xp = settings.namespace(layer.W)
         began = time.perf_counter()
         H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp)

@@ -4,7 +4,9 @@ import importlib.util
 import itertools
 import os
 
-from cuobs import files
+from cuobs import extras, files
+
+__all__ = ["FORMATS", "check_picture", "label_points", "pareto"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -20,7 +22,7 @@ def check_picture(path):
         raise ValueError(f"{path}: found {suffix or 'no ending'}, expected {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            f"{path}: found no matplotlib to draw it with: pip install 'cuobs[plot]'"
+            f"{path}: found no matplotlib to draw it with: {extras.hint('plot')}"
         )
 
 

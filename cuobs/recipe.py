@@ -11,8 +11,25 @@ from dataclasses import dataclass, field
 from cuobs import arrays, layer, validation
 from cuobs.pattern import Pattern, parse
 
+__all__ = [
+    "DAMP",
+    "KEYS",
+    "REFINE",
+    "SETTINGS",
+    "SETTING_OPTIONS",
+    "Method",
+    "Option",
+    "Recipe",
+    "Settings",
+    "method_options",
+    "methods",
+    "register_method",
+]
+
 DTYPES = ("float32", "float64")
 PRECISIONS = ("tensor", "fp32")
+# A smaller limit is a size without its unit.
+LEAST_MEMORY = 2**16
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,17 @@ def method_options():
     return found
 
 
+def _memory_limit(value):
+    """Bytes from a number or a text, refused where no computation fits them."""
+    found = arrays.parse_size(value)
+    if found < LEAST_MEMORY:
+        raise ValueError(
+            f"memory_limit: found {value!r}, which is {arrays.size_text(found)}, expected at least "
+            f"{arrays.size_text(LEAST_MEMORY)}, such as '8GiB'"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to run, as opposed to what to compute: nothing but rounding depends on it.
@@ -246,7 +274,7 @@ class Settings:
             value = getattr(self, option.name)
             if value is None and option.default is None:
                 continue
-            check = arrays.parse_size if option.name == "memory_limit" else option.check
+            check = _memory_limit if option.name == "memory_limit" else option.check
             object.__setattr__(self, option.name, check(value))
 
     def report(self, done, total):

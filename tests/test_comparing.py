@@ -187,7 +187,7 @@ def test_picture_that_cannot_be_drawn_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"a.jpeg2: found .jpeg2, expected .png, .svg, .pdf"):
         plotting.check_picture("a.jpeg2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'cuobs\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plot\]'"):
         plotting.check_picture("a.png")
 
 

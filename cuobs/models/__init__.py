@@ -1,12 +1,14 @@
 """Whole models: prune a causal language model block by block, measure it, and save it."""
 
+from cuobs.extras import hint
+
 try:
     import safetensors  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"cuobs.models needs {error.name}, which is not installed: pip install 'cuobs[model]'"
+        f"cuobs.models needs {error.name}, which is not installed: {hint('model')}"
     ) from None
 
 from cuobs.models.calibration import load_tokens, tokenize

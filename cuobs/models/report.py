@@ -9,6 +9,16 @@ import cuobs
 from cuobs import files
 from cuobs.plotting import check_picture
 
+__all__ = [
+    "BlockReport",
+    "LayerReport",
+    "ModelReport",
+    "picture",
+    "size",
+    "summary",
+    "target_text",
+]
+
 
 @dataclass
 class LayerReport:

@@ -9,6 +9,8 @@ import torch
 from cuobs.models.loading import empty_model
 from cuobs.models.structure import find_blocks, linears, oriented
 
+__all__ = ["BATCHES", "speedup", "verdict"]
+
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
 DTYPES = ("float16", "bfloat16")
 

@@ -17,7 +17,7 @@ figure, panels = plt.subplots(len(patterns), 2, figsize=(9, 9), layout="constrai
 for (blocks, kept), (name, pattern) in zip(panels, patterns.items(), strict=True):
     layout = pattern.compile(*W.shape)
     picture = np.full(W.shape, np.nan)
-    picture[np.ix_(layout.rows[0], layout.columns[0])] = layout.blocks
+    picture[np.ix_(layout.row_order[0], layout.column_order[0])] = layout.blocks
     blocks.imshow(picture, cmap="tab10", vmin=0, vmax=9)
     blocks.set_title(f"{name}: the blocks of one scope", fontsize=9)
     kept.imshow(~cuobs.prune(W, X, pattern=name, method="sparsegpt").mask, cmap="gray")

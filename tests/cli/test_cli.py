@@ -441,7 +441,7 @@ def test_info_without_cupy(monkeypatch):
     arrays.cupy_fault.cache_clear()
     assert f"numpy        {np.__version__}" in said
     (device,) = (line for line in said if line.startswith("device"))
-    assert "CuPy is not installed: pip install 'cuobs[cuda" in device
+    assert "CuPy is not installed: pip install '.[cuda" in device
     assert "kernels      not tried without a device" in said
 
 

@@ -1,0 +1,362 @@
+"""Plugins, recipes in files, help, completion, and what the command line is made of."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from cuobs_cli import group, main
+
+import cuobs
+
+CLI = Path(importlib.import_module("cuobs_cli").__file__).parent
+PAGE = (Path(__file__).parents[2] / "docs" / "contributing.rst").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.save("W.npy", rng.standard_normal((8, 32)))
+    np.save("X.npy", rng.standard_normal((96, 32)))
+
+
+def shell(*args, code=0, **environment):
+    """The installed command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cuobs", *args], capture_output=True, text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def refused(*args):
+    result = run(*args, code=2)
+    assert result.stdout == "" and re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr
+
+
+# Plugins
+
+
+def page_file():
+    """The file of docs/contributing.rst that brings a method with an option."""
+    block = PAGE.split(".. recipe: method\n")[1].split(".. code-block:: python\n")[1]
+    return textwrap.dedent(re.match(r"(?:\s*\n|   .*\n)+", block)[0])
+
+
+def test_the_page_s_file_is_a_plugin_word_for_word():
+    Path("activation.py").write_text(page_file())
+    plugin = ("--plugin", "activation.py")
+    said = shell(*plugin, "methods").stdout
+    assert re.search(r"^activation +weakest inputs, no compensation$", said, re.MULTILINE)
+    assert re.search(r"^ +--power  \[2.0\]$", said, re.MULTILINE)
+    assert "--power NUMBER" in shell(*plugin, "prune", "--help").stdout
+    shell(*plugin, "prune", "W.npy", "X.npy", "--method", "activation", "--power", "1",
+          "--report", "r.json")  # fmt: skip
+    assert json.load(open("r.json"))["options"] == {"power": 1.0}
+    assert cuobs.verify(np.load("W-pruned.npy"), "2:4")
+    said = shell(*plugin, "compare", "W.npy", "X.npy", "--method", "wanda", "--method",
+                 "activation", "--power", "3").stdout  # fmt: skip
+    assert [line.split()[0] for line in said.splitlines()[2:]] == ["wanda", "activation"]
+    said = shell(*plugin, "prune", "W.npy", "X.npy", "--power", "much", code=2).stderr
+    assert said == "Error: power: found 'much', expected a number that is finite\n"
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("x = 1", "found no METHOD in it"),
+    ("x = ", "SyntaxError: "),
+    ("raise KeyError('gone')", "KeyError: 'gone'"),
+    ("METHOD = 3", "TypeError: method: found int, expected cuobs.Method"),
+    ("import cuobs\nMETHOD = cuobs.Method('admm', 'mine', print)", "'admm', a name that is taken"),
+    ("import cuobs\nMETHOD = cuobs.Method('mine', '', print, [cuobs.Option('damp', float)])",
+     "found 'damp', which cuobs.prune takes already"),
+    ("import cuobs\nMETHOD = cuobs.Method('mine', '', print, [cuobs.Option('group', str)])",
+     "group: found an option of type str, expected int, as "),
+])  # fmt: skip
+def test_a_plugin_that_brings_nothing_is_refused(text, said):
+    Path("mine.py").write_text(text)
+    assert f"mine.py: {said}" in refused("--plugin", "mine.py", "methods") or said in refused(
+        "--plugin", "mine.py", "methods"
+    )
+    assert "mine" not in cuobs.methods()
+
+
+def test_a_plugin_has_to_be_a_file():
+    assert "none.py: no such file" in refused("--plugin", "none.py", "methods")
+    assert "W.npy: found no Python file" in refused("--plugin", "W.npy", "methods")
+
+
+def test_plugins_may_bring_patterns_and_be_several():
+    Path("a.py").write_text("import cuobs\ncuobs.register_pattern('thirds', '1:3')\n")
+    Path("b.py").write_text("import cuobs\ncuobs.register_pattern('fifths', '2:5')\n")
+    said = shell("--plugin", "a.py", "--plugin", "b.py", "patterns").stdout
+    assert "thirds: keep 1 of 3" in said and "fifths: keep 2 of 5" in said
+
+
+def test_an_option_that_the_command_has_already_is_named():
+    Path("mine.py").write_text(
+        "import cuobs\n"
+        "METHOD = cuobs.Method('mine', 'mine', print, [cuobs.Option('report', int)])\n"
+    )
+    said = shell("--plugin", "mine.py", "prune", "W.npy", "X.npy", code=2).stderr
+    assert said.startswith("Error: report: found an option of a method, but 'prune' has one")
+
+
+def installed(folder, value):
+    """A package that names a method as an entry point, and the environment that finds it."""
+    info = Path(folder, "novel-1.0.dist-info")
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: novel\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[cuobs.methods]\nnovel = {value}\n")
+    Path(folder, "novel.py").write_text(page_file())
+    return {"PYTHONPATH": os.path.abspath(folder)}
+
+
+def test_a_package_brings_a_method_by_an_entry_point():
+    where = installed("site", "novel:METHOD")
+    assert "activation" in shell("methods", **where).stdout.split()
+    shell("prune", "W.npy", "X.npy", "--method", "activation", **where)
+
+
+def test_a_package_that_fails_is_named_and_left_out():
+    done = shell("methods", **installed("site", "novel:NOTHING"))
+    assert "novel = novel:NOTHING can't be used" in done.stderr
+    assert "admm" in done.stdout and "weakest inputs" not in done.stdout
+
+
+# Recipes in files
+
+
+def test_a_config_is_what_its_options_say():
+    Path("r.toml").write_text(
+        "[recipe]\npattern = '4:8'\nmethod = 'true-obs'\norder = 'left'\ndamp = 0.1\n"
+        "[settings]\ndtype = 'float64'\n"
+    )
+    run("prune", "W.npy", "X.npy", "--config", "r.toml", "-o", "a.npy")
+    run("prune", "W.npy", "X.npy", "--pattern", "4:8", "--method", "true-obs", "--order", "left",
+        "--damp", "0.1", "--dtype", "float64", "-o", "b.npy")  # fmt: skip
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+    # What is given goes before the file, a default does not; another method leaves its options.
+    run("prune", "W.npy", "X.npy", "--config", "r.toml", "--pattern", "2:4", "--method", "wanda",
+        "--report", "r.json", "-o", "c.npy")  # fmt: skip
+    report = json.load(open("r.json"))
+    assert report["method"] == "wanda" and report["options"] == {} and report["damp"] == 0.1
+    assert report["pattern"] == str(cuobs.patterns()["2:4"])
+    assert report["settings"]["dtype"] == "float64"
+
+
+def test_compare_takes_a_config_and_gives_options_to_those_that_take_them():
+    Path("r.toml").write_text("[recipe]\nmethod = 'true-obs'\norder = 'shared'\ndamp = 0.1\n")
+    run("compare", "W.npy", "X.npy", "--config", "r.toml", "--json", "t.json",
+        "--method", "wanda", "--method", "obs-ordered", "--method", "true-obs")  # fmt: skip
+    rows = {row["method"]: row["loss"] for row in json.load(open("t.json"))["rows"]}
+    W, X = np.load("W.npy"), np.load("X.npy")
+    assert rows["true-obs"] == cuobs.prune(W, X, method="true-obs", order="shared", damp=0.1).loss
+    assert rows["obs-ordered"] == cuobs.prune(W, X, method="obs-ordered", damp=0.1).loss
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("[recipe]\npatern = '2:4'", "r.toml: recipe: found 'patern'.*nearest: pattern"),
+    ("[layers]\nskip = ['lm_head']", "skip: found lm_head, expected such entries with prune-model"),
+    ("[layers]\n'*.up' = {damp = 1}", r"layers: found \*.up, expected such entries"),
+])
+@pytest.mark.parametrize("command", ["prune", "compare"])
+def test_a_config_that_does_not_fit_is_refused(command, text, said):
+    Path("r.toml").write_text(text)
+    assert re.search(said, refused(command, "W.npy", "X.npy", "--config", "r.toml"))
+
+
+def test_a_config_that_is_not_there_is_refused():
+    assert "none.toml: No such file" in refused("prune", "W.npy", "X.npy", "--config", "none.toml")
+
+
+@pytest.mark.parametrize("command", ["prune missing.npy X.npy", "compare missing.npy X.npy",
+                                     "prune-model missing out --calibration none.txt"])
+@pytest.mark.parametrize(("option", "said"), [
+    ("--method sparse-gpt", "found 'sparse-gpt'.*nearest: sparsegpt"),
+    ("--pattern 4:9x", "pattern: found '4:9x'"),
+    ("--damp 1e37", r"damp: found 1e\+37, expected a number from 0 to 1e\+06"),
+    (f"--damp 1{'0' * 400}", "damp: found inf"),
+    ("--workers 0", "workers: found 0"),
+    ("--memory-limit 8", "memory_limit: found '8', which is 8 bytes"),
+    ("--order up", "order: found 'up'"),
+])  # fmt: skip
+def test_a_wrong_word_is_found_before_anything_is_read(command, option, said):
+    """Nothing that is named exists: the word was looked at first, and PyTorch never."""
+    done = refused(*command.split(), *option.split())
+    assert re.search(said, done)
+
+
+def test_a_wrong_word_needs_no_torch():
+    code = (
+        "import sys\nfrom cuobs_cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    for command in (
+        "prune-model a b --calibration c --method adm", "prune-model a b --calibration c "
+        "--pattern 5:4", "prune --help", "--help", "methods",
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, *command.split()],
+                              capture_output=True, text=True)  # fmt: skip
+        loaded = set(done.stdout.splitlines()[-1].split())
+        assert "cuobs" in loaded
+        assert not loaded & {"torch", "transformers", "matplotlib", "cupy", "safetensors", "rich"}
+
+
+# compare, row by row
+
+
+STOPPED = """
+import os, signal, sys
+import cuobs
+from cuobs_cli import main
+method = cuobs.methods()["obs-local"]
+def stop(problem):
+    os.kill(os.getpid(), signal.SIGINT)
+cuobs.recipe._METHODS["obs-local"] = cuobs.Method("obs-local", "stops", stop)
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_keeps_the_rows_that_were_found():
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, "compare", "W.npy", "X.npy", "--json", "t.json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 130 and done.stderr == "Stopped.\n"
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["magnitude", "wanda", "sparsegpt", "written"]
+    rows = json.load(open("t.json"))["rows"]
+    assert [row["method"] for row in rows] == ["magnitude", "wanda", "sparsegpt"]
+    assert rows[2]["ratio"] == 1.0 and lines[2].split()[2] == f"{rows[0]['ratio']:.3f}"
+
+
+def test_rows_come_as_they_are_found(monkeypatch):
+    """Each in its place, as soon as those before it are there; SparseGPT's ratio to all of them."""
+    said, ran = [], []
+    monkeypatch.setattr("cuobs_cli.compare.click.echo", lambda text="", **_: said.append(text))
+    wanda = cuobs.methods()["wanda"].function
+
+    def watched(problem):
+        ran.append(len(said))
+        return wanda(problem)
+
+    monkeypatch.setitem(cuobs.recipe._METHODS, "wanda", cuobs.Method("wanda", "watched", watched))
+    run("compare", "W.npy", "X.npy", "--method", "magnitude", "--method", "wanda", "--method",
+        "sparsegpt", "--method", "wanda")  # fmt: skip
+    assert ran == [2]  # the header and magnitude were there before wanda ran
+    assert [line.split()[0] for line in said[1:]] == ["magnitude", "wanda", "sparsegpt"]
+
+
+# Help and completion
+
+
+def test_help_shows_options_by_group_and_defaults_in_one_way():
+    said = run("prune", "--help").output
+    places = [said.index(f"\n{name}:\n") for name in
+              ("What to do", "Options of methods", "How to run", "Output", "Other options")]
+    assert places == sorted(places)
+    words = " ".join(said.split())
+    for method in cuobs.methods().values():
+        assert method.name in words
+        for option in method.options:
+            assert "--" + option.name in words and option.help in words
+    assert "[default: (a tenth of them)" in words and "[default: 0.01]" in words
+    assert "[default: (largest for obs-ordered, gap for true-obs)]" in words
+    for name in group.COMMANDS:
+        said = run(name, "--help").output
+        assert not re.search(r"\.  \[(?!default: |required|x)", " ".join(said.split("\n"))), said
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("cuobs pru", {"prune", "prune-model"}),
+    ("cuobs prune --method obs-", {"obs-local", "obs-full", "obs-split", "obs-interleaved",
+                                   "obs-ordered"}),
+    ("cuobs prune --pattern block", {"block16-row8"}),
+    ("cuobs prune --dtype f", {"float32", "float64"}),
+    ("cuobs prune --spl", {"--splits"}),
+    ("cuobs --plugin mine.py prune --method nov", {"novel"}),
+])  # fmt: skip
+def test_completion_knows_names(words, expected):
+    Path("mine.py").write_text("import cuobs\nMETHOD = cuobs.Method('novel', 'new', print)\n")
+    done = completed(words)
+    assert {line.split(",")[1] for line in done} == expected
+
+
+@pytest.mark.parametrize("words", ["cuobs prune W", "cuobs prune W.npy X",
+                                   "cuobs prune --config r", "cuobs verify W"])
+def test_completion_does_not_hide_files(words):
+    assert completed(words) == [f"file,{words.split()[-1]}"]
+
+
+def completed(words):
+    done = subprocess.run(
+        [sys.executable, "-c", "from cuobs_cli import main; main(prog_name='cuobs')"],
+        env={**os.environ, "_CUOBS_COMPLETE": "bash_complete", "COMP_WORDS": words,
+             "COMP_CWORD": str(len(words.split()) - 1)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+# What it is made of
+
+
+def test_it_runs_as_a_module():
+    assert shell("--version").stdout == f"cuobs, version {cuobs.__version__}\n"
+    assert "Error: method: found 'adm'" in shell("prune", "W.npy", "--method", "adm", code=2).stderr
+
+
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
+def test_it_imports_public_names_alone(path):
+    """A name of cuobs that the command line takes stands in the __all__ of its module."""
+    tree, modules = ast.parse(path.read_text()), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "cuobs":
+            for alias in node.names:
+                if is_module(node.module, alias.name):
+                    modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                else:
+                    assert alias.name in importlib.import_module(node.module).__all__
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if owner := modules.get(node.value.id):
+                assert node.attr in importlib.import_module(owner).__all__, f"{owner}.{node.attr}"
+
+
+def is_module(package, name):
+    try:
+        return importlib.util.find_spec(f"{package}.{name}") is not None
+    except ModuleNotFoundError:  # the package is a module
+        return False
+
+
+def test_a_stop_while_it_is_imported_is_told_in_a_word():
+    code = (
+        "import sys, signal, os\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'scipy':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from cuobs_cli import main\nmain(['methods'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "Stopped.\n" and done.stdout == ""
