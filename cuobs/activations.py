@@ -2,6 +2,9 @@
 
 from cuobs import arrays, modules, validation
 
+# What is public; the rest is for the package.
+__all__ = ["check_matrix"]
+
 
 def check_matrix(X, K=None, name="X"):
     """X as a matrix (tokens, K), still where it was, and not yet read; any K where it is None."""

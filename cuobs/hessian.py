@@ -8,8 +8,6 @@ from cuobs import arrays, validation
 from cuobs.activations import are_batches, check_batches, check_matrix, join
 from cuobs.ops.gram import add_gram
 
-__all__ = ["Hessian", "check_activations"]
-
 # Bytes of one piece of X: in the compute dtype on the CPU, small beside any memory and large beside
 # a cache; on its way to a GPU; and where it lies on the GPU as it is, as large as fills the device.
 PIECE = 128 * 2**20
