@@ -1,15 +1,27 @@
-"""The threads of NumPy's and SciPy's BLAS, which belong to the whole process."""
+"""The threads of NumPy's and SciPy's BLAS, which mostly belong to the whole process."""
 
+import contextlib
 import threading
 from functools import lru_cache
 
 from threadpoolctl import ThreadpoolController
 
 
-class _OneThread:
-    """A limit of one thread that counts its holders.
+@contextlib.contextmanager
+def one_thread():
+    """A context in which BLAS takes one thread.
 
-    The first of the contexts that overlap sets it, and the last one restores what the first found.
+    Its pools fight over the same cores: one spins while it waits for work, the other computes.
+    Contexts may overlap in threads, and leave BLAS as the first of them has found it.
+    """
+    with _libraries("openmp").limit(limits=1, user_api="blas"), _SHARED:
+        yield
+
+
+class _Shared:
+    """A limit of one thread on the pools of the process, which counts its holders.
+
+    The first of those that overlap sets it, and the last one restores what the first has found.
     """
 
     def __init__(self):
@@ -20,30 +32,37 @@ class _OneThread:
     def __enter__(self):
         with self._lock:
             if not self._holders:
-                self._limit = _libraries().limit(limits=1, user_api="blas")
+                _release()
+                self._limit = _libraries("shared").limit(limits=1, user_api="blas")
             self._holders += 1
 
     def __exit__(self, *error):
         with self._lock:
             self._holders -= 1
             if not self._holders:
+                _release()
                 self._limit.restore_original_limits()
+                _release()
 
 
-_ONE_THREAD = _OneThread()
+_SHARED = _Shared()
 
 
-def one_thread():
-    """A context in which BLAS takes one thread, in all threads of the process.
+def _release():
+    """Let this thread set limits: newer threadpoolctl lets only the first one that did so."""
+    for library in _libraries("shared").lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
 
-    Its pools fight over the same cores: one spins while it waits for work, the other computes.
-    """
-    return _ONE_THREAD
 
-
-@lru_cache(maxsize=1)
-def _libraries():
+@lru_cache(maxsize=2)
+def _libraries(kind):
+    """The loaded libraries that have a pool for each thread ("openmp"), or one for all."""
     import scipy.linalg  # noqa: F401
 
-    # Loaded libraries are looked up once; that takes longer than a small factorisation.
-    return ThreadpoolController()
+    # Looked up once; that takes longer than a small factorisation.
+    every = ThreadpoolController()
+    return every.select(filepath=[
+        library.filepath for library in every.lib_controllers
+        if (getattr(library, "threading_layer", None) == "openmp") == (kind == "openmp")
+    ])

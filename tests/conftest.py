@@ -1,5 +1,6 @@
 """Fixtures: the array namespaces, and the example layer."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,55 @@ def one_blas_thread():
         yield
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
-def xp(request):
-    """The test's body runs on NumPy and, where a CUDA device is found, on CuPy."""
-    if request.param == "numpy":
-        return np
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-gpu", action="store_true",
+        help="fail where a test needs a CUDA device and none is found, instead of skipping it",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    needed = item.get_closest_marker("gpu") and item.config.getoption("--require-gpu")
+    if needed and (fault := arrays.cupy_fault()):
+        pytest.fail(fault, pytrace=False)
+
+
+@pytest.fixture
+def cp():
+    """CuPy, where a CUDA device is found."""
     if fault := arrays.cupy_fault():
         pytest.skip(fault)
     import cupy
 
     return cupy
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """The test's body runs on NumPy and, where a CUDA device is found, on CuPy."""
+    return np if request.param == "numpy" else request.getfixturevalue("cp")
+
+
+@pytest.fixture
+def rng(request):
+    """Numbers of each test's own, the same in every run."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def close(dtype):
+    """Compare to a share of the largest entry that suits the dtype."""
+    tolerance = {"float32": 2e-4, "float64": 1e-11}[dtype]
+
+    def compare(found, expected):
+        found, expected = arrays.to_numpy(found), np.asarray(expected)
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=tolerance * max(1e-30, np.abs(expected).max())
+        )
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ def brute_share(W, h, pattern):
     layout = cuobs.pattern.parse(pattern).compile(*W.shape)
     S = (W.double() ** 2 * h.double()).numpy()
     pruned = 0.0
-    for rows, columns in itertools.product(layout.rows, layout.columns):
+    for rows, columns in itertools.product(layout.row_order, layout.column_order):
         scope = S[np.ix_(rows, columns)]
         scores = [scope[layout.blocks == b].sum() for b in range(layout.n_blocks)]
         pruned += sum(sorted(scores)[: layout.n_blocks - layout.keep])
@@ -315,7 +315,7 @@ def test_dealing_puts_a_column_of_each_kind_into_each_scope(pattern):
         assert order.tolist() == list(range(64))
         return
     width = 64 // layout.n_blocks
-    for columns in layout.columns:
+    for columns in layout.column_order:
         for block in range(layout.n_blocks):
             inside = rank[columns[layout.blocks[0] == block]]
             assert (inside // width == block).all()

@@ -1,46 +1,195 @@
-"""The kernels of true OBS and of Cholesky factors against their NumPy twins, on the device."""
-
-import zlib
+"""True-obs's passes."""
 
 import layers
 import numpy as np
 import pytest
+from layers import TALL, TILE, host
+from op_cases import SINGLE, TOLERANCE, compiled, definite, near_largest
 
 from cuobs import arrays, batches
 from cuobs.algorithms import true_obs_ops
 from cuobs.algorithms.true_obs import _bytes_per_row, _prune_rows, true_obs
 from cuobs.batches import Workspace
-from cuobs.ops import factors
+from cuobs.ops import factors, selection
 from cuobs.pattern import parse, patterns
 from cuobs.problem import Problem
 from cuobs.recipe import Settings
 
-pytestmark = pytest.mark.gpu
 
-PATTERNS = (*patterns(), layers.TILE, "2:3", "1:4", "2:4x3", "8:16", "16:32")
+@SINGLE
+def test_first_scopes(xp, rng, dtype):
+    """Smallest keys; where they tie, the lowest scope, wherever it lies; positions ascend."""
+    key = rng.integers(0, 4, (6, 37)).astype(dtype)
+    scopes = np.argsort(rng.random((6, 90)), axis=1)[:, :37].astype(np.int32)
+    for size in 1, 5, 36, 37:
+        found = host(true_obs_ops.first_scopes(xp.asarray(key), xp.asarray(scopes), size))
+        for R in range(6):
+            order = sorted(range(37), key=lambda k: (key[R, k], scopes[R, k]))  # noqa: B023
+            assert found[R].tolist() == sorted(order[:size])
+
+
+@pytest.fixture(params=["2:4", "4:8", "block16-row8", TILE, TALL])
+def state(request, rng):
+    """Row groups in the middle of true-obs: n open scopes of each, in any order, and a Z."""
+    layout = compiled(request.param, columns=9)[0]
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    n, used = 6, 8
+    return {
+        "layout": layout, "R": R, "r": r, "G": G, "c": c, "n": n, "used": used,
+        "scopes": np.argsort(rng.random((R, G)), axis=1)[:, :n].astype(np.int32),
+        "w": rng.standard_normal((c, R, r, n)), "D": rng.standard_normal((c, c, R, r, n)),
+        "Z": rng.standard_normal((R * r, n * c, used + 56)) / 10,
+        "chosen": np.sort(np.argsort(rng.random((R, n)), axis=1)[:, :2]).astype(np.int32),
+        "C": definite(rng, G * c),
+    }
+
+
+@SINGLE
+def test_take_pruned(xp, rng, state, dtype):
+    layout, c, r = state["layout"], state["c"], state["r"]
+    blocks = selection.prune_lowest(
+        rng.random((layout.n_blocks, state["R"], state["n"])), layout.n_blocks - layout.keep)
+    mask = xp.zeros((state["R"], r, state["G"], c), bool)
+    places, columns, weights, counts = true_obs_ops.take_pruned(
+        xp.asarray(blocks), xp.asarray(state["chosen"]), xp.asarray(state["scopes"]),
+        xp.asarray(state["w"], dtype), layout, mask)
+    places, columns, weights, mask = map(host, (places, columns, weights, mask))
+    for R, i in np.ndindex(state["R"], r):
+        expected = []
+        for k in state["chosen"][R]:
+            scope = state["scopes"][R, k]
+            gone = blocks[layout.blocks[i], R, k]
+            assert np.array_equal(mask[R, i, scope], ~gone)
+            expected += [(k * c + j, scope * c + j, state["w"].astype(dtype)[j, R, i, k])
+                         for j in np.flatnonzero(gone)]
+        b = R * r + i
+        found = zip(places[b], columns[b], weights[b], strict=True)
+        assert sorted(f for f in found if f[0] >= 0) == sorted(expected)
+        assert (columns[b][places[b] < 0] == -1).all() and not weights[b][places[b] < 0].any()
+        if counts is not None:
+            assert host(counts)[b] >= len(expected)
+    assert mask.sum() == sum(mask[R, :, state["scopes"][R, k]].sum()
+                             for R in range(state["R"]) for k in state["chosen"][R])
+
+
+@SINGLE
+def test_groups_of_rows(xp, rng, state, dtype, close):
+    """Z_P, A = C_PP - Z_P Z_P^T and y = L^-1 w, with rows that lose fewer columns filled up."""
+    B, c, n, used = state["R"] * state["r"], state["c"], state["n"], state["used"]
+    places = np.argsort(rng.random((B, n * c)), axis=1)[:, :min(5, n * c)].astype(np.int32)
+    places[::2, -1] = -1
+    scope = np.repeat(state["scopes"], state["r"], axis=0)
+    columns = np.take_along_axis(scope, places // c, 1) * c + places % c
+    columns = np.where(places < 0, -1, columns).astype(np.int32)
+    Z = xp.asarray(state["Z"], dtype)
+    Z_P = true_obs_ops.gather_factor(Z, xp.asarray(places), used)
+    rows = np.where(places[..., None] < 0, 0,
+                    np.take_along_axis(state["Z"][:, :, :used], places[..., None], 1))
+    close(Z_P, rows)
+    close(true_obs_ops.gather_factor(Z, None, used), state["Z"][:, :, :used])
+    A = host(true_obs_ops.group_blocks(xp.asarray(state["C"], dtype), xp.asarray(columns), Z_P))
+    expected = state["C"][columns[:, :, None], columns[:, None]] - rows @ rows.swapaxes(1, 2)
+    filled = (columns < 0)[:, :, None] | (columns < 0)[:, None]
+    expected = np.where(filled, np.eye(places.shape[1]), expected)
+    close(np.tril(A), np.tril(expected))
+    inverse = np.linalg.inv(np.linalg.cholesky(expected + 5 * np.eye(places.shape[1])))
+    weights, cost = rng.standard_normal(places.shape), rng.standard_normal(B)
+    total = xp.array(cost, dtype)
+    y, same = true_obs_ops.solve_group(
+        xp.asarray(inverse, dtype), xp.asarray(weights, dtype), total, np.dtype(dtype))
+    solved = (inverse @ weights[..., None])[..., 0]
+    close(y, solved)
+    close(total, cost + (solved**2).sum(1))
+    close(same, inverse)
+
+
+@SINGLE
+def test_drop_scopes(xp, state, dtype, close):
+    """What is left are the other scopes, each with its own weights, blocks and rows of Z."""
+    R, r, c, n, used = (state[name] for name in ("R", "r", "c", "n", "used"))
+    arrays = {name: xp.array(state[name], dtype) for name in ("w", "D", "Z")}
+    factor = true_obs_ops.Factor(arrays["Z"], used=used)
+    scopes, w, D = true_obs_ops.drop_scopes(
+        xp.asarray(state["chosen"]), xp.array(state["scopes"]), arrays["w"], arrays["D"], factor)
+    scopes, w, D, Z = map(host, (scopes, w, D, factor.Z))
+    assert scopes.shape == (R, n - 2) and w.shape[3] == n - 2 and Z.shape[1] == (n - 2) * c
+    below = np.tril(np.ones((c, c)))[..., None]
+    for g in range(R):
+        kept = {int(state["scopes"][g, k]): k for k in range(n) if k not in state["chosen"][g]}
+        assert sorted(scopes[g]) == sorted(kept)
+        old = [kept[int(s)] for s in scopes[g]]
+        for i in range(r):
+            close(w[:, g, i], state["w"][:, g, i][:, old])
+            close(D[:, :, g, i] * below, state["D"][:, :, g, i][..., old] * below)
+            by_scope = state["Z"][g * r + i, :, :used].reshape(n, c, used)[old]
+            close(Z[g * r + i, :, :used], by_scope.reshape(-1, used))
+
+
+@SINGLE
+@pytest.mark.parametrize("differ", [False, True])
+def test_append_factor(xp, rng, state, dtype, close, differ):
+    """Zn = L^-1 (C_P: - Z_P Z^T), transposed, behind what each row has in Z so far."""
+    R, r, c, n, used = (state[name] for name in ("R", "r", "c", "n", "used"))
+    B, p = R * r, 8
+    columns = np.argsort(rng.random((B, state["G"] * c)), axis=1)[:, :p].astype(np.int32)
+    p = columns.shape[1]
+    counts = np.full(B, p, np.int32)
+    Z = state["Z"].copy()
+    starts = np.full(B, used, np.int32)
+    if differ:
+        counts[::2] = p - 8 if p > 8 else 0
+        starts[1::3] = 0
+        Z[1::3, :, :used] = 0
+        columns[np.arange(p) >= counts[:, None]] = -1
+    C, Z_P = state["C"], rng.standard_normal((B, p, used)) / 10
+    Z_P[columns < 0] = 0
+    inverse = np.tril(rng.standard_normal((B, p, p)))
+    # Filled places stand alone, with a unit diagonal.
+    filled = columns < 0
+    inverse[filled[:, :, None] | filled[:, None]] = 0
+    inverse[filled[:, :, None] & np.eye(p, dtype=bool)] = 1
+    factor = true_obs_ops.Factor(xp.array(Z, dtype), used, xp.asarray(starts) if differ else None)
+    Zn = true_obs_ops.append_factor(
+        xp.asarray(C, dtype), xp.asarray(state["scopes"]), xp.asarray(columns),
+        xp.asarray(Z_P, dtype), xp.asarray(inverse, dtype),
+        xp.asarray(counts) if differ else None, factor, Workspace())
+    open_columns = (state["scopes"][:, :, None] * c + np.arange(c)).reshape(R, -1)
+    open_columns = np.repeat(open_columns, r, axis=0)
+    for b in range(B):
+        P = columns[b, : counts[b]]
+        Y = C[np.ix_(P, open_columns[b])] - Z_P[b, : len(P)] @ Z[b, :, :used].T
+        expected = (inverse[b, : len(P), : len(P)] @ Y).T
+        # The smallest may be all rounding.
+        scale = max(1.0, np.abs(expected).max(initial=0))
+        tolerance = {"float32": 2e-4, "float64": 1e-11}[dtype] * scale
+        np.testing.assert_allclose(host(Zn)[b, :, : len(P)], expected, rtol=0, atol=tolerance)
+        assert not host(Zn)[b, :, len(P) :].any()
+        end = starts[b] + len(P)
+        stored = host(factor.Z)[b]
+        np.testing.assert_allclose(stored[:, starts[b] : end], expected, rtol=0, atol=tolerance)
+        assert not stored[:, end : factor.used].any()
+    assert factor.used == (starts + counts).max()
+
+
+@SINGLE
+def test_update_scopes(xp, rng, state, dtype, close):
+    R, r, c, n = (state[name] for name in ("R", "r", "c", "n"))
+    B, p = R * r, 8
+    Zn, y = rng.standard_normal((B, n * c, p)), rng.standard_normal((B, p))
+    w, D = (xp.array(state[name], dtype) for name in "wD")
+    true_obs_ops.update_scopes(w, D, xp.asarray(Zn, dtype), xp.asarray(y, dtype))
+    by_scope = Zn.reshape(R, r, n, c, p)
+    close(w, state["w"] - np.einsum("Rrncp,Rrp->cRrn", by_scope, y.reshape(R, r, p)))
+    below = np.tril(np.ones((c, c)))[..., None, None, None]
+    expected = state["D"] - np.einsum("Rrnip,Rrnjp->ijRrn", by_scope, by_scope)
+    close(host(D) * below, expected * below)
+
+
 # Weights, and the factor that goes with them.
 TYPES = [("float32", "float16"), ("float32", "float32"), ("float64", "float64")]
-TOLERANCE = {"float16": 5e-3, "float32": 2e-4, "float64": 1e-10}
 
 
-@pytest.fixture
-def cp():
-    if fault := arrays.cupy_fault():
-        pytest.skip(fault)
-    import cupy
-
-    return cupy
-
-
-@pytest.fixture
-def rng(request):
-    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
-
-
-def definite(rng, *shape):
-    """Symmetric positive definite matrices (..., n, n)."""
-    A = rng.standard_normal((*shape, 2 * shape[-1]))
-    return A @ np.swapaxes(A, -1, -2) / (2 * shape[-1])
+PATTERNS = (*patterns(), layers.TILE, "2:3", "1:4", "2:4x3", "8:16", "16:32")
 
 
 def shuffled(rng, rows, n):
@@ -48,18 +197,11 @@ def shuffled(rng, rows, n):
     return rng.permuted(np.tile(np.arange(n, dtype=np.int32), (rows, 1)), axis=1)
 
 
-def same(found, expected, tolerance=0.0):
-    """Equal to a share of the largest entry."""
-    found = arrays.to_numpy(found).astype(np.float64)
-    assert found.shape == expected.shape
-    largest = np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * largest)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n, size", [(1, 1), (7, 7), (40, 3), (257, 256), (700, 1), (3000, 411)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_first_scopes(cp, rng, dtype, n, size, ties):
+def test_first_scopes_by_a_kernel(cp, rng, dtype, n, size, ties):
     key = rng.integers(-3, 4, (3, n)) if ties else rng.standard_normal((3, n))
     key = key.astype(dtype)
     key[key == 0] *= -1
@@ -71,53 +213,7 @@ def test_first_scopes(cp, rng, dtype, n, size, ties):
     np.testing.assert_array_equal(arrays.to_numpy(found), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("B, p", [(1, 1), (3, 8), (40, 64), (2, 100), (3, 128), (2, 136), (2, 512)])
-def test_cholesky_inverse(cp, rng, dtype, B, p):
-    A = definite(rng, B, p)
-    lower = np.tril(A) + np.triu(np.full((p, p), np.nan), 1)
-    found = factors.cholesky_inverse(cp.asarray(lower, dtype))
-    same(found, np.linalg.inv(np.linalg.cholesky(A)), TOLERANCE[dtype])
-    assert not np.triu(arrays.to_numpy(found), 1).any()
-
-
-@pytest.mark.parametrize("p", [20, 300])
-def test_failures_are_named(cp, rng, p):
-    A = definite(rng, 40, p)
-    A[[3, 35], -1, -1] = -1
-    with pytest.raises(np.linalg.LinAlgError, match=r"2 of 40 .*\(numbers 3, 35\)"):
-        factors.cholesky_inverse(cp.asarray(A, "float32"))
-    info = cp.zeros(40, np.int32)
-    factors.cholesky_inverse(cp.asarray(A, "float32"), info)
-    assert info.get()[[3, 35]].tolist() == [p, p] and np.count_nonzero(info.get()) == 2
-    for dtype in "float32", "float64":
-        with pytest.raises(np.linalg.LinAlgError, match="larger damp"):
-            factors.reversed_cholesky(cp.asarray(A[3], dtype))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("K", [1, 5, 128, 129, 300, 700, 1536])
-def test_inverse(cp, rng, dtype, K):
-    A = definite(rng, K)
-    R = np.linalg.cholesky(A[::-1, ::-1])[::-1, ::-1]
-    found = factors.reversed_cholesky(cp.asarray(A, dtype))
-    same(found, R, TOLERANCE[dtype])
-    U = factors.upper_inverse(cp.asarray(R, dtype))
-    same(U, np.linalg.inv(R), TOLERANCE[dtype])
-    assert not np.tril(arrays.to_numpy(U), -1).any()
-    same(factors.upper_gram(U), np.linalg.inv(A), TOLERANCE[dtype])
-    same(factors.inverse(cp.asarray(A, dtype)), np.linalg.inv(A), TOLERANCE[dtype])
-
-
-def test_tensor_cores_keep_the_triangular_inverse(cp, rng, monkeypatch):
-    """Only the Gram product may lose digits."""
-    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 1)
-    A = definite(rng, 1000)
-    R = np.linalg.cholesky(A).T
-    same(factors.upper_inverse(cp.asarray(R, "float32"), "tensor"), np.linalg.inv(R), 1e-5)
-    same(factors.inverse(cp.asarray(A, "float32"), "tensor"), np.linalg.inv(A), 2e-3)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, factor_dtype", TYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("R, groups", [(1, 1), (3, 6), (33, 20)])
@@ -197,7 +293,7 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
             assert not found[:, :, p:].any()
             found = found[:, :, :p]
         exact = name in ("places", "columns", "weights", "mask", "scopes", "Z_P")
-        same(found, expected.astype(np.float64), 0 if exact else tolerance)
+        near_largest(found, expected.astype(np.float64), 0 if exact else tolerance)
 
 
 def shape_of(pattern, R, G):
@@ -208,6 +304,7 @@ def shape_of(pattern, R, G):
                                                          "16:32": 32}.get(pattern, 4)
 
 
+@pytest.mark.gpu
 def test_a_wider_factor_keeps_its_columns(cp, rng):
     Z = rng.standard_normal((5, 12, 24)).astype("float16")
     factor, space = true_obs_ops.Factor(cp.asarray(Z)[:, :9], used=16), Workspace()
@@ -215,10 +312,10 @@ def test_a_wider_factor_keeps_its_columns(cp, rng):
     assert factor.Z.shape == (5, 9, 24)
     true_obs_ops.make_room(factor, 9, 400, space)
     assert factor.Z.shape == (5, 9, 48)
-    same(factor.Z[:, :, :16], Z[:, :9, :16])
+    near_largest(factor.Z[:, :, :16], Z[:, :9, :16])
     true_obs_ops.make_room(factor, 40, 400, space)
     assert factor.Z.shape == (5, 9, 56)
-    same(factor.Z[:, :, :16], Z[:, :9, :16])
+    near_largest(factor.Z[:, :, :16], Z[:, :9, :16])
 
 
 def problem_on(cp, pattern, M, K, **settings):
@@ -228,6 +325,7 @@ def problem_on(cp, pattern, M, K, **settings):
                          Settings(**settings))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("pattern, M, K", [("2:4", 100, 192), ("block16-row8", 160, 128)])
 @pytest.mark.parametrize("precision", ["tensor", "fp32"])
 def test_batches_of_any_size_give_the_same_masks(cp, pattern, M, K, precision):
@@ -240,6 +338,7 @@ def test_batches_of_any_size_give_the_same_masks(cp, pattern, M, K, precision):
         assert (other.cost == results[0].cost).all()
 
 
+@pytest.mark.gpu
 def test_out_of_memory_halves_the_rows(cp, monkeypatch):
     """The device refuses a batch of 128 rows, and the masks are the same as of 32."""
     asked = []
@@ -264,6 +363,7 @@ def test_out_of_memory_halves_the_rows(cp, monkeypatch):
     assert (found.mask == expected.mask).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("pattern, M, K, group", [
     ("2:4", 64, 1024, 32), ("2:4", 64, 512, 1), ("coupled-2:4", 64, 1024, 8),
     ("block16-row8", 64, 1024, 4), ("2:4", 64, 512, 1000),
@@ -297,6 +397,7 @@ def test_a_batch_fits_what_it_is_said_to_take(cp, monkeypatch, pattern, M, K, gr
     assert len(asked) == 1
 
 
+@pytest.mark.gpu
 def test_rows_that_float16_fails_are_done_again(cp, monkeypatch):
     """A pivot that fails in float16 sends its row group, and no other, through float32."""
     exact = true_obs(problem_on(cp, "2:4", 40, 128, precision="fp32"), group=4)
@@ -324,6 +425,7 @@ def test_rows_that_float16_fails_are_done_again(cp, monkeypatch):
         true_obs(problem_on(cp, "2:4", 40, 128), group=4)
 
 
+@pytest.mark.gpu
 def test_half_precision_does_not_move_the_cost(cp, example):
     W, X = (np.asarray(a[: n], "float32") for a, n in zip(example, (64, 4096), strict=True))
     H = X.T @ X
@@ -335,6 +437,7 @@ def test_half_precision_does_not_move_the_cost(cp, example):
     assert costs["tensor"] == pytest.approx(costs["fp32"], rel=5e-3)
 
 
+@pytest.mark.gpu
 def test_the_plan_of_the_published_size():
     """256 rows fit 24 GiB, and 8 GiB hold 32 beside everything else."""
     layout = parse("2:4").compile(2560, 9728)

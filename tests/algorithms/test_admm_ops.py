@@ -1,0 +1,98 @@
+"""ADMM's passes."""
+
+import numpy as np
+import pytest
+from layers import host
+from op_cases import EVERY, PATTERNS, SHAPE, SINGLE, by_scope, compiled, layout_of, near
+
+from cuobs import arrays
+from cuobs.algorithms import admm_ops
+from cuobs.ops import projection
+
+
+@SINGLE
+@pytest.mark.parametrize("text", PATTERNS)
+def test_projection(xp, rng, dtype, close, text):
+    layout, s = compiled(text)
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    B, V, old = (rng.standard_normal((R * r, G * c)).astype(dtype) for _ in range(3))
+
+    def mask_of(A):
+        squares = by_scope(A.astype(float), layout) ** 2
+        sums = np.stack([squares.transpose(1, 3, 2, 0)[:, :, layout.blocks == b].sum(-1)
+                         for b in range(layout.n_blocks)])
+        lost = np.argsort(sums, axis=0, kind="stable")[: layout.n_blocks - layout.keep]
+        gone = np.zeros(sums.shape, bool)
+        np.put_along_axis(gone, lost, True, axis=0)
+        return ~gone[layout.blocks].transpose(2, 0, 3, 1).reshape(B.shape)
+
+    mask, before = xp.zeros(B.shape, bool), mask_of(old)
+    assert projection.project_mask(xp.asarray(old), mask, layout) == before.sum()
+    np.testing.assert_array_equal(host(mask), before)
+    rho = 0.3
+    b, v, d = xp.array(B), xp.array(V), xp.empty(B.shape, dtype)
+    changed = admm_ops.project_update(b, v, d, mask, rho, layout)
+    after = mask_of(B + V / rho)
+    D = (B + V / rho) * after
+    np.testing.assert_array_equal(host(mask), after)
+    assert changed == (before != after).sum()
+    close(d, D)
+    np.testing.assert_allclose(host(v), V + rho * (B - D), rtol=0,
+                               atol={"float32": 1e-5, "float64": 1e-13}[dtype])
+    np.testing.assert_array_equal(host(b), B)
+
+
+@SINGLE
+def test_ridge_right_side(xp, rng, dtype, close):
+    D, V, G, B = (rng.standard_normal((7, 33)) for _ in range(4))
+    d, v, g, b = (xp.asarray(a, dtype) for a in (D, V, G, B))
+    out = xp.empty(D.shape, dtype)
+    admm_ops.ridge_right_side(d, v, g, 0.7, out)
+    close(out, 0.7 * D - V + G)
+    admm_ops.ridge_right_side(d, v, g, 0.7, out, b)
+    close(out, 0.7 * D - V + G - 0.7 * B)
+
+
+@pytest.mark.gpu
+@EVERY
+@SHAPE
+@SINGLE
+def test_project_update(cp, rng, pattern, R, G, dtype):
+    """Three steps, each from the arrays that the one before has left on its own side."""
+    layout = layout_of(pattern, R, G)
+    M, K = layout.shape
+    V, D = (rng.standard_normal((M, K)).astype(dtype) for _ in range(2))
+    mask = rng.random((M, K)) < 0.5
+    V_gpu, D_gpu, mask_gpu = map(cp.asarray, (V, D, mask))
+    for rho in (0.1, 0.25, 0.7):
+        B = rng.standard_normal((M, K)).astype(dtype)
+        B[:, : layout.columns] = V[:, : layout.columns] = 0  # ties
+        V_gpu[:, : layout.columns] = 0
+        changed = admm_ops.project_update(B, V, D, mask, rho, layout)
+        found = admm_ops.project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, rho, layout)
+        differ = (arrays.to_numpy(mask_gpu) != mask).sum()
+        assert differ == 0 if dtype == "float64" else differ <= 1e-3 * mask.size
+        assert abs(found - changed) <= differ
+        if differ:
+            return
+        near(V_gpu, V, dtype)
+        near(D_gpu, D, dtype)
+    other, other_gpu = mask.copy(), cp.asarray(mask)
+    assert projection.project_mask(B, other, layout) == admm_ops.project_mask(
+        cp.asarray(B), other_gpu, layout
+    )
+    np.testing.assert_array_equal(arrays.to_numpy(other_gpu), other)
+
+
+@pytest.mark.gpu
+@SINGLE
+@pytest.mark.parametrize("with_B", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 131), (300, 257)])
+def test_ridge_right_side_by_a_kernel(cp, rng, shape, with_B, dtype):
+    D, V, G, B = (rng.standard_normal(shape).astype(dtype) for _ in range(4))
+    B = B if with_B else None
+    expected, found = np.empty_like(D), cp.empty(shape, dtype)
+    admm_ops.ridge_right_side(D, V, G, 0.3, expected, B)
+    admm_ops.ridge_right_side(*map(cp.asarray, (D, V, G)), 0.3, found,
+                                None if B is None else cp.asarray(B))
+    near(found, expected, dtype, single=1e-6, double=1e-14)

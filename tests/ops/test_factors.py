@@ -1,0 +1,119 @@
+"""Cholesky factors and triangular inverses."""
+
+import numpy as np
+import oracles
+import pytest
+from layers import host
+from op_cases import SINGLE, TOLERANCE, definite, near_largest
+
+from cuobs import arrays
+from cuobs.ops import factors
+
+
+@SINGLE
+def test_cholesky(xp, rng, dtype, close):
+    for A in definite(rng, 12), definite(rng, 1), definite(rng, 700):
+        L = factors.cholesky(xp.asarray(A, dtype))
+        assert L.dtype == dtype
+        close(L, np.linalg.cholesky(A))
+
+
+def test_not_positive_definite_is_noticed(xp):
+    bad = np.diag([1.0, -1.0, 1.0])
+    with pytest.raises(np.linalg.LinAlgError):
+        factors.cholesky(xp.asarray(bad))
+    with pytest.raises(np.linalg.LinAlgError, match="found 2 of 4 .*numbers 1, 2"):
+        factors.cholesky_inverse(xp.asarray(np.stack([np.eye(3), bad, -np.eye(3), np.eye(3)])))
+    with pytest.raises(np.linalg.LinAlgError, match="hessian: .*damp"):
+        factors.reversed_cholesky(xp.asarray(bad))
+    for factor in factors.cholesky, factors.reversed_cholesky:
+        info = xp.zeros(1, np.int32)
+        factor(xp.asarray(bad), info)
+        assert int(info[0]) == 2
+        factor(xp.asarray(np.eye(3)), info)
+        assert int(info[0]) == 0
+
+
+@SINGLE
+@pytest.mark.parametrize("K", [1, 5, 64, 300])
+def test_reversed_factor(xp, rng, dtype, close, K):
+    """Upper triangular, H = R R^T, and R[a:, a:] is that of what is left after a columns."""
+    H = definite(rng, K)
+    R = factors.reversed_cholesky(xp.asarray(H, dtype))
+    assert np.array_equal(host(R), np.triu(host(R))) and R.dtype == dtype
+    close(R @ R.T, H)
+    close(factors.upper_inverse(R), np.linalg.inv(host(R).astype(float)))
+    close(factors.inverse(xp.asarray(H, dtype)), np.linalg.inv(H))
+    a = K // 3
+    left = np.linalg.inv(H)
+    for j in range(a):
+        left = oracles.eliminate(left, [j])
+    U = factors.upper_inverse(R[a:, a:])
+    close(U.T @ U, left[a:, a:])
+
+
+@SINGLE
+@pytest.mark.parametrize("B, p", [(1, 1), (3, 10), (2, 130)])
+def test_cholesky_inverse(xp, rng, dtype, close, B, p):
+    """Only the lower triangle is read."""
+    A = definite(rng, B, p)
+    lower = xp.array(np.tril(A) + np.triu(np.full((p, p), 7.0), 1), dtype)
+    found = factors.cholesky_inverse(lower)
+    close(found, np.linalg.inv(np.linalg.cholesky(A)))
+    assert np.array_equal(host(found), np.tril(host(found)))
+    if p > 1:
+        A[-1] *= -1
+        info = xp.zeros(B, np.int32)
+        factors.cholesky_inverse(xp.array(A, dtype), info)
+        assert np.flatnonzero(host(info)).tolist() == [B - 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("B, p", [(1, 1), (3, 8), (40, 64), (2, 100), (3, 128), (2, 136), (2, 512)])
+def test_cholesky_inverse_by_tiles(cp, rng, dtype, B, p):
+    A = definite(rng, B, p)
+    lower = np.tril(A) + np.triu(np.full((p, p), np.nan), 1)
+    found = factors.cholesky_inverse(cp.asarray(lower, dtype))
+    near_largest(found, np.linalg.inv(np.linalg.cholesky(A)), TOLERANCE[dtype])
+    assert not np.triu(arrays.to_numpy(found), 1).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [20, 300])
+def test_failures_are_named(cp, rng, p):
+    A = definite(rng, 40, p)
+    A[[3, 35], -1, -1] = -1
+    with pytest.raises(np.linalg.LinAlgError, match=r"2 of 40 .*\(numbers 3, 35\)"):
+        factors.cholesky_inverse(cp.asarray(A, "float32"))
+    info = cp.zeros(40, np.int32)
+    factors.cholesky_inverse(cp.asarray(A, "float32"), info)
+    assert info.get()[[3, 35]].tolist() == [p, p] and np.count_nonzero(info.get()) == 2
+    for dtype in "float32", "float64":
+        with pytest.raises(np.linalg.LinAlgError, match="larger damp"):
+            factors.reversed_cholesky(cp.asarray(A[3], dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("K", [1, 5, 128, 129, 300, 700, 1536])
+def test_inverse(cp, rng, dtype, K):
+    A = definite(rng, K)
+    R = np.linalg.cholesky(A[::-1, ::-1])[::-1, ::-1]
+    found = factors.reversed_cholesky(cp.asarray(A, dtype))
+    near_largest(found, R, TOLERANCE[dtype])
+    U = factors.upper_inverse(cp.asarray(R, dtype))
+    near_largest(U, np.linalg.inv(R), TOLERANCE[dtype])
+    assert not np.tril(arrays.to_numpy(U), -1).any()
+    near_largest(factors.upper_gram(U), np.linalg.inv(A), TOLERANCE[dtype])
+    near_largest(factors.inverse(cp.asarray(A, dtype)), np.linalg.inv(A), TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+def test_tensor_cores_keep_the_triangular_inverse(cp, rng, monkeypatch):
+    """Only the Gram product may lose digits."""
+    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 1)
+    A = definite(rng, 1000)
+    R = np.linalg.cholesky(A).T
+    near_largest(factors.upper_inverse(cp.asarray(R, "float32"), "tensor"), np.linalg.inv(R), 1e-5)
+    near_largest(factors.inverse(cp.asarray(A, "float32"), "tensor"), np.linalg.inv(A), 2e-3)

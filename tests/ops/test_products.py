@@ -1,0 +1,62 @@
+"""Products into place."""
+
+import numpy as np
+import pytest
+from layers import host
+from op_cases import SINGLE, near, untouched, wider
+
+from cuobs import arrays
+from cuobs.ops import products
+
+
+@SINGLE
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 8, 3), (1, 7, 9), (33, 65, 17), (4, 0, 6)])
+def test_gemm_adds(xp, rng, dtype, close, m, k, n):
+    A, B, C = (rng.standard_normal(shape) for shape in ((m, k), (k, n), (m, n)))
+    a, b, c = (xp.array(v, dtype) for v in (A, B, C))
+    products.gemm(a, b, c, alpha=-1, beta=1)
+    close(c, C - A @ B)
+    wide = xp.asarray(np.pad(C, ((0, 0), (2, 3))), dtype)
+    at = wide[:, 2 : 2 + n]
+    products.gemm(xp.asarray(A.T, dtype).T, xp.asarray(B.T, dtype).T, at, beta=1)
+    close(at, C + A @ B)
+    assert not host(wide)[:, :2].any() and not host(wide)[:, 2 + n :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (1, 64, 1), (5, 1, 3), (33, 17, 65), (128, 7, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_gemm_on_a_device(cp, rng, m, k, n, dtype):
+    """Slices and transposes in, the rows of a wider array to add to, batches, nothing at all."""
+    total = "float64" if dtype == "float64" else "float32"
+    for A_turned, B_turned in [(0, 0), (1, 0), (0, 1), (1, 1)]:
+        A = rng.standard_normal((k, m) if A_turned else (m, k)).astype(dtype)
+        B = rng.standard_normal((n, k) if B_turned else (k, n)).astype(dtype)
+        out = rng.standard_normal((m, n)).astype(total)
+        a, b = (A.T if A_turned else A), (B.T if B_turned else B)
+        expected = 2 * out - 0.5 * (a.astype(total) @ b.astype(total))
+        whole, out_gpu = wider(cp, out, 3, 2)
+        A_gpu, B_gpu = wider(cp, A, 1, 2)[1], wider(cp, B, 2, 1)[1]
+        products.gemm(A_gpu.T if A_turned else A_gpu, B_gpu.T if B_turned else B_gpu, out_gpu,
+                  alpha=-0.5, beta=2.0)
+        near(out_gpu, expected, total, single=1e-5)
+        assert untouched(whole, 3, 2)
+    products.gemm(cp.empty((m, 0), dtype), cp.empty((0, n), dtype), out_gpu, beta=1.0)
+    products.gemm(A_gpu[:0], cp.ascontiguousarray(B_gpu), out_gpu[:0], beta=1.0)
+    near(out_gpu, expected, total, single=1e-5)
+    A, B = (rng.standard_normal((35, *shape)).astype(dtype) for shape in ((m, k), (k, n)))
+    out_gpu = cp.empty((35, m, n), total)
+    products.gemm(cp.asarray(A), cp.asarray(B), out_gpu)
+    near(out_gpu, A.astype(total) @ B.astype(total), total, single=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact, low, high", [(False, 1e-4, 0.1), (True, 0, 1e-4)])
+def test_gemm_on_tensor_cores(cp, rng, monkeypatch, exact, low, high):
+    """Ten bits of each factor, or all of them in three products."""
+    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 0)
+    A, B = rng.standard_normal((2, 256, 256)).astype("float32")
+    out = cp.zeros((256, 256), "float32")
+    products.gemm(cp.asarray(A), cp.asarray(B), out, precision="tensor", exact=exact)
+    error = np.abs(arrays.to_numpy(out) - A.astype("float64") @ B).max()
+    assert low < error < high
