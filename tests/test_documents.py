@@ -26,9 +26,9 @@ WRITES = ("prune-model", "rotate", "pack-model", "unpack-model")
 
 
 def blocks(page, kind):
-    """The literal blocks of a page: of Python, or those after ``::``."""
+    """The literal blocks of a page: of Python or TOML, or those after ``::``."""
     text = (ROOT / page).read_text()
-    start = r"\.\. code-block:: python\n" if kind == "python" else r"[^\n]*(?<!code-block)::\n"
+    start = rf"\.\. code-block:: {kind}\n" if kind != "shell" else r"[^\n]*(?<!code-block)::\n"
     for match in re.finditer(start + r"(?:\s*\n)((?:[ ]+[^\n]*\n|\s*\n)+)", text):
         lines = match[1].rstrip().splitlines()
         indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
@@ -45,12 +45,13 @@ def commands(page):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with what the pages name: the example layer, a part of it, and a tiny model SRC."""
+    """A folder with what the pages name: the example layer, a part of it, and a recipe."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     W, X = (np.load(ROOT / "examples" / "smollm2" / f"{name}.npy") for name in "WX")
     np.save("W.npy", W[:16, :64])
     np.save("X.npy", X[:512, :64])
+    (tmp_path / "recipe.toml").write_text(next(blocks("docs/howto.rst", "toml")))
     return tmp_path
 
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import importlib
+import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +49,44 @@ def test_a_method_with_an_option_is_one_file(activation):
     result = cuobs.prune(W, X, pattern="2:4", method="activation")
     assert result.options == {"power": 2.0}
     assert (result.mask == np.tile([False, False, True, True], (8, 8))).all()
+
+
+def commands(block):
+    """The commands of the page's block that begins with these words."""
+    lines = PAGE.split(block)[1].split("::\n\n")[1].split("\n\n")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
+    pytest.importorskip("cuobs_cli", reason="the command line is not installed")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    W, X = rng.standard_normal((8, 32)), rng.standard_normal((128, 32))
+    np.save("W.npy", W)
+    np.save("X.npy", X)
+    Path("activation.py").write_text(recipe("method"))
+
+    def run(*words, code=0):
+        done = subprocess.run([sys.executable, "-m", "cuobs", *words], capture_output=True,
+                              text=True)  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done
+
+    listed, pruned, compared = commands("it is a plugin of the command line")
+    said = run(*listed).stdout
+    assert re.search(r"^activation +weakest inputs, no compensation$", said, re.MULTILINE)
+    assert re.search(r"^ +--power  \[2.0\]$", said, re.MULTILINE)
+    run(*pruned, "--report", "r.json")
+    assert json.load(open("r.json"))["options"] == {"power": 1.0}
+    scores = np.linalg.norm(X, axis=0).reshape(-1, 4)
+    kept = (scores >= np.sort(scores)[:, 2:3]).ravel()  # the two strongest inputs of each four
+    np.testing.assert_array_equal(np.load("W-pruned.npy"), W * kept)
+    rows = run(*compared, "--power", "3").stdout.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["wanda", "activation"]
+    said = run(*pruned[:-1], "much", code=2).stderr
+    assert said == "Error: power: found 'much', expected a number that is finite\n"
+    helped = " ".join(run(*pruned[:3], "--help").stdout.split())
+    assert "--power NUMBER Of the inputs' norm. [default: 2.0]" in helped
 
 
 def test_a_pattern_is_one_line(monkeypatch):

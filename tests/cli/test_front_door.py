@@ -60,24 +60,6 @@ def page_file():
     return textwrap.dedent(re.match(r"(?:\s*\n|   .*\n)+", block)[0])
 
 
-def test_the_page_s_file_is_a_plugin_word_for_word():
-    Path("activation.py").write_text(page_file())
-    plugin = ("--plugin", "activation.py")
-    said = shell(*plugin, "methods").stdout
-    assert re.search(r"^activation +weakest inputs, no compensation$", said, re.MULTILINE)
-    assert re.search(r"^ +--power  \[2.0\]$", said, re.MULTILINE)
-    assert "--power NUMBER" in shell(*plugin, "prune", "--help").stdout
-    shell(*plugin, "prune", "W.npy", "X.npy", "--method", "activation", "--power", "1",
-          "--report", "r.json")  # fmt: skip
-    assert json.load(open("r.json"))["options"] == {"power": 1.0}
-    assert cuobs.verify(np.load("W-pruned.npy"), "2:4")
-    said = shell(*plugin, "compare", "W.npy", "X.npy", "--method", "wanda", "--method",
-                 "activation", "--power", "3").stdout  # fmt: skip
-    assert [line.split()[0] for line in said.splitlines()[2:]] == ["wanda", "activation"]
-    said = shell(*plugin, "prune", "W.npy", "X.npy", "--power", "much", code=2).stderr
-    assert said == "Error: power: found 'much', expected a number that is finite\n"
-
-
 @pytest.mark.parametrize(("text", "said"), [
     ("x = 1", "found no METHOD in it"),
     ("x = ", "SyntaxError: "),
