@@ -1,6 +1,7 @@
 """Second-order pruning of linear layers to patterns that hardware can use."""
 
 from cuobs.algorithms import methods, register_method
+from cuobs.collecting import collect, prune_linear
 from cuobs.comparing import compare
 from cuobs.hessian import Hessian
 from cuobs.loss import relative_loss
@@ -24,10 +25,12 @@ __all__ = [
     "Settings",
     "Verification",
     "View",
+    "collect",
     "compare",
     "methods",
     "patterns",
     "prune",
+    "prune_linear",
     "reconstruct",
     "register_method",
     "register_pattern",

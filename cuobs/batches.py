@@ -1,7 +1,6 @@
 """Batches of rows: as many as fit the memory, shared by workers, halved when memory runs out."""
 
 import math
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from cuobs import blas
 from cuobs.arrays import size_text
+from cuobs.cores import cores
 
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
 CPU_ROWS = 16
@@ -69,7 +69,7 @@ def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
     if xp is not np:
         _run_on_device(function, count, problem, bytes_per_row, unit, most or count)
         return
-    workers = settings.workers or os.cpu_count() or 1
+    workers = settings.workers or cores()
     free = problem.free_bytes()
     _check_limit(settings, free, bytes_per_row)
     if settings.memory_limit is not None:

@@ -61,7 +61,8 @@ def prune(
     memory_limit : int or str, optional
         Bytes, or a size like "8GiB", that the computation may hold in all.
     workers : int, optional
-        Threads that share the rows on the CPU; one for each core by default.
+        Threads that share the rows on the CPU; one for each core that the process may use by
+        default.
     batch_rows : int, optional
         Rows in a batch; sized from the free memory by default.
     progress : callable, optional

@@ -13,8 +13,8 @@ import cuobs
 
 PUBLIC = [
     "Hessian", "Method", "Option", "Pattern", "Problem", "Pruned", "Recipe", "Result", "Settings",
-    "Verification", "View", "compare", "methods", "patterns", "prune", "reconstruct",
-    "register_method", "register_pattern", "relative_loss", "verify",
+    "Verification", "View", "collect", "compare", "methods", "patterns", "prune", "prune_linear",
+    "reconstruct", "register_method", "register_pattern", "relative_loss", "verify",
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(cuobs.__path__, "cuobs.")]
 
@@ -104,7 +104,8 @@ def test_docstrings(module):
 def test_examples_are_found():
     """Each of these shows how it is used; a finder that finds nothing would pass the test above."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in ("prune", "reconstruct", "relative_loss", "verify", "Hessian", "Pattern"):
+    for name in ("prune", "prune_linear", "collect", "reconstruct", "relative_loss", "verify",
+                 "Hessian", "Pattern"):
         thing = getattr(cuobs, name)
         tests = finder.find(thing, name, module=importlib.import_module(thing.__module__))
         assert any(test.examples for test in tests), name
