@@ -11,16 +11,10 @@ model = torch.nn.Sequential(
 ).to(device)
 batches = [torch.randn(64, 256, device=device) for _ in range(32)]
 
-layer = model[2]
-hessian = cuobs.Hessian(layer.in_features, device="auto")
-hook = layer.register_forward_pre_hook(lambda module, args: hessian.update(args[0]))
-with torch.no_grad():
+with torch.no_grad(), cuobs.collect(model, "2") as hessians:
     for batch in batches:
         model(batch)
-hook.remove()
 
-result = cuobs.prune(layer.weight, hessian=hessian, pattern="2:4")
-with torch.no_grad():
-    layer.weight.copy_(result.weight)
+result = cuobs.prune_linear(model[2], hessian=hessians["2"], pattern="2:4")
 print(f"{result.method}: loss {100 * result.loss:.2f}%, sparsity {result.sparsity:.0%}, "
       f"{result.seconds:.2f} s on {result.device}")

@@ -85,7 +85,7 @@ def test_python(page, request):
     enter(page, request)
     scope = {}
     for block in blocks(page, "python"):
-        if "register_forward_pre_hook" in block:
+        if "import torch" in block and not MODEL:
             continue
         exec(compile(block, page, "exec"), scope)
 
