@@ -61,7 +61,7 @@ def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
     pytest.importorskip("cuobs_cli", reason="the command line is not installed")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    W, X = rng.standard_normal((8, 32)), rng.standard_normal((128, 32))
+    W, X = rng.standard_normal((8, 32)).astype("float32"), rng.standard_normal((128, 32))
     np.save("W.npy", W)
     np.save("X.npy", X)
     Path("activation.py").write_text(recipe("method"))
