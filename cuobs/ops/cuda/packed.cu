@@ -1,0 +1,635 @@
+// Products with packed weights, expanded in registers into operands of dense tensor-core products.
+// docs/packed.rst draws the bytes. A warp multiplies a tile by 8 tokens at a time with
+// mma.m16n8k16, the weight as its first operand; the order of the columns of a product is free as
+// long as both operands agree, so that a lane holds whole scopes.
+//
+//   few(values, index, X, x_row, bias, rows, out, M, tokens)
+//     A block of WARPS warps does TILES tile rows and 8 GROUPS tokens, its warps share the columns.
+//   many(values, index, X, x_row, bias, rows, out, partial, M, tokens)
+//     A block of WARPS warps, each with TILES tile rows of its own and a share of the columns,
+//     blockIdx.z of gridDim.z; inputs come through shared memory, STAGES tiles ahead. Where the
+//     columns are shared, sums go to partial, float (gridDim.z, tokens, M), for
+//   add(partial, bias, out, M, tokens, parts)
+//   unpack(values, index, rows, columns, W, M, K)
+//     The dense weight, two values at a time or, with WHOLE, 8 neighbours.
+//
+//   values  uint4, (tile rows, column_tiles, LOADS, 32): 8 values each
+//   index   unsigned, (tile rows, column_tiles / WORD_TILES, WORDS, 32)
+//   X       REAL, (tokens, column_tiles * 4 * COLUMNS), rows x_row elements apart, on 16 bytes
+//   bias    REAL, (M,), or null
+//   rows    int, (tile rows, CELLS, 8, ROWS): row of the weight, -1 outside it
+//   columns int, (column_tiles, 4, COLUMNS): column of the weight, -1 outside it
+//   out     REAL, (tokens, M)
+//
+// Macros: REAL; those of a layout
+//   ROWS, CELLS, SCOPES, BITS, LOADS, WORDS, WORD_TILES   see `Tiling`; ROWS of a scope
+//   COLUMNS   of a lane in a tile, a multiple of 8
+//   MASKS     of a scope
+//   SELECTORS words of selectors for each mask, TABLE {word, mask by mask}: a selector of
+//             __byte_perm(two values, 0, selector) in each half of a word
+//   FIRST     {first step of each scope, and their number}
+//   STEPS     {pair of columns it goes to, register it comes from, selector}, step by step
+//   ORDER     {where the pairs of columns of a lane lie among its inputs}
+// and those of a kernel: GROUPS, TILES, WARPS, AHEAD (tiles of columns that a warp has under way),
+// STAGES, WHOLE.
+
+constexpr int SLOTS = CELLS * ROWS;  // rows of a lane
+constexpr int PAIRS = COLUMNS / 2;   // pairs of columns of a lane
+constexpr int PIECES = COLUMNS / 8;  // 16-byte pieces of a lane's inputs
+constexpr int REGISTERS = 4 * LOADS / CELLS;  // of a cell's values
+constexpr int TILE_BITS = 32 * WORDS / WORD_TILES;
+constexpr int TILE_ROWS = 8 * SLOTS;
+
+__constant__ unsigned TABLE_OF_MASK[MASKS * SELECTORS] = TABLE;
+
+__device__ __forceinline__ uint4 stream(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void copy16(unsigned to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy4(unsigned to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned a0, const unsigned a1,
+                                         const unsigned a2, const unsigned a3, const unsigned b0,
+                                         const unsigned b1) {
+#define PRODUCT(TYPE)                                                                       \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "             \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                           \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#if BFLOAT
+    PRODUCT("bf16");
+#else
+    PRODUCT("f16");
+#endif
+}
+
+// Half precision as its bits, so that no header is needed.
+using REAL = unsigned short;
+
+__device__ __forceinline__ float widen(const REAL x) {
+    float wide;
+#if BFLOAT
+    wide = __uint_as_float(unsigned(x) << 16);
+#else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+#endif
+    return wide;
+}
+
+__device__ __forceinline__ REAL narrow(const float x) {
+    REAL bits;
+#if BFLOAT
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#endif
+    return bits;
+}
+
+__device__ __forceinline__ void fill_table(unsigned* table) {
+    for (int i = threadIdx.x; i < MASKS * SELECTORS; i += blockDim.x) table[i] = TABLE_OF_MASK[i];
+}
+
+// The values of a lane as its rows are, two columns in a register.
+__device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v)[4 * LOADS],
+                                       const unsigned (&word)[WORDS], const int shift,
+                                       unsigned (&a)[SLOTS * PAIRS]) {
+    constexpr int first[SCOPES + 1] = FIRST;
+    constexpr int steps[] = STEPS;
+#pragma unroll
+    for (int i = 0; i < SLOTS * PAIRS; i++) a[i] = 0;
+#pragma unroll
+    for (int q = 0; q < CELLS; q++) {
+#pragma unroll
+        for (int s = 0; s < SCOPES; s++) {
+            const int bit = (q * SCOPES + s) * BITS;
+            const unsigned mask = word[bit / 32] >> (bit % 32 + shift) & ((1u << BITS) - 1);
+            unsigned selector[SELECTORS];
+#pragma unroll
+            for (int k = 0; k < SELECTORS; k++) selector[k] = table[mask * SELECTORS + k];
+#pragma unroll
+            for (int k = first[s]; k < first[s + 1]; k++) {
+                const int to = steps[3 * k], from = steps[3 * k + 1], which = steps[3 * k + 2];
+                a[q * ROWS * PAIRS + to] |= __byte_perm(
+                    v[q * REGISTERS + from], 0, selector[which / 2] >> which % 2 * 16);
+            }
+        }
+    }
+}
+
+// Add what an expanded tile gives for 8 tokens, whose inputs are x.
+__device__ __forceinline__ void add_products(float (&sum)[SLOTS / 2][4],
+                                             const unsigned (&a)[SLOTS * PAIRS],
+                                             const unsigned (&x)[PAIRS]) {
+    constexpr int order[PAIRS] = ORDER;
+#pragma unroll
+    for (int p = 0; p < PAIRS; p += 2)
+#pragma unroll
+        for (int m = 0; m < SLOTS / 2; m++)
+            multiply(sum[m], a[2 * m * PAIRS + p], a[(2 * m + 1) * PAIRS + p],
+                     a[2 * m * PAIRS + p + 1], a[(2 * m + 1) * PAIRS + p + 1], x[order[p]],
+                     x[order[p + 1]]);
+}
+
+// The row of the weight in a lane's slot.
+__device__ __forceinline__ int row_of(const int* rows, const int tile, const int slot,
+                                      const int g) {
+    return rows[((tile * CELLS + slot / ROWS) * 8 + g) * ROWS + slot % ROWS];
+}
+
+#ifdef FEW
+struct Batch {
+    unsigned v[TILES][AHEAD][4 * LOADS];
+    unsigned w[TILES][AHEAD][WORDS];
+    unsigned x[GROUPS][AHEAD][PAIRS];
+};
+
+__device__ __forceinline__ void load(Batch& b, const uint4* values, const unsigned* index,
+                                     const REAL* X, const long long x_row, const int tile,
+                                     const int tile_rows, const int column_tiles, const int j0,
+                                     const int tokens, const int lane) {
+    const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        const int j = j0 + u;
+        const bool there = j < column_tiles;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const bool inside = there && (TILES == 1 || tile + i < tile_rows);
+            const uint4* p = values + ((long long)(tile + i) * column_tiles + j) * LOADS * 32;
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) {
+                const uint4 part = inside ? stream(p + l * 32 + lane) : make_uint4(0, 0, 0, 0);
+                b.v[i][u][4 * l] = part.x;
+                b.v[i][u][4 * l + 1] = part.y;
+                b.v[i][u][4 * l + 2] = part.z;
+                b.v[i][u][4 * l + 3] = part.w;
+            }
+            const unsigned* q =
+                index + ((long long)(tile + i) * words_row + j / WORD_TILES) * WORDS * 32;
+#pragma unroll
+            for (int k = 0; k < WORDS; k++) b.w[i][u][k] = inside ? __ldg(q + k * 32 + lane) : 0;
+        }
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) {
+            const int token = n * 8 + lane / 4;
+            const uint4* p = reinterpret_cast<const uint4*>(
+                X + token * x_row + (long long)(j * 4 + lane % 4) * COLUMNS);
+#pragma unroll
+            for (int h = 0; h < PIECES; h++) {
+                const uint4 part =
+                    there && token < tokens ? __ldg(p + h) : make_uint4(0, 0, 0, 0);
+                b.x[n][u][4 * h] = part.x;
+                b.x[n][u][4 * h + 1] = part.y;
+                b.x[n][u][4 * h + 2] = part.z;
+                b.x[n][u][4 * h + 3] = part.w;
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void work(const Batch& b, const unsigned* table, const int j0,
+                                     float (&sum)[TILES][GROUPS][SLOTS / 2][4]) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        const int shift = WORD_TILES == 1 ? 0 : (j0 + u) % WORD_TILES * TILE_BITS;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            unsigned a[SLOTS * PAIRS];
+            expand(table, b.v[i][u], b.w[i][u], shift, a);
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++) add_products(sum[i][n], a, b.x[n][u]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
+    few(const uint4* values, const unsigned* index, const REAL* X, const long long x_row,
+        const REAL* bias, const int* rows, REAL* out, const int M, const int tokens,
+        const int tile_rows, const int column_tiles) {
+    __shared__ unsigned table[MASKS * SELECTORS];
+    constexpr int SUMS = TILES * GROUPS * SLOTS * 2;  // of a lane
+    __shared__ float sums[WARPS][SUMS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tile = blockIdx.x * TILES, first_token = blockIdx.y * 8 * GROUPS;
+    X += first_token * x_row;
+    const int mine = tokens - first_token;
+    float sum[TILES][GROUPS][SLOTS / 2][4] = {};
+    constexpr int STEP = WARPS * AHEAD;
+    Batch now;
+    int j = warp * AHEAD;
+    load(now, values, index, X, x_row, tile, tile_rows, column_tiles, j, mine, lane);
+    fill_table(table);
+    __syncthreads();
+    for (; j < column_tiles; j += STEP) {
+#if PREFETCH
+        Batch next;
+        load(next, values, index, X, x_row, tile, tile_rows, column_tiles, j + STEP, mine, lane);
+        work(now, table, j, sum);
+        now = next;
+#else
+        work(now, table, j, sum);
+        if (j + STEP < column_tiles)
+            load(now, values, index, X, x_row, tile, tile_rows, column_tiles, j + STEP, mine,
+                 lane);
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+            for (int m = 0; m < SLOTS / 2; m++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    sums[warp][((i * GROUPS + n) * (SLOTS / 2) + m) * 4 + k][lane] = sum[i][n][m][k];
+    __syncthreads();
+    for (int e = threadIdx.x; e < SUMS * 32; e += 32 * WARPS) {
+        const int place = e / 32, l = e % 32;
+        const int k = place % 4, m = place / 4 % (SLOTS / 2), n = place / (2 * SLOTS) % GROUPS;
+        const int i = place / (2 * SLOTS * GROUPS);
+        const int token = first_token + n * 8 + l % 4 * 2 + k % 2;
+        const int row =
+            tile + i < tile_rows ? row_of(rows, tile + i, 2 * m + k / 2, l / 4) : -1;
+        if (token >= tokens || row < 0) continue;
+        float total = bias ? widen(bias[row]) : 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) total += sums[w][place][l];
+        out[(long long)token * M + row] = narrow(total);
+    }
+}
+#endif
+
+#if defined(MANY) || defined(WIDE)
+// Write a lane's four sums: two slots of a tile, two tokens of group n.
+__device__ __forceinline__ void write(const float (&sum)[4], const int tile, const int slot,
+                                      const int n, const REAL* bias, const int* rows, REAL* out,
+                                      float* partial, const int M, const int tokens,
+                                      const int first_token, const int tile_rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int row = tile < tile_rows ? row_of(rows, tile, slot + k / 2, lane / 4) : -1;
+        const int token = first_token + n * 8 + lane % 4 * 2 + k % 2;
+        if (row < 0 || token >= tokens) continue;
+        if (gridDim.z > 1)
+            partial[((long long)blockIdx.z * tokens + token) * M + row] = sum[k];
+        else
+            out[(long long)token * M + row] = narrow(sum[k] + (bias ? widen(bias[row]) : 0));
+    }
+}
+
+extern "C" __global__ void add(const float* partial, const REAL* bias, REAL* out, const int M,
+                               const int tokens, const int parts) {
+    const long long all = (long long)tokens * M;
+    const long long e = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (e >= all) return;
+    float total = bias ? widen(bias[e % M]) : 0;
+    for (int p = 0; p < parts; p++) total += partial[p * all + e];
+    out[e] = narrow(total);
+}
+#endif
+
+#ifdef MANY
+// What a stage holds, in 16-byte pieces: inputs, then each warp's values and index words.
+constexpr int STAGE_X = GROUPS * PIECES * 32;
+constexpr int STAGE_V = TILES * LOADS * 32, STAGE_W = TILES * WORDS * 8;
+constexpr int STAGE = STAGE_X + WARPS * (STAGE_V + STAGE_W);
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
+    many(const uint4* values, const unsigned* index, const REAL* X, const long long x_row,
+         const REAL* bias, const int* rows, REAL* out, float* partial, const int M,
+         const int tokens, const int tile_rows, const int column_tiles) {
+    extern __shared__ uint4 stages[];
+    __shared__ unsigned table[MASKS * SELECTORS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tile = (blockIdx.x * WARPS + warp) * TILES, first_token = blockIdx.y * 8 * GROUPS;
+    const int begin = (long long)column_tiles * blockIdx.z / gridDim.z;
+    const int end = (long long)column_tiles * (blockIdx.z + 1) / gridDim.z;
+    const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
+    X += first_token * x_row;
+    const int mine = tokens - first_token;
+    const unsigned base = unsigned(__cvta_generic_to_shared(stages));
+    float sum[TILES][GROUPS][SLOTS / 2][4] = {};
+
+    auto issue = [&](const int j) {
+        const unsigned stage = base + (j - begin) % STAGES * STAGE * 16;
+        const bool there = j < end;
+        if (there) {
+            const unsigned own = stage + (STAGE_X + warp * (STAGE_V + STAGE_W)) * 16;
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                const bool inside = tile + i < tile_rows;
+                const long long place = inside ? (long long)(tile + i) * column_tiles + j : 0;
+#pragma unroll
+                for (int l = 0; l < LOADS; l++)
+                    copy16(own + ((i * LOADS + l) * 32 + lane) * 16,
+                           values + (place * LOADS + l) * 32 + lane, inside);
+                const long long word =
+                    inside ? (long long)(tile + i) * words_row + j / WORD_TILES : 0;
+#pragma unroll
+                for (int k = 0; k < WORDS; k++)
+                    copy4(own + STAGE_V * 16 + ((i * WORDS + k) * 32 + lane) * 4,
+                          index + (word * WORDS + k) * 32 + lane, inside);
+            }
+#pragma unroll
+            for (int e = threadIdx.x; e < STAGE_X; e += 32 * WARPS) {
+                const int token = e / (4 * PIECES), piece = e % (4 * PIECES);
+                const int t = piece / PIECES, h = piece % PIECES;
+                const bool inside = token < mine;
+                copy16(stage + ((token / 8 * PIECES + h) * 32 + token % 8 * 4 + t) * 16,
+                       X + (inside ? token : 0) * x_row +
+                           ((long long)j * 4 + t) * COLUMNS + h * 8, inside);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) issue(begin + s);
+    fill_table(table);
+    for (int j = begin; j < end; j++) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+        __syncthreads();
+        issue(j + STAGES - 1);
+        const uint4* stage = stages + (j - begin) % STAGES * STAGE;
+        const uint4* own = stage + STAGE_X + warp * (STAGE_V + STAGE_W);
+        const unsigned* own_words = reinterpret_cast<const unsigned*>(own + STAGE_V);
+        const int shift = WORD_TILES == 1 ? 0 : j % WORD_TILES * TILE_BITS;
+        unsigned a[TILES][SLOTS * PAIRS];
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            unsigned v[4 * LOADS], w[WORDS];
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) {
+                const uint4 part = own[(i * LOADS + l) * 32 + lane];
+                v[4 * l] = part.x, v[4 * l + 1] = part.y, v[4 * l + 2] = part.z;
+                v[4 * l + 3] = part.w;
+            }
+#pragma unroll
+            for (int k = 0; k < WORDS; k++) w[k] = own_words[(i * WORDS + k) * 32 + lane];
+            expand(table, v, w, shift, a[i]);
+        }
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) {
+            unsigned x[PAIRS];
+#pragma unroll
+            for (int h = 0; h < PIECES; h++) {
+                const uint4 part = stage[(n * PIECES + h) * 32 + lane];
+                x[4 * h] = part.x, x[4 * h + 1] = part.y, x[4 * h + 2] = part.z;
+                x[4 * h + 3] = part.w;
+            }
+#pragma unroll
+            for (int i = 0; i < TILES; i++) add_products(sum[i][n], a[i], x);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int m = 0; m < SLOTS / 2; m++)
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++)
+                write(sum[i][n][m], tile + i, 2 * m, n, bias, rows, out, partial, M, tokens,
+                      first_token, tile_rows);
+}
+
+#endif
+
+#ifdef WIDE
+// Of wgmma.m64n(8 GROUPS)k16, which four warps do together: the weight's fragment comes from
+// registers, the inputs from shared memory, where a row of 64 columns lies in 128 swizzled bytes.
+constexpr int STEPS_OF_TILE = COLUMNS / 4, BLOCKS_OF_TILE = COLUMNS / 16;
+constexpr int STAGE_X = BLOCKS_OF_TILE * GROUPS * 8 * 128;
+constexpr int OWN = LOADS * 512 + WORDS * 128;
+constexpr int STAGE = (STAGE_X + WARPS * OWN + 1023) / 1024 * 1024;
+
+__constant__ int PLACE_OF_PAIR[PAIRS] = PLACE;
+
+#define SUM4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define SUM16(i) SUM4(i), SUM4(i + 1), SUM4(i + 2), SUM4(i + 3)
+#define SUM64(i) SUM16(i), SUM16(i + 4), SUM16(i + 8), SUM16(i + 12)
+#define FIRST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FIRST_32                                                                             \
+    FIRST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FIRST_64                                                                             \
+    FIRST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+             "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
+             "%62, %63"
+#if BFLOAT
+#define TYPES "f32.bf16.bf16"
+#else
+#define TYPES "f32.f16.f16"
+#endif
+#define PRODUCT_WIDE(N, SUMS, OPERANDS)                                                      \
+    "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n"                                             \
+    "wgmma.mma_async.sync.aligned.m64n" N "k16." TYPES " {" SUMS "}, " OPERANDS              \
+    ", add, 1, 1, 0; }"
+
+__device__ __forceinline__ void multiply_wide(float (&c)[GROUPS][4], const unsigned a0,
+                                              const unsigned a1, const unsigned a2,
+                                              const unsigned a3, const unsigned long long x) {
+#if GROUPS == 4
+    asm volatile(PRODUCT_WIDE("32", FIRST_16, "{%16, %17, %18, %19}, %20")
+                 : SUM16(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
+#elif GROUPS == 8
+    asm volatile(PRODUCT_WIDE("64", FIRST_32, "{%32, %33, %34, %35}, %36")
+                 : SUM16(0), SUM16(4) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
+#elif GROUPS == 16
+    asm volatile(PRODUCT_WIDE("128", FIRST_64, "{%64, %65, %66, %67}, %68")
+                 : SUM64(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
+    wide(const uint4* values, const unsigned* index, const REAL* X, const long long x_row,
+         const REAL* bias, const int* rows, REAL* out, float* partial, const int M,
+         const int tokens, const int tile_rows, const int column_tiles) {
+    extern __shared__ char stages[];
+    __shared__ unsigned table[MASKS * SELECTORS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tile = blockIdx.x * WARPS + warp, first_token = blockIdx.y * 8 * GROUPS;
+    const int begin = (long long)column_tiles * blockIdx.z / gridDim.z;
+    const int end = (long long)column_tiles * (blockIdx.z + 1) / gridDim.z;
+    const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
+    const int mine = tokens - first_token;
+    const bool inside = tile < tile_rows;
+    const unsigned start = unsigned(__cvta_generic_to_shared(stages));
+    const unsigned base = (start + 1023) & ~1023u;
+    const unsigned own = STAGE_X + warp * OWN;
+    values += (inside ? (long long)tile * column_tiles : 0) * LOADS * 32 + lane;
+    index += (inside ? (long long)tile * words_row : 0) * WORDS * 32 + lane;
+    // A warp brings in whole rows of inputs, a lane the same words of each, and puts them where
+    // the order of the weight's columns wants them.
+    X += first_token * x_row + lane * 2;
+    unsigned place[BLOCKS_OF_TILE];
+#pragma unroll
+    for (int b = 0; b < BLOCKS_OF_TILE; b++) {
+        const int word = b * 32 + lane;
+        const int to = PLACE_OF_PAIR[word % PAIRS] * 4 + word / PAIRS;
+        place[b] = to / 32 * GROUPS * 1024 + to % 32 * 4;
+    }
+
+    auto issue = [&](const int j) {
+        const unsigned stage = base + (j - begin) % STAGES * STAGE;
+        if (j < end) {
+#pragma unroll
+            for (int l = 0; l < LOADS; l++)
+                copy16(stage + own + (l * 32 + lane) * 16,
+                       values + ((long long)j * LOADS + l) * 32, inside);
+#pragma unroll
+            for (int k = 0; k < WORDS; k++)
+                copy4(stage + own + LOADS * 512 + (k * 32 + lane) * 4,
+                      index + ((j / WORD_TILES) * WORDS + k) * 32, inside);
+#pragma unroll
+            for (int n = warp; n < GROUPS * 8; n += WARPS) {
+                const bool there = n < mine;
+                const REAL* x = X + (there ? n : 0) * x_row + (long long)j * 4 * COLUMNS;
+#pragma unroll
+                for (int b = 0; b < BLOCKS_OF_TILE; b++)
+                    copy4(stage + n * 128 + (place[b] ^ n % 8 * 16), x + b * 64, there);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+
+    float sum[GROUPS][4] = {};
+    auto step = [&](const int j, unsigned (&a)[SLOTS * PAIRS]) {
+        const unsigned stage = (j - begin) % STAGES * STAGE;
+        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+        const char* mine_here = stages + (base - start) + stage + own;
+        unsigned v[4 * LOADS], w[WORDS];
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const uint4 part = reinterpret_cast<const uint4*>(mine_here)[l * 32 + lane];
+            v[4 * l] = part.x, v[4 * l + 1] = part.y, v[4 * l + 2] = part.z;
+            v[4 * l + 3] = part.w;
+        }
+#pragma unroll
+        for (int k = 0; k < WORDS; k++)
+            w[k] = reinterpret_cast<const unsigned*>(mine_here + LOADS * 512)[k * 32 + lane];
+        expand(table, v, w, WORD_TILES == 1 ? 0 : j % WORD_TILES * TILE_BITS, a);
+        // The last product is done with its operands, and the copies are seen by the next one.
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncthreads();
+        issue(j + STAGES - 1);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < STEPS_OF_TILE; i++) {
+            const unsigned from = base + stage + i / 4 * GROUPS * 1024 + i % 4 * 32;
+            // Rows of 128 swizzled bytes, 8 of them every 1024.
+            const unsigned long long x = (unsigned long long)(from >> 4) | 1ull << 16 |
+                                         64ull << 32 | 1ull << 62;
+            multiply_wide(sum, a[2 * i], a[PAIRS + 2 * i], a[2 * i + 1], a[PAIRS + 2 * i + 1], x);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) issue(begin + s);
+    fill_table(table);
+    __syncthreads();
+    unsigned even[SLOTS * PAIRS], odd[SLOTS * PAIRS];
+    for (int j = begin; j < end; j += 2) {
+        step(j, even);
+        if (j + 1 < end) step(j + 1, odd);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int n = 0; n < GROUPS; n++)
+        write(sum[n], tile, 0, n, bias, rows, out, partial, M, tokens, first_token, tile_rows);
+}
+#endif
+
+#ifdef UNPACK
+// Bytes of a row of a tile in shared memory, in a bank of its own.
+constexpr int ROW_BYTES = 8 * COLUMNS + 16;
+constexpr int PIECES_OF_ROW = COLUMNS / 2;
+
+extern "C" __global__ void unpack(const uint4* values, const unsigned* index, const int* rows,
+                                  const int* columns, REAL* W, const int K, const int column_tiles) {
+    __shared__ unsigned table[MASKS * SELECTORS];
+#if WHOLE
+    __shared__ uint4 buffer[WARPS][SLOTS * 8 * ROW_BYTES / 16];
+#endif
+    constexpr int order[PAIRS] = ORDER;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
+    const int j0 = (blockIdx.x * WARPS + warp) * AHEAD, tile = blockIdx.y;
+    unsigned v[AHEAD][4 * LOADS], w[AHEAD][WORDS];
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        const int j = j0 + u < column_tiles ? j0 + u : 0;
+        const uint4* p = values + ((long long)tile * column_tiles + j) * LOADS * 32 + lane;
+        const unsigned* q =
+            index + ((long long)tile * words_row + j / WORD_TILES) * WORDS * 32 + lane;
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const uint4 part = stream(p + l * 32);
+            v[u][4 * l] = part.x, v[u][4 * l + 1] = part.y, v[u][4 * l + 2] = part.z;
+            v[u][4 * l + 3] = part.w;
+        }
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) w[u][k] = __ldg(q + k * 32);
+    }
+    fill_table(table);
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        const int j = j0 + u;
+        if (j >= column_tiles) return;
+        unsigned a[SLOTS * PAIRS];
+        expand(table, v[u], w[u], j % WORD_TILES * TILE_BITS, a);
+#if WHOLE
+        // Through shared memory, so that neighbouring lanes write neighbouring bytes.
+        char* mine = reinterpret_cast<char*>(buffer[warp]);
+        __syncwarp();
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            unsigned natural[PAIRS];
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) natural[order[i]] = a[slot * PAIRS + i];
+            char* row = mine + (slot * 8 + lane / 4) * ROW_BYTES + lane % 4 * 2 * COLUMNS;
+#pragma unroll
+            for (int h = 0; h < PIECES; h++)
+                reinterpret_cast<uint4*>(row)[h] =
+                    make_uint4(natural[4 * h], natural[4 * h + 1], natural[4 * h + 2],
+                               natural[4 * h + 3]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int e = lane; e < SLOTS * 8 * PIECES_OF_ROW; e += 32) {
+            const int r = e / PIECES_OF_ROW, piece = e % PIECES_OF_ROW;
+            const int row = row_of(rows, tile, r / 8, r % 8);
+            const long long column = (long long)j * 4 * COLUMNS + piece * 8;
+            if (row >= 0 && column < K)
+                *reinterpret_cast<uint4*>(W + (long long)row * K + column) =
+                    *reinterpret_cast<const uint4*>(mine + r * ROW_BYTES + piece * 16);
+        }
+#else
+        const long long column = ((long long)j * 4 + lane % 4) * COLUMNS;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            const int row = row_of(rows, tile, slot, lane / 4);
+            if (row < 0) continue;
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                const int k = columns[column + i];
+                if (k >= 0) W[(long long)row * K + k] = a[slot * PAIRS + i / 2] >> i % 2 * 16;
+            }
+        }
+#endif
+    }
+}
+#endif
