@@ -39,12 +39,13 @@ def compile_here():
     missing = set(loader.sources()) - {source for source, _ in variants}
     if missing:
         raise SystemExit(f"no variants are listed for {', '.join(map(str, sorted(missing)))}")
-    # Types do not depend on the architecture: double once is enough.
+    # Types do not depend on the architecture: double once is enough. Some instructions only
+    # Hopper has, by another name.
     jobs = [
         (source, options, architecture)
         for source, options in variants
         for architecture in ARCHITECTURES
-        if architecture == "sm_90" or "-DREAL=double" not in options
+        if architecture == "sm_90" or not {"-DREAL=double", "-DWIDE=1"} & set(options)
     ]
     with Pool() as pool:
         faults = [fault for fault in pool.imap_unordered(compile_one, jobs, chunksize=4) if fault]
@@ -63,9 +64,10 @@ def compile_one(job):
     source, options, architecture = job
     include = [f"-I{path}" for path in _include_folders()]
     program = nvrtc.createProgram(loader.text(source), source.name, (), ())
-    name = f"{source.name} {' '.join(options)} for {architecture}"
+    target = architecture + ("a" if "-DWIDE=1" in options else "")
+    name = f"{source.name} {' '.join(options)} for {target}"
     try:
-        nvrtc.compileProgram(program, (*options, f"-arch={architecture}", *include))
+        nvrtc.compileProgram(program, (*options, f"-arch={target}", *include))
         return "" if nvrtc.getCUBIN(program) else f"{name}: no machine code came out"
     except nvrtc.NVRTCError:
         return f"{name}:\n{nvrtc.getProgramLog(program)}"

@@ -5,6 +5,7 @@ from cuobs.collecting import collect, prune_linear
 from cuobs.comparing import compare
 from cuobs.hessian import Hessian
 from cuobs.loss import relative_loss
+from cuobs.packed import Packed, pack
 from cuobs.pattern import Pattern, Verification, View, patterns, register_pattern, verify
 from cuobs.problem import Problem, Pruned
 from cuobs.pruning import prune, reconstruct
@@ -17,6 +18,7 @@ __all__ = [
     "Hessian",
     "Method",
     "Option",
+    "Packed",
     "Pattern",
     "Problem",
     "Pruned",
@@ -28,6 +30,7 @@ __all__ = [
     "collect",
     "compare",
     "methods",
+    "pack",
     "patterns",
     "prune",
     "prune_linear",

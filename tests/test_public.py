@@ -12,9 +12,10 @@ import pytest
 import cuobs
 
 PUBLIC = [
-    "Hessian", "Method", "Option", "Pattern", "Problem", "Pruned", "Recipe", "Result", "Settings",
-    "Verification", "View", "collect", "compare", "methods", "patterns", "prune", "prune_linear",
-    "reconstruct", "register_method", "register_pattern", "relative_loss", "verify",
+    "Hessian", "Method", "Option", "Packed", "Pattern", "Problem", "Pruned", "Recipe", "Result",
+    "Settings", "Verification", "View", "collect", "compare", "methods", "pack", "patterns",
+    "prune", "prune_linear", "reconstruct", "register_method", "register_pattern",
+    "relative_loss", "verify",
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(cuobs.__path__, "cuobs.")]
 

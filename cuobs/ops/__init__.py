@@ -39,6 +39,7 @@ from cuobs.ops.factors import (
     upper_inverse,
 )
 from cuobs.ops.gram import add_cross_gram, add_gram, mirror_upper
+from cuobs.ops.packed import pack, packed_matmul, tiling, unpack
 from cuobs.ops.products import gemm, matmul
 from cuobs.ops.projection import project_mask
 from cuobs.ops.schur import eliminate
@@ -73,6 +74,8 @@ __all__ = [
     "masked_solve",
     "matmul",
     "mirror_upper",
+    "pack",
+    "packed_matmul",
     "permute",
     "permute_back",
     "project_mask",
@@ -86,6 +89,8 @@ __all__ = [
     "span_inverses",
     "sparsegpt_block",
     "tensor_view",
+    "tiling",
+    "unpack",
     "upper_gram",
     "upper_inverse",
 ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs.arrays import namespace
+from cuobs.ops.dispatch import twinned
 
 # Of the order of the bytes; a reader refuses what it does not know.
 VERSION = 1
@@ -79,15 +80,13 @@ def tiling(layout):
     ValueError
         A scope has more masks than an index can number.
     """
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
+    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     check(layout)
     values = kept_places(layout).shape[1]
     # Whole loads of values and whole loads of inputs.
     scopes = math.lcm(LOAD // math.gcd(LOAD, values), LOAD // math.gcd(LOAD, c))
     cells = 1 if r % 2 == 0 else 2
-    bits = 1 << (len(layout.candidates) - 1).bit_length().bit_length() - 1
-    if (1 << bits) < len(layout.candidates):
-        bits *= 2
+    bits = next(b for b in (1, 2, 4, 8) if len(layout.candidates) <= 1 << b)
     tile_bits = cells * scopes * bits
     if tile_bits < 32:
         tile_bits = 1 << (tile_bits - 1).bit_length()
@@ -132,30 +131,39 @@ def pack(weight, layout):
         In the dtype of the weight.
     index : array of int32, shape `Tiling.index_shape`
         Masks by their place in ``layout.candidates``.
-    broken : int
-        Scopes that keep more blocks than the layout allows; the result is of use where it is 0.
+
+    Raises
+    ------
+    ValueError
+        A scope keeps more blocks than the layout allows, or has more masks than are numbered.
     """
     xp = namespace(weight)
     form = tiling(layout)
-    (R, _), (G, _) = layout.rows.shape, layout.columns.shape
     values = xp.zeros(form.values_shape, weight.dtype)
     index = xp.zeros(form.index_shape, np.int32)
-    rows, columns = xp.asarray(layout.rows), xp.asarray(layout.columns.ravel())
+    rows, columns = xp.asarray(layout.row_order), xp.asarray(layout.column_order.ravel())
     places = xp.asarray(kept_places(layout))
     group = LANE_ROWS * form.cells
     broken = 0
     for tiles in _pieces(form, layout, xp):
         part = rows[tiles.start * group : tiles.stop * group]
-        scopes = weight[part.ravel()][:, columns].reshape(*part.shape, G, -1)
-        scopes = scopes.transpose(0, 2, 1, 3).reshape(len(part), G, -1)
+        scopes = weight[part.ravel()][:, columns].reshape(*part.shape, layout.column_groups, -1)
+        scopes = scopes.transpose(0, 2, 1, 3).reshape(len(part), layout.column_groups, -1)
         masks, faults = _masks(_nonzero(scopes), layout)
         broken += faults
         kept = xp.take_along_axis(scopes, places[masks], axis=2)
         values[tiles] = _deal(kept, form, tiles)
         index[tiles] = _write_index(masks, form, tiles)
-    return values, index, broken
+    if broken:
+        scopes = layout.row_groups * layout.column_groups
+        raise ValueError(
+            f"weight: found more than {layout.keep} of {layout.n_blocks} blocks kept in {broken} "
+            f"of {scopes} scopes, expected no more"
+        )
+    return values, index
 
 
+@twinned()
 def unpack(values, index, layout):
     """The weight that was packed: the inverse of `pack`.
 
@@ -181,8 +189,8 @@ def unpacked_rows(values, index, layout):
     """The weight in pieces: pairs of rows (an array of int) and what they hold."""
     xp = namespace(values)
     form = tiling(layout)
-    (R, r), (G, c) = layout.rows.shape, layout.columns.shape
-    rows, columns = xp.asarray(layout.rows), xp.asarray(layout.columns.ravel())
+    r, G, c = layout.rows, layout.column_groups, layout.columns
+    rows, columns = xp.asarray(layout.row_order), xp.asarray(layout.column_order.ravel())
     places = kept_places(layout)
     # Of each place, the value that is put there; one more value is 0.
     source = np.full((len(places), r * c), form.values)
@@ -200,6 +208,7 @@ def unpacked_rows(values, index, layout):
         yield part.ravel(), piece
 
 
+@twinned()
 def packed_matmul(values, index, layout, X, bias=None):
     """X Wᵀ + bias for a packed weight W, unpacked a few rows at a time.
 
@@ -297,12 +306,12 @@ def _deal(kept, form, tiles):
 
 def _collect(values, form):
     xp = namespace(values)
-    I, J = values.shape[:2]
+    down, across = values.shape[:2]
     lanes = xp.ascontiguousarray(values.transpose(0, 1, 3, 2, 4)).reshape(
-        I, J, LANE_ROWS, LANE_COLUMNS, form.cells, form.scopes, form.values
+        down, across, LANE_ROWS, LANE_COLUMNS, form.cells, form.scopes, form.values
     )
     return lanes.transpose(0, 4, 2, 1, 3, 5, 6).reshape(
-        I * form.cells * LANE_ROWS, J * LANE_COLUMNS * form.scopes, form.values
+        down * form.cells * LANE_ROWS, across * LANE_COLUMNS * form.scopes, form.values
     )
 
 
@@ -311,15 +320,16 @@ def _write_index(masks, form, tiles):
     xp = namespace(masks)
     dealt = _padded(masks[..., None].astype(np.uint32), form, tiles)
     dealt = dealt.transpose(0, 3, 2, 4, 1, 5, 6)
-    I, J = dealt.shape[:2]
-    fields = xp.zeros((I, -(-J // form.word_tiles) * form.word_tiles, LANES,
-                       form.words * 32 // form.bits // form.word_tiles), np.uint32)  # fmt: skip
-    fields[:, :J, :, : form.cells * form.scopes] = dealt.reshape(I, J, LANES, -1)
-    fields = fields.reshape(I, -1, form.word_tiles, LANES, fields.shape[3])
-    fields = fields.transpose(0, 1, 3, 2, 4).reshape(I, -1, LANES, form.words, 32 // form.bits)
+    down, across = dealt.shape[:2]
+    _, groups, words, _ = form.index_shape
+    per_word = 32 // form.bits
+    fields = xp.zeros((down, groups * form.word_tiles, LANES, words * per_word // form.word_tiles),
+                      np.uint32)  # fmt: skip
+    fields[:, :across, :, : form.cells * form.scopes] = dealt.reshape(down, across, LANES, -1)
+    fields = fields.reshape(down, groups, form.word_tiles, LANES, -1).transpose(0, 1, 3, 2, 4)
     shifts = xp.arange(0, 32, form.bits, dtype=np.uint32)
-    words = (fields << shifts).sum(-1, dtype=np.uint32)
-    return words.transpose(0, 1, 3, 2).astype(np.uint32).view(np.int32)
+    found = (fields.reshape(down, groups, LANES, words, per_word) << shifts).sum(-1)
+    return found.transpose(0, 1, 3, 2).astype(np.uint32).view(np.int32)
 
 
 def _read_index(index, form):
@@ -328,10 +338,10 @@ def _read_index(index, form):
     words = xp.ascontiguousarray(index.transpose(0, 1, 3, 2)).view(np.uint32)[..., None]
     shifts = xp.arange(0, 32, form.bits, dtype=np.uint32)
     fields = words >> shifts & xp.uint32((1 << form.bits) - 1)
-    I, J = fields.shape[:2]
-    fields = fields.reshape(I, J, LANES, form.word_tiles, -1).transpose(0, 1, 3, 2, 4)
-    fields = fields.reshape(I, J * form.word_tiles, LANES, -1)[..., : form.cells * form.scopes]
-    fields = fields.reshape(I, -1, LANE_ROWS, LANE_COLUMNS, form.cells, form.scopes)
-    return fields.transpose(0, 4, 2, 1, 3, 5).reshape(
-        I * form.cells * LANE_ROWS, -1
+    down, groups = fields.shape[:2]
+    fields = fields.reshape(down, groups, LANES, form.word_tiles, -1).transpose(0, 1, 3, 2, 4)
+    fields = fields.reshape(down, groups * form.word_tiles, LANES, -1)
+    fields = fields[..., : form.cells * form.scopes].reshape(
+        down, -1, LANE_ROWS, LANE_COLUMNS, form.cells, form.scopes
     )
+    return fields.transpose(0, 4, 2, 1, 3, 5).reshape(down * form.cells * LANE_ROWS, -1)

@@ -10,5 +10,6 @@ except ImportError as error:
     ) from None
 
 from cuobs.torch.keep_zeros import keep_zeros, merge_masked
+from cuobs.torch.packed import PackedLinear
 
-__all__ = ["keep_zeros", "merge_masked"]
+__all__ = ["PackedLinear", "keep_zeros", "merge_masked"]

@@ -1,140 +1,235 @@
-"""CUDA twins of `cuobs.ops.packed`: what its kernels are compiled with, and their launches."""
+"""Products with packed weights on a GPU: the kernels of `packed.cu`, launched."""
 
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
+import cupy
 import numpy as np
 
-from cuobs.ops import cuda
-from cuobs.ops.packed import LANE_COLUMNS, LANE_ROWS, kept_places, tiling
+from cuobs.ops.cuda import loader
+from cuobs.ops.cuda.packed_layout import columns_of, expands, order, rows_of
+from cuobs.ops.cuda.packed_ways import (
+    FEW,
+    UNPACK,
+    Way,
+    chosen,
+    defines,
+    device,
+    shared_bytes,
+)
+from cuobs.ops.packed import tiling
 
-# Dtypes that the kernels take; others are unpacked by CuPy.
+SOURCE = Path(__file__).with_suffix(".cu")
+# Dtypes that the kernels take, and from which devices on; others are unpacked by CuPy.
 HALVES = ("float16", "bfloat16")
-# What one lane holds of a tile where it is expanded in registers.
-MAX_COLUMNS, MAX_SLOTS, MAX_TABLE = 64, 8, 4096
+CAPABILITY = 80
 
 
-def expands(layout):
-    """Whether a lane can expand its part of a tile in registers."""
-    form = tiling(layout)
-    r, c = layout.blocks.shape
-    return (
-        c * form.scopes <= MAX_COLUMNS
-        and r * form.cells <= MAX_SLOTS
-        and expansion(layout).table.size <= MAX_TABLE
-    )
+def unpack(values, index, layout):
+    if not _runs(values, layout):
+        return NotImplemented
+    rows, columns = tables(layout, values.device.id)
+    weight = cupy.empty(layout.shape, values.dtype)
+    unpack_into(layout, values.dtype.name, _aligned(values), _aligned(index), rows, columns,
+                weight.data.ptr, _current())
+    return weight
 
 
-class Expansion(NamedTuple):
-    """How the values of a lane become pairs of neighbouring columns.
+def packed_matmul(values, index, layout, X, bias=None):
+    halves = X.dtype == values.dtype and (bias is None or bias.dtype == X.dtype)
+    if not _runs(values, layout) or not halves:
+        return NotImplemented
+    tokens, dtype, number = len(X), values.dtype.name, values.device.id
+    out = cupy.empty((tokens, layout.shape[0]), X.dtype)
+    if not tokens:
+        return out
+    values, index = cupy.ascontiguousarray(values), cupy.ascontiguousarray(index)
+    inputs = arranged(X, layout)
+    bias = None if bias is None else cupy.ascontiguousarray(bias)
+    rows, _ = tables(layout, number)
 
-    Attributes
-    ----------
-    table : ndarray of uint32, shape (masks, words)
-        Selectors of ``__byte_perm(two values, 0, selector)``, two in a word.
-    first : list of int
-        The first step of each scope, and the number of all.
-    steps : list of (int, int, int)
-        The pair that a step adds to, the register of two values that it takes, its selector.
-    """
+    def run(way):
+        if way.kernel == "unpack":
+            weight = unpack(values, index, layout)
+            cupy.matmul(X, weight.T, out=out)
+            if bias is not None:
+                cupy.add(out, bias, out=out)
+            return
+        partial = cupy.empty(way.splits * out.size if way.splits > 1 else 0, np.float32)
+        multiply(layout, dtype, way, Operands(
+            values.data.ptr, index.data.ptr, inputs.data.ptr,
+            0 if bias is None else bias.data.ptr, out.data.ptr, partial.data.ptr, rows, tokens,
+        ), _current())  # fmt: skip
 
-    table: np.ndarray
-    first: list
-    steps: list
-
-
-@lru_cache(maxsize=64)
-def expansion(layout):
-    """The steps of a layout; selectors that agree for all masks are kept once."""
-    form = tiling(layout)
-    r, c = layout.blocks.shape
-    places = kept_places(layout)
-    pairs = c * form.scopes // 2
-    selectors, steps, first = {}, [], []
-    for scope in range(form.scopes):
-        first.append(len(steps))
-        # (pair, register) -> the four bytes of the pair for each mask, 4 = a byte of zero
-        found = {}
-        for mask, kept in enumerate(places):
-            for rank, place in enumerate(kept):
-                row, column = divmod(int(place), c)
-                column += scope * c
-                value = scope * form.values + rank
-                key = row * pairs + column // 2, value // 2
-                chosen = found.setdefault(key, [[4, 4] for _ in places])
-                chosen[mask][column % 2] = value % 2
-        for (pair, register), chosen in sorted(found.items()):
-            words = tuple(sum(_half(v) << 8 * i for i, v in enumerate(m)) for m in chosen)
-            steps.append((pair, register, selectors.setdefault(words, len(selectors))))
-    first.append(len(steps))
-    table = np.zeros((len(places), -(-len(selectors) // 2)), np.uint32)
-    for words, n in selectors.items():
-        table[:, n // 2] |= np.array(words, np.uint32) << np.uint32(n % 2 * 16)
-    return Expansion(table, first, steps)
+    run(chosen(layout, dtype, tokens, number, run))
+    return out
 
 
-def _half(value):
-    """The selectors of both bytes of a value, or of zeros."""
-    return 0x44 if value == 4 else 0x10 if value == 0 else 0x32
-
-
-@lru_cache(maxsize=64)
-def order(layout):
-    """Where a lane's pairs of columns lie among its inputs, or None.
-
-    None where the columns of a lane are not neighbours: inputs and weights are then rearranged
-    column by column.
-    """
-    form = tiling(layout)
-    c = layout.blocks.shape[1]
-    width = c * form.scopes
+def arranged(X, layout):
+    """Inputs in the packed order of the columns, contiguous and with zeros where there are none."""
     columns = columns_of(layout)
-    lanes = columns.reshape(-1, width)
-    whole = lanes[(lanes >= 0).all(axis=1)]
-    if not len(whole):
-        return None
-    pattern = whole[0] - whole[0].min()
-    starts = np.arange(len(lanes)) * width
-    expected = starts[:, None] + pattern
-    tail = expected >= layout.shape[1]
-    if not np.array_equal(np.where(tail, -1, expected), lanes):
-        return None
-    if (pattern[::2] % 2).any() or not np.array_equal(pattern[::2] + 1, pattern[1::2]):
-        return None
-    return tuple(int(p) // 2 for p in pattern[::2])
-
-
-@lru_cache(maxsize=64)
-def columns_of(layout):
-    """The weight's column in each place of the packed order, -1 outside it: int32."""
-    form = tiling(layout)
-    c = layout.blocks.shape[1]
-    full = np.full(form.column_tiles * LANE_COLUMNS * form.scopes * c, -1, np.int32)
-    full[: layout.columns.size] = layout.columns.ravel()
+    K = layout.shape[1]
+    if order(layout) is not None and K == len(columns):
+        X = cupy.ascontiguousarray(X)
+        return X if X.data.ptr % 16 == 0 else X.copy()
+    full = cupy.zeros((len(X), len(columns)), X.dtype)
+    if order(layout) is not None:
+        full[:, :K] = X
+    else:
+        places = np.flatnonzero(columns >= 0)
+        full[:, cupy.asarray(places)] = X[:, cupy.asarray(columns[places])]
     return full
 
 
+@lru_cache(maxsize=256)
+def _tables(layout, number):
+    with cupy.cuda.Device(number):
+        return cupy.asarray(rows_of(layout)), cupy.asarray(columns_of(layout))
+
+
+def tables(layout, number):
+    """Addresses of `rows_of` and `columns_of` on a device."""
+    return tuple(table.data.ptr for table in _tables(layout, number))
+
+
+def _runs(values, layout):
+    return values.dtype.name in HALVES and supported(layout, values.device.id)
+
+
+@lru_cache(maxsize=256)
+def supported(layout, number):
+    """Whether the kernels take a layout on a device."""
+    return expands(layout) and device(number).capability >= CAPABILITY
+
+
+def _aligned(array):
+    return cupy.ascontiguousarray(array).data.ptr
+
+
+def _current():
+    return Stream(cupy.cuda.get_current_stream().ptr)
+
+
+@lru_cache(maxsize=1024)
+def function(layout, dtype, way, name):
+    """A kernel of a way, ready to launch on the current device."""
+    macros = defines(layout, dtype, way._replace(splits=1))
+    if way.kernel == "wide":
+        found = _architecture_kernel(name, loader.options(macros))
+    else:
+        found = loader.kernel(SOURCE, name, **macros)
+    shared = shared_bytes(layout, way)
+    if shared > loader.USUAL_SHARED and name == way.kernel:
+        found.max_dynamic_shared_size_bytes = shared
+    return found
+
+
 @lru_cache(maxsize=64)
-def rows_of(layout):
-    """The weight's row in each place of the packed order, -1 outside it: int32."""
-    form = tiling(layout)
-    full = np.full((form.row_tiles * form.cells * LANE_ROWS, layout.rows.shape[1]), -1, np.int32)
-    full[: len(layout.rows)] = layout.rows
-    return full.ravel()
+def _architecture_kernel(name, options):
+    return _architecture_module(options).get_function(name)
 
 
-def layout_defines(layout, dtype):
-    """The macros of a layout."""
+@lru_cache(maxsize=64)
+def _architecture_module(options):
+    """A module with instructions that only sm_90a has, which CuPy would not compile for."""
+    from cupy.cuda import nvrtc
+
+    text = loader.text(SOURCE)
+    program = nvrtc.createProgram(text, "packed.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
+        binary = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from None
+    finally:
+        nvrtc.destroyProgram(program)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        module = cupy.RawModule(path=file.name)
+        module.compile()
+    return module
+
+
+class Stream(NamedTuple):
+    """A stream by its address, as a launch takes it."""
+
+    ptr: int
+
+
+class Operands(NamedTuple):
+    """Addresses of what a product reads and writes; 0 stands for none.
+
+    Attributes
+    ----------
+    values, index : int
+        Of the packed weight.
+    inputs : int
+        Of X, (tokens, columns of all tiles), contiguous, on 16 bytes, in packed order.
+    bias, out : int
+        Of the bias (M,) and the result (tokens, M).
+    partial : int
+        Of room for float32 sums, (splits, tokens, M); of a way with one split 0.
+    rows : int
+        Of `rows_of` on the device.
+    tokens : int
+    """
+
+    values: int
+    index: int
+    inputs: int
+    bias: int
+    out: int
+    partial: int
+    rows: int
+    tokens: int
+
+
+def multiply(layout, dtype, way, operands, stream):
+    """Launch the kernels of a way that is not "unpack"."""
     form = tiling(layout)
-    r, c = layout.blocks.shape
-    steps = expansion(layout)
-    width = c * form.scopes
-    pairs = order(layout) or range(width // 2)
-    return {
-        "BFLOAT": str(dtype) == "bfloat16",
-        "ROWS": r, "CELLS": form.cells, "SCOPES": form.scopes, "BITS": form.bits,
-        "LOADS": form.loads, "WORDS": form.words, "WORD_TILES": form.word_tiles,
-        "COLUMNS": width, "MASKS": len(steps.table), "SELECTORS": steps.table.shape[1],
-        "TABLE": steps.table.ravel(), "FIRST": steps.first,
-        "STEPS": np.array(steps.steps).ravel(), "ORDER": pairs, "PLACE": np.argsort(pairs),
-    }  # fmt: skip
+    o = operands
+    M = layout.shape[0]
+    kernel = function(layout, dtype, way, way.kernel)
+    width = len(columns_of(layout))
+    per_block = way.tiles * (1 if way.kernel == "few" else way.warps)
+    grid = -(-form.row_tiles // per_block), -(-o.tokens // (8 * way.groups)), way.splits
+    args = [np.uint64(o.values), np.uint64(o.index), np.uint64(o.inputs), np.int64(width),
+            np.uint64(o.bias), np.uint64(o.rows), np.uint64(o.out)]  # fmt: skip
+    if way.kernel != "few":
+        args.append(np.uint64(o.partial))
+    args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
+    kernel.kernel(grid, (32 * way.warps, 1, 1), tuple(args), shared_bytes(layout, way), stream)
+    if way.splits > 1:
+        function(layout, dtype, way, "add").kernel(
+            (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
+            (np.uint64(o.partial), np.uint64(o.bias), np.uint64(o.out), np.int32(M),
+             np.int32(o.tokens), np.int32(way.splits)), 0, stream,
+        )  # fmt: skip
+
+
+def unpack_into(layout, dtype, values, index, rows, columns, weight, stream):
+    """Launch the kernel that writes the dense weight (M, K); all arrays by their addresses."""
+    form = tiling(layout)
+    kernel = function(layout, dtype, UNPACK, "unpack")
+    kernel.kernel(
+        (-(-form.column_tiles // 8), form.row_tiles, 1), (128, 1, 1),
+        (np.uint64(values), np.uint64(index), np.uint64(rows), np.uint64(columns),
+         np.uint64(weight), np.int32(layout.shape[1]), np.int32(form.column_tiles)), 0, stream,
+    )  # fmt: skip
+
+
+def variants():
+    """The macros that the kernels may be compiled with, for some patterns."""
+    from cuobs.pattern import parse, patterns
+
+    wide = Way("wide", 8, 8, 3)
+    for text in (*patterns(), "2:3", "4:8x1"):
+        layout = parse(text).compile(96, 96)
+        for dtype in HALVES:
+            for way in (FEW[1][0], FEW[4][0], Way("many", 8, 8, 3, 2), UNPACK):
+                yield defines(layout, dtype, way)
+            if text in patterns():
+                yield defines(layout, dtype, wide)

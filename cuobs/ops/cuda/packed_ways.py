@@ -1,0 +1,261 @@
+"""Which kernel multiplies how many tokens: the ways that there are, and the one that is fastest.
+
+A way is measured once for a shape, a dtype, a layout and a number of tokens (by powers of two) on a
+device, and kept in a file of the user's cache.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+import cuobs
+from cuobs import files
+from cuobs.ops.cuda.packed_layout import MAX_TABLE, layout_defines, order
+from cuobs.ops.packed import VERSION, tiling
+
+
+class Way(NamedTuple):
+    """One way to multiply: a kernel, what it is compiled with, and how it shares the columns.
+
+    Attributes
+    ----------
+    kernel : {"few", "many", "wide", "unpack"}
+        The last unpacks the whole weight for a dense product.
+    groups : int
+        Tokens of a block of threads, in groups of 8.
+    warps : int
+        Of a block of threads.
+    depth : int
+        Tiles under way: of a warp in registers, or stages in shared memory.
+    tiles : int
+        Tile rows of a warp.
+    resident : int
+        Blocks that a multiprocessor is to hold at once.
+    ahead : bool
+        Whether the next tiles are loaded before the last ones are multiplied.
+    splits : int
+        Blocks that share the columns of a tile row; another kernel adds their sums.
+    """
+
+    kernel: str
+    groups: int = 0
+    warps: int = 4
+    depth: int = 2
+    tiles: int = 1
+    resident: int = 1
+    ahead: bool = False
+    splits: int = 1
+
+
+UNPACK = Way("unpack")
+# What was fastest for one shape or another on an H100, by groups of 8 tokens.
+FEW = {
+    1: (Way("few", 1, 16, 2, 1, 2), Way("few", 1, 8, 4, 1, 2), Way("few", 1, 8, 2, 1, 2, True)),
+    2: (Way("few", 2, 8, 2, 1, 2, True), Way("few", 2, 8, 2, 2, 2), Way("few", 2, 4, 2, 2, 4)),
+    4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
+}
+# More tokens than this are not worth more than one reading of the packed weight.
+MANY_TOKENS = 256
+MAX_STAGES = 9
+
+
+class Device(NamedTuple):
+    """What decides which ways a device has: its name, 90 for 9.0, and its sizes."""
+
+    name: str
+    capability: int
+    processors: int
+    shared: int
+
+
+@lru_cache(maxsize=16)
+def device(number):
+    """The device of a number."""
+    from cupy.cuda import runtime
+
+    found = runtime.getDeviceProperties(number)
+    return Device(
+        found["name"].decode(), found["major"] * 10 + found["minor"],
+        found["multiProcessorCount"], found["sharedMemPerBlockOptin"],
+    )  # fmt: skip
+
+
+def ways(layout, tokens, device):
+    """The ways that may serve so many tokens; the first is taken where none was measured."""
+    groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 16)
+    found = list(FEW.get(groups, ()))
+    if groups >= 4 and tokens <= MANY_TOKENS:
+        found += _split_ways(layout, groups, tokens, device)
+    if groups > 4:
+        found.append(UNPACK)
+    return found
+
+
+def _split_ways(layout, groups, tokens, device):
+    """Ways of the kernels that bring inputs into shared memory, in stages."""
+    form = tiling(layout)
+    r, c = layout.rows, layout.columns
+    wide = (
+        device.capability == 90 and r * form.cells == 2 and c * form.scopes % 16 == 0
+    )
+    if not wide and groups > 8:
+        return []
+    found = []
+    for warps, resident in ((16, 1), (8, 2)) if wide else ((8, 1),):
+        way = Way("wide" if wide else "many", groups, warps, 0, 1 if wide else 2, resident)
+        room = (device.shared - 4 * MAX_TABLE) // resident - 2048
+        stages = min(MAX_STAGES, room // _stage_bytes(layout, way))
+        if stages < 3:
+            continue
+        blocks = -(-form.row_tiles // (warps * way.tiles)) * -(-tokens // (8 * groups))
+        splits = device.processors * resident // blocks
+        for n in sorted({max(1, splits), max(1, splits // 2)}, reverse=True):
+            if n <= form.column_tiles:
+                found.append(way._replace(depth=stages, splits=n))
+    return found
+
+
+def _stage_bytes(layout, way):
+    form = tiling(layout)
+    width = layout.columns * form.scopes
+    inputs = width // 8 * way.groups * 512
+    weight = way.warps * way.tiles * (form.loads * 512 + form.words * 128)
+    return -(-(inputs + weight) // 1024) * 1024
+
+
+def shared_bytes(layout, way):
+    """Dynamic shared memory of a way; the wide kernel's begins on 1024 bytes."""
+    if way.kernel not in ("many", "wide"):
+        return 0
+    if way.kernel == "wide":
+        return way.depth * _stage_bytes(layout, way) + 1024
+    form = tiling(layout)
+    width = layout.columns * form.scopes
+    pieces = way.groups * width // 8 * 32
+    own = way.warps * way.tiles * (form.loads * 32 + form.words * 8)
+    return way.depth * (pieces + own) * 16
+
+
+def defines(layout, dtype, way):
+    """The macros of a way."""
+    common = layout_defines(layout, dtype)
+    if way.kernel == "unpack":
+        return common | {"UNPACK": 1, "WARPS": 4, "AHEAD": 2, "WHOLE": whole(layout)}
+    common |= {"GROUPS": way.groups, "WARPS": way.warps, "RESIDENT": way.resident}
+    if way.kernel == "few":
+        return common | {
+            "FEW": 1, "TILES": way.tiles, "AHEAD": way.depth, "PREFETCH": way.ahead,
+        }
+    return common | {way.kernel.upper(): 1, "TILES": way.tiles, "STAGES": way.depth}
+
+
+def whole(layout):
+    """Whether `unpack` can write 8 neighbouring columns at once."""
+    form = tiling(layout)
+    r, c = layout.rows, layout.columns
+    tile = 8 * r * form.cells * (8 * c * form.scopes + 16)
+    return order(layout) is not None and layout.shape[1] % 8 == 0 and 4 * tile <= 40 * 1024
+
+
+def chosen(layout, dtype, tokens, number, trial=None):
+    """The way for so many tokens on a device.
+
+    Parameters
+    ----------
+    layout : Layout
+    dtype : {"float16", "bfloat16"}
+    tokens : int
+    number : int
+        Of the device.
+    trial : callable, optional
+        Enqueues a product by a given way on CuPy's current stream. Without it nothing is measured,
+        and what was measured before, or the first way that there is, is taken.
+    """
+    tokens = _class(tokens)
+    known = _known(layout, dtype, tokens, number)
+    if known:
+        return known[0]
+    found = ways(layout, tokens, device(number))
+    if len(found) == 1:
+        known.append(found[0])
+    elif trial is None:
+        return found[0]
+    else:
+        known.append(_recall(layout, dtype, tokens, number, found) or
+                     _measure(layout, dtype, tokens, number, found, trial))
+    return known[0]
+
+
+def known(layout, dtype, tokens, number):
+    """The way for so many tokens, where it is known already, or None."""
+    return next(iter(_known(layout, dtype, _class(tokens), number)), None)
+
+
+def _class(tokens):
+    return 1 << max(3, (tokens - 1).bit_length())
+
+
+@lru_cache(maxsize=4096)
+def _known(layout, dtype, tokens, number):
+    """A list that holds the way once it is known."""
+    return []
+
+
+def _key(layout, dtype, tokens, number):
+    pattern = hashlib.sha256(repr((layout.blocks.tolist(), layout.keep, order(layout))).encode())
+    M, K = layout.shape
+    return f"{device(number).name} {M}x{K} {dtype} {pattern.hexdigest()[:12]} {tokens}"
+
+
+def cache_path():
+    """The file that keeps what was measured, of this release and this order of the bytes."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(folder, "cuobs", f"packed-{cuobs.__version__}-{VERSION}.json")
+
+
+def _stored():
+    with contextlib.suppress(OSError, ValueError), open(cache_path()) as file:
+        return dict(json.load(file))
+    return {}
+
+
+def _recall(layout, dtype, tokens, number, found):
+    stored = _stored().get(_key(layout, dtype, tokens, number))
+    return next((way for way in found if list(way) == stored), None)
+
+
+def _measure(layout, dtype, tokens, number, found, trial):
+    """The fastest way, kept in the file where that can be written."""
+    best = found[int(np.argmin([_seconds(trial, way) for way in found]))]
+    path = cache_path()
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        stored = _stored() | {_key(layout, dtype, tokens, number): list(best)}
+        files.write_text(path, json.dumps(stored, indent=1, sort_keys=True) + "\n", force=True)
+    return best
+
+
+def _seconds(trial, way, repeats=5):
+    """The median time of a product, with nothing of it in the L2 cache."""
+    import cupy
+
+    trial(way)
+    size = 2 * cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
+    other = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+    stream = cupy.cuda.get_current_stream()
+    times = []
+    for _ in range(repeats):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        # Empties the cache, and gives the host the time to launch what is timed.
+        other.memset_async(0, size, stream)
+        start.record()
+        trial(way)
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return float(np.median(times))

@@ -1,0 +1,288 @@
+"""Packed weights: the bytes, the products, and the kernels beside the NumPy body."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuobs import arrays
+from cuobs.ops import packed
+from cuobs.ops.cuda import packed_layout, packed_ways
+from cuobs.pattern import parse
+
+ROWS = "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,2,4) keep=5"
+HALVES = "view=(M,2,K/2):(K,K/2,1) block=(1,1,1) scope=(1,2,2) keep=2"
+PATTERNS = ["2:4", "4:8", "coupled-2:4", "block16-row8", "2:3", "3:4", "4:8x1", "1:2", "2:4x16",
+            "1:128", "127:128", ROWS, HALVES]  # fmt: skip
+# Rows and columns that a pattern divides, and that no tile does.
+UNEVEN = {"block16-row8": (48, 80), "2:3": (19, 87), "2:4x16": (5, 192), "1:128": (3, 256),
+          "127:128": (2, 256), "coupled-2:4": (21, 144)}  # fmt: skip
+
+
+def shape_of(text):
+    return UNEVEN.get(text, (22, 72))
+
+
+def random_weight(layout, rng, dtype=np.float16, fill=1.0):
+    """A weight that keeps random blocks of each scope, some of them 0 too."""
+    kept = ~layout.candidates[rng.integers(len(layout.candidates),
+                                           size=(layout.row_groups, layout.column_groups))]
+    kept = kept.transpose(0, 2, 1, 3).reshape(layout.shape)
+    values = rng.standard_normal(layout.shape) * (rng.random(layout.shape) < fill)
+    W = np.zeros(layout.shape, dtype)
+    W[np.ix_(layout.row_order.ravel(), layout.column_order.ravel())] = np.where(kept, values, 0)
+    return W
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("text", PATTERNS)
+def test_unpack_gives_back_what_was_packed(text, dtype):
+    layout = parse(text).compile(*shape_of(text))
+    for fill in (1.0, 0.6, 0.0):
+        W = random_weight(layout, np.random.default_rng(0), dtype, fill)
+        values, index = packed.pack(W, layout)
+        form = packed.tiling(layout)
+        assert values.shape == form.values_shape and index.shape == form.index_shape
+        assert values.dtype == dtype and index.dtype == np.int32
+        np.testing.assert_array_equal(packed.unpack(values, index, layout), W)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keep=st.integers(1, 6), blocks=st.integers(2, 8), width=st.integers(1, 5),
+    rows=st.integers(1, 40), scopes=st.integers(1, 30), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_pattern_and_shape(keep, blocks, width, rows, scopes, seed):
+    keep = min(keep, blocks - 1)
+    layout = parse(f"{keep}:{blocks}x{width}").compile(rows, scopes * blocks * width)
+    W = random_weight(layout, np.random.default_rng(seed), fill=0.8)
+    values, index = packed.pack(W, layout)
+    np.testing.assert_array_equal(packed.unpack(values, index, layout), W)
+
+
+def test_bits_are_kept():
+    """NaN, infinities and -0.0 where they are kept; of bfloat16 too, by its bits."""
+    W = np.array([[np.nan, 0, -np.inf, 0, 0, -0.0, 1, 2]], np.float16)
+    layout = parse("2:4").compile(1, 8)
+    back = packed.unpack(*packed.pack(W.view(np.uint16), layout), layout)
+    expected = W.view(np.uint16).copy()
+    expected[0, 5] = 0  # a pruned -0.0 is 0.0
+    np.testing.assert_array_equal(back, expected)
+
+
+def test_where_a_value_lies():
+    """The place of each value and index by the formula of the documentation, 2:4."""
+    M, K = 32, 128
+    layout = parse("2:4").compile(M, K)
+    W = random_weight(layout, np.random.default_rng(1))
+    values, index = packed.pack(W, layout)
+    assert values.shape == (2, 2, 2, 32, 8) and index.shape == (2, 2, 1, 32)
+    masks = [(2, 3), (1, 3), (1, 2), (0, 3), (0, 2), (0, 1)]  # kept places, by number
+    for row in range(M):
+        for scope in range(K // 4):
+            lane = row % 8 * 4 + scope % 16 // 4
+            cell = row // 8 % 2
+            word = int(index[row // 16, scope // 16, 0, lane]) & 0xFFFFFFFF
+            mask = word >> (cell * 4 + scope % 4) * 4 & 15
+            for n, place in enumerate(masks[mask]):
+                found = values[row // 16, scope // 16, cell, lane, scope % 4 * 2 + n]
+                assert found == W[row, scope * 4 + place]
+
+
+@pytest.mark.parametrize(
+    "text, share", [("2:4", 0.5625), ("4:8", 0.53125), ("coupled-2:4", 0.53125),
+                    ("block16-row8", 0.501953125)],
+)  # fmt: skip
+def test_bytes(text, share):
+    """Of those of the dense weight in half precision."""
+    form = packed.tiling(parse(text).compile(4096, 4096))
+    found = 2 * math.prod(form.values_shape) + 4 * math.prod(form.index_shape)
+    assert found / (2 * 4096 * 4096) == share
+
+
+def test_broken_scopes_are_refused(xp):
+    W = np.ones((4, 16), np.float32)
+    W[:, 8:] = 0
+    layout = parse("2:4").compile(4, 16)
+    with pytest.raises(ValueError, match="more than 2 of 4 blocks kept in 8 of 16 scopes"):
+        packed.pack(xp.asarray(W), layout)
+
+
+def test_too_many_masks():
+    layout = parse("8:16").compile(4, 32)
+    with pytest.raises(ValueError, match="found 12870 masks of a scope, expected at most 128"):
+        packed.pack(np.zeros((4, 32)), layout)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_products(text):
+    layout = parse(text).compile(*shape_of(text))
+    rng = np.random.default_rng(0)
+    W = random_weight(layout, rng, np.float32)
+    values, index = packed.pack(W, layout)
+    X = rng.standard_normal((5, layout.shape[1])).astype(np.float32)
+    bias = rng.standard_normal(len(W)).astype(np.float32)
+    expected = X.astype(np.float64) @ W.T.astype(np.float64) + bias
+    found = packed.packed_matmul(values, index, layout, X, bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert packed.packed_matmul(values, index, layout, X[:0]).shape == (0, len(W))
+
+
+def permuted_bytes(value, selector):
+    """``__byte_perm(value, 0, selector)``."""
+    source = value.to_bytes(4, "little") + bytes(4)
+    return int.from_bytes(bytes(source[selector >> 4 * i & 7] for i in range(4)), "little")
+
+
+@pytest.mark.parametrize("text", [t for t in PATTERNS if ":128" not in t])
+def test_expansion_by_steps(text):
+    """The steps that the kernels are compiled with, done one by one for one lane's cell."""
+    layout = parse(text).compile(*shape_of(text))
+    assert packed_layout.expands(layout)
+    form, plan = packed.tiling(layout), packed_layout.expansion(layout)
+    r, c = layout.rows, layout.columns
+    rng = np.random.default_rng(3)
+    masks = rng.integers(len(layout.candidates), size=form.scopes)
+    values = rng.integers(1, 1 << 16, size=form.scopes * form.values)
+    expected = np.zeros((r, c * form.scopes), int)
+    for s, mask in enumerate(masks):
+        for n, place in enumerate(packed.kept_places(layout)[mask]):
+            expected[place // c, s * c + place % c] = values[s * form.values + n]
+    pairs = [0] * (r * c * form.scopes // 2)
+    for s, mask in enumerate(masks):
+        for to, register, which in plan.steps[plan.first[s] : plan.first[s + 1]]:
+            two = int(values[2 * register] | values[2 * register + 1] << 16)
+            selector = int(plan.table[mask, which // 2]) >> which % 2 * 16 & 0xFFFF
+            pairs[to] |= permuted_bytes(two, selector)
+    found = np.array([[p & 0xFFFF, p >> 16] for p in pairs]).reshape(expected.shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_order_of_the_inputs():
+    """Where a lane's columns are neighbours the kernels read inputs as they lie."""
+    assert packed_layout.order(parse("2:4").compile(16, 128)) == tuple(range(8))
+    assert packed_layout.order(parse("coupled-2:4").compile(16, 128)) == (0, 1, 4, 5, 2, 3, 6, 7)
+    assert packed_layout.order(parse(HALVES).compile(8, 64)) is None
+
+
+H100 = packed_ways.Device("H100", 90, 132, 227 * 1024)
+A100 = packed_ways.Device("A100", 80, 108, 163 * 1024)
+RTX = packed_ways.Device("RTX", 89, 128, 99 * 1024)
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX])
+@pytest.mark.parametrize("text", [t for t in PATTERNS if ":128" not in t])
+def test_ways_fit_the_device(text, device):
+    layout = parse(text).compile(*shape_of(text))
+    for tokens in (1, 8, 9, 16, 17, 33, 64, 65, 200, 257, 5000):
+        found = packed_ways.ways(layout, tokens, device)
+        assert found and len(set(found)) == len(found)
+        for way in found:
+            assert packed_ways.shared_bytes(layout, way) + 8 * 1024 <= device.shared or \
+                way.kernel == "few" or way.kernel == "unpack"
+            assert 1 <= way.splits <= packed.tiling(layout).column_tiles
+            assert way.kernel != "wide" or device is H100
+        assert (packed_ways.UNPACK in found) == (tokens > 32)
+
+
+def test_a_measured_way_is_kept(tmp_path, monkeypatch):
+    """One measurement a shape, kept in a file; a file that is damaged is measured again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(packed_ways, "device", lambda number: H100)
+    seconds = {}
+    monkeypatch.setattr(packed_ways, "_seconds", lambda trial, way: seconds[way])
+    layout = parse("2:4").compile(64, 1024)
+    found = packed_ways.ways(layout, 8, H100)
+    seconds.update({way: 2.0 for way in found} | {found[1]: 1.0})
+    packed_ways._known.cache_clear()
+    assert packed_ways.chosen(layout, "float16", 5, 0) == found[0]  # nothing may be measured
+    assert packed_ways.chosen(layout, "float16", 5, 0, print) == found[1]
+    seconds.clear()
+    packed_ways._known.cache_clear()
+    assert packed_ways.chosen(layout, "float16", 8, 0, print) == found[1]
+    with open(packed_ways.cache_path(), "w") as file:
+        file.write("{")
+    packed_ways._known.cache_clear()
+    seconds.update({way: 2.0 for way in found} | {found[2]: 1.0})
+    assert packed_ways.chosen(layout, "float16", 8, 0, print) == found[2]
+    packed_ways._known.cache_clear()
+
+
+@pytest.fixture
+def cupy():
+    if fault := arrays.cupy_fault():
+        pytest.skip(fault)
+    return __import__("cupy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", PATTERNS)
+def test_kernels_beside_the_body(text, cupy):
+    layout = parse(text).compile(*shape_of(text))
+    rng = np.random.default_rng(0)
+    W = random_weight(layout, rng)
+    host = packed.pack(W, layout)
+    on_device = packed.pack(cupy.asarray(W), layout)
+    for a, b in zip(host, on_device, strict=True):
+        np.testing.assert_array_equal(a, b.get())
+    np.testing.assert_array_equal(packed.unpack(*on_device, layout).get(), W)
+    bias = rng.standard_normal(len(W)).astype(np.float16)
+    for tokens in (0, 1, 7, 8, 9, 16, 31, 33, 64, 65, 130, 300):
+        X = rng.standard_normal((tokens, W.shape[1])).astype(np.float16)
+        expected = X.astype(np.float64) @ W.T.astype(np.float64) + bias
+        found = packed.packed_matmul(*on_device, layout, cupy.asarray(X), cupy.asarray(bias))
+        np.testing.assert_allclose(found.get(), expected, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["2:4", "coupled-2:4", "block16-row8", "4:8", "2:4x16", ROWS])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_way_gives_the_product(text, dtype, cupy):
+    from cuobs.ops.cuda import packed as kernels
+
+    rng = np.random.default_rng(0)
+    layout = parse(text).compile(*{"block16-row8": (272, 1040)}.get(text, (262, 1088)))
+    W = random_weight(layout, rng, np.float32)
+    X = rng.standard_normal((70, layout.shape[1])).astype(np.float32)
+    half = (lambda a: a.astype(np.float16).view(np.uint16)) if dtype == "float16" else (
+        lambda a: (a.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+    )
+    wide = (lambda a: a.view(np.float16).astype(np.float64)) if dtype == "float16" else (
+        lambda a: (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    )
+    W, X = half(W), half(X)
+    expected = wide(X) @ wide(W).T
+    values, index = packed.pack(cupy.asarray(W), layout)
+    inputs = kernels.arranged(cupy.asarray(X), layout)
+    rows, _ = kernels.tables(layout, 0)
+    for limit in (1, 8, 16, 32, 64, 70):
+        for way in packed_ways.ways(layout, limit, packed_ways.device(0)):
+            if way.kernel == "unpack":
+                continue
+            for splits in {1, min(3, packed.tiling(layout).column_tiles)} if (
+                way.kernel != "few") else {1}:
+                way = way._replace(splits=splits)
+                out = cupy.full((limit, len(W)), 0x7E00, np.uint16)
+                partial = cupy.full(splits * out.size, np.nan, np.float32)
+                kernels.multiply(layout, dtype, way, kernels.Operands(
+                    values.data.ptr, index.data.ptr, inputs.data.ptr, 0, out.data.ptr,
+                    partial.data.ptr, rows, limit,
+                ), kernels.Stream(cupy.cuda.get_current_stream().ptr))  # fmt: skip
+                error = np.linalg.norm(wide(out.get()) - expected[:limit])
+                assert error <= 4e-3 * np.linalg.norm(expected[:limit]), way
+
+
+@pytest.mark.gpu
+def test_other_dtypes_and_strides(cupy):
+    layout = parse("2:4").compile(40, 128)
+    rng = np.random.default_rng(0)
+    W = random_weight(layout, rng, np.float32)
+    for dtype in ("float16", "float32", "float64"):
+        values, index = packed.pack(cupy.asarray(W.astype(dtype)), layout)
+        wide = cupy.asarray(rng.standard_normal((9, 2 * 128 + 1)).astype(dtype))
+        for X in (wide[:, 1:129], wide[:, 0:256:2], cupy.asfortranarray(wide[:, :128])):
+            expected = X.get().astype(np.float64) @ W.astype(dtype).T.astype(np.float64)
+            found = packed.packed_matmul(values, index, layout, X)
+            np.testing.assert_allclose(found.get(), expected, rtol=3e-3, atol=3e-2)
