@@ -163,7 +163,7 @@ def eval_model(folder, text, sequence_length, device, trust_remote_code):
 def speedup(source, batches, dtype):
     """Time each layer shape of the model in DIR, or one shape, dense and 2:4 on this GPU."""
     models = load()
-    from cuobs.models.speedup import BATCHES, verdict
+    from cuobs.models.timing import BATCHES, verdict
 
     timings = models.speedup(source, batches or BATCHES, dtype)
     click.echo(f"{'outputs x inputs':>18}  {'tokens':>7}  {'dense':>10}  {'2:4':>10}  gain")

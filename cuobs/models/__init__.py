@@ -1,53 +1,45 @@
-"""Whole models: prune a causal language model block by block, measure it, and save it."""
+"""Whole models: prune a causal language model block by block, measure it, and save it.
+
+What is here is imported when it is first asked for: what a command refuses, it refuses before
+PyTorch and transformers are.
+"""
+
+import importlib
+import importlib.util
 
 from cuobs.extras import hint
 
-try:
-    import safetensors  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"cuobs.models needs {error.name}, which is not installed: {hint('model')}"
-    ) from None
+_HOMES = {
+    "cuobs.models.calibration": ("load_tokens", "tokenize"),
+    "cuobs.models.checkpoint": ("load_masks",),
+    "cuobs.models.distillation": ("DistillationReport", "distill"),
+    "cuobs.models.evaluate": ("Agreement", "agreement", "perplexity"),
+    "cuobs.models.folder": ("evaluate_folder", "prune_folder"),
+    "cuobs.models.loading": ("load_model",),
+    "cuobs.models.prune": ("prune_model",),
+    "cuobs.models.report": ("BlockReport", "LayerReport", "ModelReport"),
+    "cuobs.models.rotation": ("RotationReport", "rotate"),
+    "cuobs.models.rotation_folder": ("rotate_folder",),
+    "cuobs.models.timing": ("speedup",),
+    "cuobs.models.training": ("KeepZeros",),
+    "cuobs.models.writing": ("write_windows",),
+    "cuobs.torch": ("keep_zeros", "merge_masked"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-from cuobs.models.calibration import load_tokens, tokenize
-from cuobs.models.checkpoint import load_masks
-from cuobs.models.distillation import DistillationReport, distill
-from cuobs.models.evaluate import Agreement, agreement, perplexity
-from cuobs.models.folder import evaluate_folder, prune_folder
-from cuobs.models.loading import load_model
-from cuobs.models.prune import prune_model
-from cuobs.models.report import BlockReport, LayerReport, ModelReport
-from cuobs.models.rotation import RotationReport, rotate
-from cuobs.models.rotation_folder import rotate_folder
-from cuobs.models.speedup import speedup
-from cuobs.models.training import KeepZeros
-from cuobs.models.writing import write_windows
-from cuobs.torch import keep_zeros, merge_masked
+__all__ = sorted(_HOME)
 
-__all__ = [
-    "Agreement",
-    "BlockReport",
-    "DistillationReport",
-    "KeepZeros",
-    "LayerReport",
-    "ModelReport",
-    "RotationReport",
-    "agreement",
-    "distill",
-    "evaluate_folder",
-    "keep_zeros",
-    "load_masks",
-    "load_model",
-    "load_tokens",
-    "merge_masked",
-    "perplexity",
-    "prune_folder",
-    "prune_model",
-    "rotate",
-    "rotate_folder",
-    "speedup",
-    "tokenize",
-    "write_windows",
-]
+for _needed in ("safetensors", "torch", "transformers"):
+    if importlib.util.find_spec(_needed) is None:
+        raise ImportError(f"cuobs.models needs {_needed}, which is not installed: {hint('model')}")
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'cuobs.models' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__():
+    return [*globals(), *__all__]

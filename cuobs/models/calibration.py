@@ -3,9 +3,9 @@
 import os
 
 import numpy as np
-import torch
 
 from cuobs import files, validation
+from cuobs.models.texts import EXPECTED, joined, read_documents
 
 # Keys of a config that say how many tokens a window may have.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -54,7 +54,7 @@ def check_tokens(model, tokens):
 
 def to_array(values):
     """Tokens or a mask of them, of PyTorch or not, as an array on the CPU."""
-    return np.asarray(values.cpu() if torch.is_tensor(values) else values)
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def longest_window(model):
@@ -63,15 +63,19 @@ def longest_window(model):
     The config says how many it was made for; a table of positions has so many rows, less those up
     to its padding index where it has one (RoBERTa counts from there). Neither 0 nor −1 means any.
     """
-    config = model.config.get_text_config()
+    from cuobs.models.structure import text_body
+
+    config, body = model.config.get_text_config(), text_body(model)
     found = [getattr(config, key, None) for key in POSITIONS]
-    found += [rows for name, table in model.named_modules() if (rows := _positions(name, table))]
+    found += [rows for name, table in body.named_modules() if (rows := _positions(name, table))]
     found = [n for n in found if isinstance(n, int) and n > 0]
     return min(found, default=None)
 
 
 def _positions(name, table):
     """The positions that a table of them holds, None of any other module."""
+    import torch
+
     if not isinstance(table, torch.nn.Embedding) or "position" not in name.rpartition(".")[2]:
         return None
     first = getattr(table, "offset", None)
@@ -111,13 +115,13 @@ def load_tokens(spec, samples=None, length=None, kinds="iu"):
     return np.asarray(tokens[:samples, :length], np.int64)
 
 
-def tokenize(path, tokenizer, length, samples=None, seed=None):
+def tokenize(spec, tokenizer, length, samples=None, seed=None):
     """Windows of a text: tokenised once as a whole, cut without overlap, the tail dropped.
 
     Parameters
     ----------
-    path : str
-        A text file, UTF-8.
+    spec : str
+        See `cuobs.models.texts.read_documents`.
     tokenizer : transformers.PreTrainedTokenizerBase
     length : int
         Tokens of a window.
@@ -131,26 +135,30 @@ def tokenize(path, tokenizer, length, samples=None, seed=None):
     ndarray of int64, shape (windows, length)
     """
     check_cut(samples, length)
-    check_file(path)
-    with open(path, "rb") as file:
-        try:
-            text = file.read().decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: found a file that is no UTF-8 text") from None
-    ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
+    text, special = joined(read_documents(spec), tokenizer, spec)
+    ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    ids = np.asarray(ids, np.int64)
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     if not len(windows):
-        raise ValueError(f"{path}: found {len(ids)} tokens, expected at least one window: {length}")
+        raise ValueError(f"{spec}: found {len(ids)} tokens, expected at least one window: {length}")
     if samples is not None and samples < len(windows):
         chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
         windows = windows[np.sort(chosen)]
     return windows
 
 
-def check_file(spec):
-    """Refuse a text or an array whose file is not there."""
+def check_tokens_file(spec, vocabulary=None, samples=None, length=None):
+    """Refuse a file of tokens that is missing, is none, or is not of a vocabulary."""
     if not os.path.isfile(files.split(spec)[0]):
-        raise FileNotFoundError(f"{spec}: found no such file, expected a text or tokens.npz:key")
+        raise FileNotFoundError(f"{spec}: found no such file, expected {EXPECTED}")
+    tokens = load_tokens(spec, samples, length)
+    if tokens.min() < 0 or vocabulary and tokens.max() >= vocabulary:
+        last = "" if vocabulary is None else f" to {vocabulary - 1}"
+        raise ValueError(
+            f"{spec}: tokens: found {tokens.min()} to {tokens.max()}, expected 0{last}, the "
+            "model's vocabulary"
+        )
+    return tokens
 
 
 def check_cut(samples, length):

@@ -16,7 +16,7 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files
-from cuobs.models.destination import sync
+from cuobs.models.marker import sync
 from cuobs.models.report import BlockReport
 from cuobs.models.source import BLOCKS, MARKER, MASKS
 from cuobs.models.structure import linears

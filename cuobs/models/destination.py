@@ -18,74 +18,12 @@ from safetensors.torch import save_file
 
 from cuobs import files
 from cuobs.models.loading import DTYPES, load_tokenizer
+from cuobs.models.marker import settle, sync
 from cuobs.models.names import Reader, equal
-from cuobs.models.source import (
-    BLOCKS,
-    BYTES,
-    FLOATS,
-    LEFTOVER,
-    MARKER,
-    REPORT,
-    find_source,
-    stored_tensors,
-    torch_name,
-    unfinished,
-)
+from cuobs.models.source import BYTES, FLOATS, LEFTOVER, find_source, stored_tensors, torch_name
 
 STAGING = "cuobs_staging"
 WEIGHTS = "model.safetensors"
-
-
-def check_destination(src, dst, resume=False):
-    """Refuse a folder that must not be written, before any work; nothing is left of the look.
-
-    Parameters
-    ----------
-    src : path or Source
-    dst : path
-    resume : bool
-        Whether ``dst`` may hold an unfinished run.
-
-    Raises
-    ------
-    ValueError, FileExistsError, FileNotFoundError, OSError
-    """
-    dst = os.fspath(dst)
-    source = find_source(src)
-    folder, place = os.path.realpath(source.folder), os.path.realpath(dst)
-    alone = os.path.isfile(source.name)  # a .gguf may have its neighbours
-    if place == folder or not alone and place.startswith(folder + os.sep):
-        raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
-    if os.path.lexists(dst) and not os.path.isdir(dst):
-        raise FileExistsError(f"{dst}: found a file, expected a new folder")
-    if unfinished(dst) and os.path.exists(os.path.join(dst, "config.json")):
-        settle(dst)  # that came last: all is in place, and only the run's own files are left
-    if unfinished(dst) and not resume:
-        raise FileExistsError(
-            f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
-        )
-    present = os.path.isdir(dst) and [n for n in os.listdir(dst) if not n.startswith(LEFTOVER)]
-    if not unfinished(dst) and present:
-        what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
-        raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
-    with _folder(dst):
-        files.check_output(os.path.join(dst, MARKER), force=True)
-
-
-@contextlib.contextmanager
-def _folder(path):
-    """Make a folder for a moment, with those above it, where it is not there."""
-    made = []
-    while not os.path.isdir(path):
-        made.append(path)
-        path = os.path.dirname(os.path.abspath(path))
-    for folder in reversed(made):
-        os.mkdir(folder)
-    try:
-        yield
-    finally:
-        for folder in made:
-            os.rmdir(folder)
 
 
 def changed_tensors(model, source, names):
@@ -139,7 +77,7 @@ def finish(
         All its tensors, but those in ``changed`` and ``dropped``, and all its files are carried
         over, whatever they are. Of a GGUF nothing is: ``changed`` holds all.
     dst : path
-        See `check_destination`.
+        See `cuobs.models.marker.check_destination`.
     changed : mapping of str to tensor
         By the names of the files, see `changed_tensors`. Names that the source lacks are added.
         A tensor in floating point that takes the place of another is written in its dtype.
@@ -149,7 +87,7 @@ def finish(
         What ``config.json`` is to say; as in the source by default. Of a GGUF it is needed.
     extra : mapping of str to (str or bytes), optional
         Further files by name, which take the place of the source's own.
-    save_dtype : torch.dtype, optional
+    save_dtype : torch.dtype or str, optional
         Of all tensors in floating point, and of the config; those of the source by default.
     shard_size : int
         Bytes of the largest file of weights, where no single tensor is larger.
@@ -162,6 +100,7 @@ def finish(
         A weight that is finite is not in ``save_dtype``.
     """
     source = find_source(src)
+    save_dtype = getattr(torch, save_dtype) if isinstance(save_dtype, str) else save_dtype
     staging = os.path.join(dst, STAGING)
     os.makedirs(dst, exist_ok=True)
     shutil.rmtree(staging, ignore_errors=True)
@@ -336,27 +275,7 @@ def _move(staging, dst):
     settle(dst)
 
 
-def settle(dst):
-    """Take away what a run needed once all that it was to write is in place, the marker last."""
-    shutil.rmtree(os.path.join(dst, BLOCKS), ignore_errors=True)
-    sync(dst)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(dst, MARKER))
-    sync(dst)
-
-
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def sync(path):
-    """Have a file or a folder on disk before anything else is done."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-

@@ -6,10 +6,9 @@ from functools import reduce
 
 import torch
 
+from cuobs.models.planning import TOKENIZER, check_model
 from cuobs.models.source import FLOATS, Source, find_source, read_config, stored_tensors
 
-# How the names of a tokenizer's files begin.
-TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
@@ -40,6 +39,7 @@ def load_model(src, trust_remote_code=False):
         own to run.
     """
     source = find_source(src)
+    check_model(source)
     extra = {"gguf_file": source.gguf, "dtype": "auto"}
     if source.gguf is None:
         extra = {"dtype": weights_dtype(stored_tensors(source))}
@@ -88,7 +88,7 @@ def model_class(source, trust_remote_code=False):
     Raises
     ------
     ValueError
-        It is no class of transformers, or an encoder with a decoder.
+        It is no class of transformers.
     """
     import transformers
 
@@ -108,11 +108,6 @@ def model_class(source, trust_remote_code=False):
                 "trust_remote_code (--trust-remote-code) from who trusts it"
             )
         return transformers.AutoModelForCausalLM
-    if source.config.get("is_encoder_decoder") and "CausalLM" not in names[0]:
-        raise ValueError(
-            f"{source.name}: found {names[0]}, an encoder with a decoder, expected a causal "
-            "language model"
-        )
     return found
 
 

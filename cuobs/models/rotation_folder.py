@@ -8,8 +8,9 @@ import cuobs
 from cuobs.models import loading
 from cuobs.models.calibration import is_tokens, load_tokens
 from cuobs.models.destination import changed_tensors, finish
-from cuobs.models.folder import check_folders, names_in_files, read_windows, what_is_written
 from cuobs.models.names import ignored
+from cuobs.models.pipeline import names_in_files, read_windows, what_is_written
+from cuobs.models.planning import check_folders
 from cuobs.models.residual import refused
 from cuobs.models.rotation import WINDOWS, check_arguments, rotate
 from cuobs.models.source import stored_tensors
@@ -63,7 +64,7 @@ def rotate_folder(
     pattern = cuobs.pattern.parse(pattern)
     check_arguments(**{key: value for key, value in options.items() if key != "permute"})
     model = loading.load_model(source, trust_remote_code)
-    names = names_in_files(source, model, None)
+    names = names_in_files(source, model)
     check_all_known(source, model, names)
     for line in what_is_written(source, model, names, save_dtype):
         say(line)

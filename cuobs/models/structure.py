@@ -14,7 +14,7 @@ DENSE = (
 def find_blocks(model):
     """The list of blocks of a causal language model and its name.
 
-    It is the ``nn.ModuleList`` that holds the most weights in linears.
+    It is the ``nn.ModuleList`` that holds the most weights in linears, of those that read text.
 
     Returns
     -------
@@ -28,8 +28,9 @@ def find_blocks(model):
         mixture of experts.
     """
     best, name, size = None, "", 0
+    inside = {id(module) for module in text_body(model).modules()}
     for candidate, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and id(module) in inside:
             weights = sum(m.weight.numel() for m in linears(module).values())
             if weights > size:
                 best, name, size = module, candidate, weights
@@ -48,6 +49,13 @@ def find_blocks(model):
                     "model that is not quantized"
                 )
     return name, best
+
+
+def text_body(model):
+    """The part of a model that reads text: without the towers of its pictures and sounds."""
+    find = getattr(model, "get_decoder", None)
+    body = find() if find else None
+    return body if isinstance(body, nn.Module) else model
 
 
 def linears(module):

@@ -18,9 +18,6 @@ from cuobs import arrays
 from cuobs.ops.gram import add_cross_gram, add_gram
 from cuobs.ops.products import gemm
 
-# Shares (α, β) that a target stands for; "mixed" leaves both to the caller.
-TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
-
 
 @dataclass
 class Moments:

@@ -127,10 +127,10 @@ def test_bad_input_is_refused_before_the_model_is_read(
 
 
 def test_choices_and_defaults_are_those_of_the_library():
-    from cuobs.models import folder, targets
+    from cuobs.models import folder, planning, recipe
 
-    assert set(commands.TARGETS) == set(targets.TARGETS)
-    assert commands.SAVE_DTYPES == folder.SAVE_DTYPES
+    assert set(commands.TARGETS) == set(recipe.TARGETS)
+    assert commands.SAVE_DTYPES == planning.SAVE_DTYPES
     given = {p.name: p.default for p in commands.prune_model.params}
     assert given["samples"] == folder.DEFAULT_SAMPLES
 
@@ -195,7 +195,7 @@ def test_full_device_is_one_sentence(cuobs, source, tokens_file, tmp_path, monke
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr("cuobs.models.folder.prune_model", full)
+    monkeypatch.setattr("cuobs.models.pipeline.prune_model", full)
     result = cuobs("prune-model", source, tmp_path / "out", "--calibration",
                    f"{tokens_file}:calibration", "--device", "cpu")  # fmt: skip
     assert result.exit_code == 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cuobs.models.speedup import Timing, layer_shapes, speedup, verdict
+from cuobs.models.timing import Timing, layer_shapes, speedup, verdict
 
 
 def test_shapes_of_a_folder(source):

@@ -1,0 +1,254 @@
+"""A model of a folder pruned into another one, once all that can be known before is checked."""
+
+import math
+import os
+from functools import partial
+
+import torch
+
+from cuobs import validation
+from cuobs.models import loading
+from cuobs.models.calibration import (
+    check_tokens,
+    is_tokens,
+    load_tokens,
+    longest_window,
+    tokenize,
+)
+from cuobs.models.checkpoint import masks_file
+from cuobs.models.destination import changed_tensors, finish
+from cuobs.models.evaluate import perplexity
+from cuobs.models.names import ignored, match
+from cuobs.models.prune import check_arguments, choose_device, prune_model
+from cuobs.models.source import HOLDERS, MASKS, REPORT, stored_tensors
+from cuobs.models.structure import find_blocks, is_transposed, linears
+
+DEFAULT_LENGTH = 2048
+
+
+def prune(run, view, options):
+    """Prune the model of a folder into another one.
+
+    Parameters
+    ----------
+    run : cuobs.models.planning.Run
+    view : cuobs.models.planning.View
+    options : dict
+        Of `prune_model`.
+
+    Returns
+    -------
+    ModelReport
+    """
+    recipe, place = check_arguments(device=run.device, **options)
+    source = run.source
+    model = loading.load_model(source, run.trust_remote_code)
+    names = names_in_files(source, model, lambda name: recipe.of(name) is None)
+    for line in what_is_written(source, model, names, run.save_dtype):
+        view.say(line)
+    tokens, mask, texts = _read_all(run, model)
+    protocol = _protocol(run, tokens, texts)
+    for line in _protocol_lines(run, tokens, texts):
+        view.say(line)
+    measure = partial(_measure, model, texts, place, view)
+    before = {}
+
+    def starting(report):
+        report.left = [_file_name(name, names) for name in report.left]
+        view.starting(report)
+        before.update(measure("dense"))
+        if bad := [name for name, value in before.items() if math.isnan(value)]:
+            raise ValueError(
+                f"model: found that its perplexity on {bad[0]} is no number, expected finite "
+                "weights; a wider dtype may hold its activations"
+            )
+
+    def on_block(report, blocks):
+        for row in report.blocks[-1].layers:
+            row.transposed = is_transposed(model.get_submodule(row.name))
+            row.name = _file_name(row.name, names)
+        view.on_block(report, blocks)
+
+    try:
+        report = prune_model(
+            model, tokens, attention_mask=mask, checkpoint_folder=run.dst, resume=run.resume,
+            protocol=protocol, keep_masks=run.save_masks, device=run.device, starting=starting,
+            on_block=on_block, **options,
+        )  # fmt: skip
+        save_dtype = _save_dtype(run)
+        if save_dtype is not None:
+            model.to(save_dtype)  # what is measured is what is written
+        after = measure("pruned")
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError(
+            "memory: found the device full, expected fewer samples, shorter windows or fewer "
+            "batch_tokens"
+        ) from None
+    report.perplexity = {name: (before[name], after[name]) for name in texts}
+    _write(run, model, names, report, save_dtype)
+    return report
+
+
+def evaluate(source, text, length, device, progress, trust_remote_code):
+    """The perplexity of the model of a folder on a text or on tokens, and the tokens."""
+    tokenizer = None if is_tokens(text) else loading.load_tokenizer(source, trust_remote_code)
+    model = loading.load_model(source, trust_remote_code)
+    tokens = read_windows(text, model, tokenizer, None, length, None)
+    step = progress and partial(progress, "perplexity")
+    return perplexity(model, tokens, choose_device(device), step), tokens
+
+
+def _read_all(run, model):
+    """Calibration windows, their mask or None, and the windows of each text by its name."""
+    tokenizer = None
+    if not all(is_tokens(spec) for spec in (run.calibration, *run.evaluate)):
+        tokenizer = loading.load_tokenizer(run.source, run.trust_remote_code)
+    tokens = read_windows(
+        run.calibration, model, tokenizer, run.samples, run.sequence_length, run.seed
+    )
+    length = tokens.shape[1]
+    texts = {
+        name: read_windows(spec, model, tokenizer, None, length, run.seed)
+        for name, spec in zip(_short_names(run.evaluate), run.evaluate, strict=True)
+    }
+    mask = run.attention_mask and load_tokens(run.attention_mask, run.samples, length, kinds="biu")
+    return tokens, mask, texts
+
+
+def _protocol(run, tokens, texts):
+    """Where the numbers of a report come from."""
+    return {
+        "source": run.source.name,
+        "calibration": os.fspath(run.calibration),
+        "windows": len(tokens),
+        "length": tokens.shape[1],
+        "seed": None if is_tokens(run.calibration) else run.seed,
+        "evaluated": {name: list(part.shape) for name, part in texts.items()},
+    }
+
+
+def _protocol_lines(run, tokens, texts):
+    count, length = tokens.shape
+    all_of_it = is_tokens(run.calibration) or count < run.samples
+    drawn = "" if all_of_it else f", drawn with seed {run.seed}"
+    yield f"calibration  {run.calibration}: {count} windows of {length} tokens{drawn}"
+    for name, part in texts.items():
+        yield f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap"
+
+
+def _measure(model, texts, place, view, stage):
+    """The perplexity on each text."""
+    found = {}
+    for name, part in texts.items():
+        label = f"perplexity, {name}, {stage}"
+        progress = view.progress and partial(view.progress, label)
+        found[name] = perplexity(model, part, place, progress)
+        view.say(f"{label}: {found[name]:.2f}")
+    return found
+
+
+def _save_dtype(run):
+    """The dtype that the weights are written in; None where each keeps its own."""
+    if run.save_dtype is not None:
+        return getattr(torch, run.save_dtype)
+    return None if run.source.gguf is None else loading.gguf_dtype(run.source)[0]
+
+
+def read_windows(spec, model, tokenizer, samples, length, seed):
+    """Windows of a text or of a file of tokens, which the model can read."""
+    if is_tokens(spec):
+        found = load_tokens(spec, samples, length)
+    else:
+        found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
+    with validation.naming(spec):
+        return check_tokens(model, found)
+
+
+def _short_names(specs):
+    """The names of files without their folders, unless two are then alike."""
+    names = [os.path.basename(spec) for spec in specs]
+    return names if len(set(names)) == len(names) else [os.fspath(spec) for spec in specs]
+
+
+def names_in_files(source, model, skipped=lambda name: False):
+    """The names that a model's tensors have in its files, by those that they have in memory.
+
+    Parameters
+    ----------
+    source : Source
+    model : transformers.PreTrainedModel
+        As it was loaded.
+    skipped : callable
+        Whether a linear of a name stays as it is.
+
+    Raises
+    ------
+    ValueError
+        A linear that would be pruned lies in the files in another form.
+    """
+    if source.gguf is not None:
+        return {name: name for name in model.state_dict()}
+    names = match(model, source, stored_tensors(source))
+    prefix, blocks = find_blocks(model)
+    for inner in linears(blocks):
+        name = f"{prefix}.{inner}"
+        if f"{name}.weight" not in names and not skipped(name):
+            raise ValueError(
+                f"{source.name}: found that {name} is put together from tensors of other shapes or "
+                "values when it is loaded, expected one that lies in the files as it is pruned; "
+                "--skip leaves it as it is"
+            )
+    return names
+
+
+def what_is_written(source, model, names, save_dtype):
+    """Lines of text: the dtype of what is written, and what is carried over untouched."""
+    if source.gguf is not None:
+        dtype, kinds = loading.gguf_dtype(source)
+        dtype = str(save_dtype or dtype).removeprefix("torch.")
+        yield f"weights      {', '.join(kinds)} in {source.gguf}, written in {dtype}"
+        return
+    stored = stored_tensors(source)
+    if kept := ignored(stored, names, model):
+        size = sum(stored[name].nbytes for name in kept) / 2**20
+        yield (
+            f"carried over {len(kept)} tensors that {type(model).__name__} does not hold "
+            f"({size:.1f} MiB): {_some(kept)}"
+        )
+    if files := [name for name in source.carried if name.endswith(HOLDERS)]:
+        yield f"carried over {_some(files)}, as they are"
+    for why in dict.fromkeys(source.left_out.values()):
+        yield f"left out     {_some([n for n, w in source.left_out.items() if w == why])}: {why}"
+
+
+def _some(names, most=3):
+    """A few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _file_name(linear, names):
+    """The name of a linear by that of its weight in the files."""
+    return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
+
+
+def _write(run, model, names, report, save_dtype):
+    source, config, extra = run.source, None, {}
+    if source.gguf is None:
+        changed = changed_tensors(model, source, names)
+        report.carried = ignored(stored_tensors(source), names, model)
+        report.left_out = source.left_out
+    else:
+        changed, config, extra = loading.as_checkpoint(model)
+    extra[REPORT] = report.to_json()
+    if run.save_masks:
+        extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
+    finish(
+        source, run.dst, changed, config=config, extra=extra, save_dtype=save_dtype,
+        shard_size=run.shard_bytes,
+    )  # fmt: skip
+
+
+def _default_length(model):
+    """Tokens of a window of a text: 2048, or what the model allows."""
+    return min(DEFAULT_LENGTH, longest_window(model) or DEFAULT_LENGTH)

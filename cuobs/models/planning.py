@@ -1,0 +1,128 @@
+"""What can be known of a run over a model's folder before its weights are read.
+
+Neither PyTorch nor transformers is imported here: what is wrong is said in a second.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cuobs import arrays, files, validation
+from cuobs.models.calibration import check_cut, check_tokens_file, is_tokens, load_tokens
+from cuobs.models.marker import check_destination
+from cuobs.models.source import Source, find_source, stored_tensors
+from cuobs.models.texts import read_documents
+
+SAVE_DTYPES = ("float16", "bfloat16", "float32")
+# How the names of a tokenizer's files begin.
+TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run from folder to folder, as it was asked for; see `prune_folder`."""
+
+    source: Source
+    dst: str
+    calibration: str
+    evaluate: tuple
+    samples: int
+    sequence_length: int | None
+    seed: int
+    attention_mask: str | None
+    resume: bool
+    save_masks: bool
+    shard_bytes: int
+    save_dtype: str | None
+    trust_remote_code: bool
+    device: str
+
+
+class View(NamedTuple):
+    """Who is told what a run does; see `prune_folder`."""
+
+    say: Callable
+    progress: Callable | None
+    starting: Callable
+    on_block: Callable
+
+
+def check_folders(
+    src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
+    shard_size, save_dtype,
+):  # fmt: skip
+    """Refuse what is wrong whatever the weights are.
+
+    Returns
+    -------
+    source : Source
+    shard_bytes : int
+    save_dtype : str or None
+
+    Raises
+    ------
+    ValueError, TypeError, OSError
+    """
+    check_cut(samples, sequence_length)
+    validation.integer("seed", seed, low=0)
+    try:
+        shard_bytes = arrays.parse_size(shard_size)
+    except ValueError:
+        raise ValueError(
+            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
+        ) from None
+    if save_dtype is not None:
+        validation.name_of("save_dtype", save_dtype, SAVE_DTYPES)
+    source = find_source(src)
+    check_destination(source, dst, resume)
+    check_model(source)
+    length = check_text(source, calibration, samples, sequence_length)
+    for spec in evaluate:
+        check_text(source, spec, None, length)
+    if attention_mask:
+        _check_mask(attention_mask, calibration, samples, sequence_length)
+    return source, shard_bytes, save_dtype
+
+
+def check_model(source):
+    """Refuse a checkpoint whose config or headers say that it can't be pruned."""
+    names = source.config.get("architectures") or [""]
+    if source.config.get("is_encoder_decoder") and "CausalLM" not in names[0]:
+        raise ValueError(
+            f"{source.name}: found {names[0]}, an encoder with a decoder, expected a causal "
+            "language model"
+        )
+    if source.in_safetensors:
+        stored_tensors(source)
+
+
+def check_text(source, spec, samples, length):
+    """Refuse a text or tokens that can't be windows for a model; the length of theirs, if known."""
+    if is_tokens(spec):
+        config = source.config.get("text_config") or source.config
+        vocabulary = config.get("vocab_size") or source.config.get("vocab_size")
+        return check_tokens_file(spec, vocabulary, samples, length).shape[1]
+    read_documents(spec)
+    if source.gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(source.folder)):
+        raise ValueError(
+            f"{source.name}: found no tokenizer, expected one to read {spec} with; tokens.npz:key "
+            "needs none"
+        )
+    return length
+
+
+def _check_mask(mask, calibration, samples, length):
+    if not is_tokens(calibration):
+        raise ValueError(
+            f"attention_mask: found it with the text {calibration}, expected tokens.npz:key, whose "
+            "windows it belongs to"
+        )
+    if not os.path.isfile(files.split(mask)[0]):
+        raise FileNotFoundError(f"{mask}: found no such file, expected an array like the tokens")
+    found = load_tokens(mask, samples, length, kinds="biu").shape
+    tokens = load_tokens(calibration, samples, length).shape
+    if found != tokens:
+        raise ValueError(
+            f"attention_mask: found shape {found}, expected {tokens} as the tokens"
+        )
