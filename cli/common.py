@@ -27,9 +27,9 @@ def given(keys):
 
 
 def one_layer(config):
-    """Refuse a config with entries for single layers of a model."""
-    for name, entries in {"layers": config.layers, "skip": config.skip}.items():
-        if entries:
+    """Refuse a config with entries for whole models."""
+    for name in ("layers", "skip", "model"):
+        if entries := getattr(config, name):
             raise ValueError(
                 f"{name}: found {', '.join(entries)}, expected such entries with prune-model alone"
             )

@@ -13,6 +13,10 @@
     [layers]
     skip = ["lm_head", "*.layers.0.*"]
     "*.down_proj" = {pattern = "4:8"}
+
+    [model]
+    target = "mixed"
+    tune = 4
 """
 
 import dataclasses
@@ -24,7 +28,13 @@ from cuobs import validation
 from cuobs.pattern import Pattern, parse
 from cuobs.recipe import KEYS, SETTINGS, Recipe, Settings, method_options
 
-__all__ = ["Config", "load_config", "to_toml"]
+__all__ = ["MODEL", "Config", "load_config", "to_toml"]
+
+TABLES = ("recipe", "settings", "layers", "model")
+# Keys of what whole models have beside: those of `cuobs.models.recipe.ModelRecipe`.
+MODEL = (
+    "skip", "target", "dense_share", "residual_share", "drop_first_token", "tune", "tune_rate"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Config:
         Glob of names of layers to the keys of the recipe that differ there.
     skip : tuple of str
         Globs of names of layers that stay as they are.
+    model : dict
+        What whole models have beside: arguments of `cuobs.models.prune_model` by name, see `MODEL`.
 
     Examples
     --------
@@ -54,8 +66,11 @@ class Config:
     settings: Settings = field(default_factory=Settings)
     layers: dict = field(default_factory=dict)
     skip: tuple = ()
+    model: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        for key in self.model:
+            validation.name_of("model", key, MODEL)
         object.__setattr__(self, "skip", tuple(self.skip))
         for glob in self.skip:
             if not isinstance(glob, str):
@@ -93,9 +108,9 @@ def load_config(path):
     ----------
     path : path
         Tables ``[recipe]`` (the keys of `Recipe`, a method's options among them), ``[settings]``
-        (those of `Settings`) and ``[layers]``, each of them optional. In ``[layers]`` a glob of
-        names of layers has a table of the keys of the recipe that differ there, and ``skip`` is a
-        list of such globs.
+        (those of `Settings`), ``[layers]`` and ``[model]`` (see `Config`), each of them optional.
+        In ``[layers]`` a glob of names of layers has a table of the keys of the recipe that differ
+        there, and ``skip`` is a list of such globs.
 
     Raises
     ------
@@ -106,7 +121,7 @@ def load_config(path):
     with validation.naming(path):
         tables = _read(path)
         for name, table in tables.items():
-            validation.name_of("table", name, ("recipe", "settings", "layers"))
+            validation.name_of("table", name, TABLES)
             if not isinstance(table, dict):
                 raise TypeError(f"{name}: found {table!r}, expected a table [{name}]")
         settings, layers = tables.get("settings", {}), dict(tables.get("layers", {}))
@@ -120,6 +135,7 @@ def load_config(path):
             Settings(**settings),
             layers,
             skip,
+            tables.get("model", {}),
         )
 
 
@@ -140,6 +156,8 @@ def to_toml(config):
         lines += ["", "[layers]", *_lines({"skip": list(config.skip)} if config.skip else {})]
         for glob, changes in config.layers.items():
             lines.append(f"{_value(glob)} = {{{', '.join(_lines(changes))}}}")
+    if config.model:
+        lines += ["", "[model]", *_lines(config.model)]
     return "\n".join(lines) + "\n"
 
 

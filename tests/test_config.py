@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 import cuobs
-from cuobs.config import Config, load_config, to_toml
+from cuobs.config import MODEL, Config, load_config, to_toml
 
 EXAMPLE = """
 [recipe]
@@ -53,7 +53,12 @@ def test_layers_by_glob(tmp_path):
 
 
 def test_nothing_in_a_file_is_the_defaults(tmp_path):
-    assert read(tmp_path, "") == Config(cuobs.Recipe(), cuobs.Settings(), {}, ())
+    assert read(tmp_path, "") == Config(cuobs.Recipe(), cuobs.Settings(), {}, (), {})
+
+
+def test_what_whole_models_have_beside_is_read(tmp_path):
+    read_model = read(tmp_path, "[model]\ntarget = 'mixed'\ndense_share = [0.25, 0.75]\n").model
+    assert read_model == {"target": "mixed", "dense_share": [0.25, 0.75]}
 
 
 @pytest.mark.parametrize(("text", "error", "said"), [
@@ -69,6 +74,7 @@ def test_nothing_in_a_file_is_the_defaults(tmp_path):
     ("[settings]\nprogress = true", ValueError, "settings: found 'progress'"),
     ("[settings]\nworkers = 0", ValueError, "workers: found 0"),
     ("[settings]\ndtype = 3", TypeError, "dtype: found int"),
+    ("[model]\ntargets = 'mixed'", ValueError, "model: found 'targets'.*nearest: target"),
     ("[layers]\nskip = '*'", TypeError, "skip: found '\\*', expected a list"),
     ("[layers]\nskip = [3]", TypeError, "skip: found 3, expected names"),
     ("[layers]\n'*.up' = '2:4'", TypeError, r'layers."\*.up": found \'2:4\', expected a table'),
@@ -119,14 +125,15 @@ SETTINGS = st.fixed_dictionaries({
 
 @settings(max_examples=50, deadline=None)
 @given(KEYS, SETTINGS, st.dictionaries(st.text(st.characters(codec="utf-8")).filter(
-    lambda glob: glob != "skip"), KEYS, max_size=2), st.lists(st.text(), max_size=2))
-def test_a_file_that_was_written_reads_as_it_was(tmp_path_factory, keys, how, layers, skip):
+    lambda glob: glob != "skip"), KEYS, max_size=2), st.lists(st.text(), max_size=2),
+    st.dictionaries(st.sampled_from(MODEL), st.booleans() | st.integers() | st.text()))
+def test_a_file_that_was_written_reads_as_it_was(tmp_path_factory, keys, how, layers, skip, whole):
     skip = [glob for glob in skip if glob.isprintable()]
     layers = {
         glob: {k: v for k, v in changes.items() if v is not None}
         for glob, changes in layers.items()
     }
-    config = Config(cuobs.Recipe().replace(**keys), cuobs.Settings(**how), layers, skip)
+    config = Config(cuobs.Recipe().replace(**keys), cuobs.Settings(**how), layers, skip, whole)
     path = tmp_path_factory.mktemp("toml") / "recipe.toml"
     path.write_text(to_toml(config), encoding="utf-8", newline="")
     assert load_config(path) == config

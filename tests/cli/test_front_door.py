@@ -157,6 +157,7 @@ def test_compare_takes_a_config_and_gives_options_to_those_that_take_them():
     ("[recipe]\npatern = '2:4'", "r.toml: recipe: found 'patern'.*nearest: pattern"),
     ("[layers]\nskip = ['lm_head']", "skip: found lm_head, expected such entries with prune-model"),
     ("[layers]\n'*.up' = {damp = 1}", r"layers: found \*.up, expected such entries"),
+    ("[model]\ntune = 3", "model: found tune, expected such entries"),
 ])
 @pytest.mark.parametrize("command", ["prune", "compare"])
 def test_a_config_that_does_not_fit_is_refused(command, text, said):
