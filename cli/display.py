@@ -65,6 +65,8 @@ def bars(stream, clock=None):
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TimeLeft(compact=True), TextColumn("left"),
         console=Console(file=stream), transient=True, get_time=clock,
+        # Lines for a file stay in it; those for a terminal go above the bars.
+        redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import os
 import sys
 
 import click
-from cuobs_cli import common, display, options
+from cuobs_cli import common, options
+from cuobs_cli.view import View
 
 import cuobs
 from cuobs import files, plotting
@@ -76,10 +77,13 @@ trust = options.option(
 @options.option("--save-dtype", type=options.Name(SAVE_DTYPES), metavar="T", group=options.OUTPUT,
                 show_default="as in SRC, of a GGUF half precision",
                 help="Write the weights in " + ", ".join(SAVE_DTYPES) + ".")
+@options.quiet
+@options.as_json
 @trust
 def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
-    plot, shard_size, save_dtype, trust_remote_code, tune_rate, batch_tokens, resume, **target,
+    plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate, batch_tokens,
+    resume, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
@@ -96,7 +100,7 @@ def prune_model(
     models = load()
     from cuobs.models import report as reports
 
-    view = _View()
+    view = View(quiet or as_json)
     try:
         report = models.prune_folder(
             src, dst, calibration,
@@ -109,16 +113,18 @@ def prune_model(
             **_arguments(config),
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
+        view.close()
         if view.began:
             click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
         raise
     if plot:
         reports.picture(report, plot)
-    click.echo()
-    for line in reports.summary(report):
-        click.echo(line)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    for line in ("", *reports.summary(report)):
+        view.say(line)
     for path in filter(None, (dst, plot)):
-        click.echo(f"written  {path}")
+        view.say(f"written  {path}")
 
 
 def _arguments(config):
@@ -148,7 +154,7 @@ def eval_model(folder, text, sequence_length, device, trust_remote_code):
     """
     models = load()
     found, tokens = models.evaluate_folder(
-        folder, text, sequence_length, device=device, progress=_View().progress,
+        folder, text, sequence_length, device=device, progress=View().progress,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     click.echo(f"text        {text}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
@@ -183,59 +189,3 @@ def load():
     import cuobs.models
 
     return cuobs.models
-
-
-class _View:
-    """What a run shows: lines on standard output, a line that changes on a terminal."""
-
-    def __init__(self):
-        self._bar = None
-        self.began = False
-
-    def say(self, line):
-        click.echo(line)
-
-    def progress(self, label, done, total):
-        if self._bar is None or self._bar.label != label:
-            self._bar = display.Progress(label)
-        callback = self._bar.callback()
-        if callback:
-            callback(done, total)
-            if done == total:
-                self._bar.__exit__()
-
-    def starting(self, report):
-        from cuobs.models.report import size, target_text
-
-        self.began = True
-        settings = report.settings
-        pattern = cuobs.pattern.parse(settings["pattern_view"])
-        click.echo(f"method       {settings['method']}, damp {settings['damp']:g}")
-        click.echo(f"pattern      {settings['pattern']}: {common.keeps(pattern)}")
-        dropped = ", first tokens left out" if settings["drop_first_token"] else ""
-        click.echo(f"target       {target_text(settings)}{dropped}")
-        click.echo(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
-
-    def block(self, report, blocks):
-        from cuobs.models.report import size
-
-        block = report.blocks[-1]
-        losses = "  ".join(
-            f"{label} {row.loss:.1%}"
-            for label, row in zip(block.labels(), block.layers, strict=True)
-            if row.loss is not None
-        )
-        for row in block.layers:
-            if row.note:
-                click.echo(f"  {row.name}: {row.note}")
-        fresh = [b.seconds for b in report.blocks if not b.resumed]
-        left = ""
-        if fresh:
-            seconds = sum(fresh) / len(fresh) * (blocks - len(report.blocks))
-            left = f"  {display.duration(seconds)} left"
-        how = "read back" if block.resumed else f"{block.seconds:.1f} s"
-        drift = "" if block.drift is None else f"  drift {block.drift:.1%}"
-        click.echo(
-            f"block {block.index + 1}/{blocks}  {losses}{drift}  {how}{left}  "
-            f"{size(report.memory_peak)} at most"
-        )

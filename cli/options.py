@@ -172,6 +172,17 @@ def force(command):
     return option("--force", is_flag=True, group=OUTPUT, help="Overwrite what exists.")(command)
 
 
+def quiet(command):
+    """The decorator that gives a command ``--quiet``."""
+    return option("--quiet", is_flag=True, group=OUTPUT, help="Print nothing but errors.")(command)
+
+
+def as_json(command):
+    """The decorator that gives a command ``--json``, as ``as_json``."""
+    return option("--json", "as_json", is_flag=True, group=OUTPUT,
+                  help="Print the result as JSON and nothing else.")(command)  # fmt: skip
+
+
 def output(*names, **keys):
     """The decorator for a file to write."""
     return option(*names, group=OUTPUT, type=click.Path(), **keys)

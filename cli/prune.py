@@ -17,7 +17,9 @@ from cuobs import files
 @options.output("--mask-out", metavar="F", help="Also write the mask, True = kept.")
 @options.output("--report", metavar="F.json", help="Also write what was done and found.")
 @options.force
-def prune(w, x, hessian, config, out, mask_out, report, force):
+@options.quiet
+@options.as_json
+def prune(w, x, hessian, config, out, mask_out, report, force, quiet, as_json):
     """Prune the weight W under the activations X, or under their Hessian."""
     common.one_layer(config)
     out = _output(w, out)
@@ -31,27 +33,31 @@ def prune(w, x, hessian, config, out, mask_out, report, force):
         files.check_format(mask_out, bool)
         files.check_replaced(mask_out)
     with display.Progress(config.recipe.method) as progress:
-        settings = config.replace(progress=progress.callback()).settings
+        shown = None if quiet else progress.callback()
+        settings = config.replace(progress=shown).settings
         result = config.recipe.run(W, H, settings, X=X)
     files.save(out, result.weight, force)
     if mask_out:
         files.save(mask_out, result.mask, force)
+    content = {
+        "cuobs": cuobs.__version__,
+        "weight": w,
+        "activations": x,
+        "hessian": hessian,
+        "written": out,
+        "mask": mask_out,
+        "shape": list(W.shape),
+        "dtype": str(W.dtype),
+        **_content(result),
+    }
+    text = json.dumps(content, indent=2)
     if report:
-        content = {
-            "cuobs": cuobs.__version__,
-            "weight": w,
-            "activations": x,
-            "hessian": hessian,
-            "written": out,
-            "mask": mask_out,
-            "shape": list(W.shape),
-            "dtype": str(W.dtype),
-            **_content(result),
-        }
-        files.write_text(report, json.dumps(content, indent=2) + "\n", force)
-    _show(result, W.shape, X)
-    for path in (out, mask_out, report):
-        if path:
+        files.write_text(report, text + "\n", force)
+    if as_json:
+        click.echo(text)
+    elif not quiet:
+        _show(result, W.shape, X)
+        for path in filter(None, (out, mask_out, report)):
             click.echo(f"written   {path}")
 
 

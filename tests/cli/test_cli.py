@@ -493,6 +493,15 @@ def test_info_with_a_device(fault, said, monkeypatch):
     assert (lines[-1] == "kernels      compile") is (not fault)
 
 
+def test_quiet_and_json():
+    assert run("prune", "W.npy", "X.npy", "--quiet").output == ""
+    result = run("prune", "W.npy", "X.npy", "--force", "--json")
+    found = json.loads(result.stdout)
+    W, X = np.load("W.npy"), np.load("X.npy")
+    assert found["shape"] == [M, K] and found["written"] == "W-pruned.npy"
+    assert found["loss"] == pytest.approx(cuobs.prune(W, X).loss)
+
+
 def start(*args, **kwargs):
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([*COMMAND, *args], env=environment, **kwargs)

@@ -1,5 +1,6 @@
 """prune-model, eval-model and speedup from the command line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from cuobs_cli import main
+from cuobs_cli import main, view
 from cuobs_cli import models as commands
 from small_models import make_tokens
 
@@ -57,13 +58,13 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
     command = ("prune-model", source, tmp_path / "out", "--calibration",
                f"{tokens_file}:calibration", "--device", "cpu", "--resume")  # fmt: skip
     with monkeypatch.context() as patch:
-        whole = commands._View.block
+        whole = view.View.block
 
         def interrupted(self, report, blocks):
             whole(self, report, blocks)
             raise KeyboardInterrupt
 
-        patch.setattr(commands._View, "block", interrupted)
+        patch.setattr(view.View, "block", interrupted)
         result = cuobs(*command)
         assert result.exit_code == 130
         assert "--resume goes on" in result.output
@@ -158,7 +159,7 @@ def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path
         patch.setattr("cuobs.models.loading.load_model", interrupt)
         result = cuobs(*command)
         assert result.exit_code == 130 and "--resume" not in result.output
-    monkeypatch.setattr(commands._View, "block", interrupt)
+    monkeypatch.setattr(view.View, "block", interrupt)
     result = cuobs(*command)
     assert result.exit_code == 130
     assert f"{tmp_path / 'out'} is not complete; --resume goes on with it." in result.output
@@ -187,6 +188,17 @@ def test_nothing_but_the_report_in_a_pipe(source, tokens_file, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
     assert done.stdout.endswith(f"written  {tmp_path / 'out'}\n")
+
+
+def test_quiet_and_json(cuobs, source, tokens_file, tmp_path):
+    command = ("prune-model", source, "--calibration", f"{tokens_file}:calibration", "--samples", 4,
+               "--method", "wanda", "--device", "cpu")  # fmt: skip
+    quiet = cuobs(*command, tmp_path / "quiet", "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    shown = cuobs(*command, tmp_path / "json", "--json")
+    assert shown.exit_code == 0
+    found = json.loads(shown.stdout)
+    assert found["settings"]["method"] == "wanda" and len(found["blocks"]) == 3
 
 
 def test_full_device_is_one_sentence(cuobs, source, tokens_file, tmp_path, monkeypatch):

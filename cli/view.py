@@ -1,0 +1,97 @@
+"""What a run over a whole model shows: a line a block, and on a terminal a bar below them."""
+
+
+import click
+from cuobs_cli import common, display
+
+import cuobs
+
+DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the hidden states h behind a block, dense and pruned"
+
+
+class View:
+    """Lines on standard output; bars on standard error where that is a terminal.
+
+    Parameters
+    ----------
+    quiet : bool
+        Show nothing.
+    """
+
+    def __init__(self, quiet=False):
+        self.began = False
+        self._quiet = quiet
+        self._bar = None
+
+    def say(self, line=""):
+        """A line."""
+        if not self._quiet:
+            click.echo(line)
+
+    def progress(self, label, done, total):
+        """How far a stage of the run is."""
+        if self._quiet:
+            return
+        if self._bar is None:
+            self._bar = display.Progress(label)
+        self._bar.label = label
+        if callback := self._bar.callback():
+            callback(done, total)
+            if done == total:
+                self.close()
+
+    def close(self):
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
+
+    def starting(self, report):
+        """What will be done."""
+        from cuobs.models.report import size, target_text
+
+        self.began = True
+        settings = report.settings
+        pattern = cuobs.pattern.parse(settings["pattern_view"])
+        dropped = ", first tokens left out" if settings["drop_first_token"] else ""
+        self.say(f"method       {settings['method']}, damp {settings['damp']:g}")
+        self.say(f"pattern      {settings['pattern']}: {common.keeps(pattern)}")
+        self.say(f"target       {target_text(settings)}{dropped}")
+        self.say(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
+        if settings["target"] != "pruned":
+            self.say(DRIFT)
+
+    def block(self, report, blocks):
+        """A block that is finished: the layer that loses most, and what the rest takes."""
+        block = report.blocks[-1]
+        for row in block.layers:
+            if row.note:
+                self.say(f"  {row.name}: {row.note}")
+        self.say(block_line(report, blocks))
+        self.progress(_next(block, blocks), len(report.blocks), blocks)
+
+
+def block_line(report, blocks):
+    """A finished block in at most 80 columns."""
+    from cuobs.models.report import size
+
+    block = report.blocks[-1]
+    width = len(str(blocks))
+    line = f"block {block.index + 1:{width}}/{blocks}"
+    losses = [
+        (row.loss, label)
+        for label, row in zip(block.labels(), block.layers, strict=True)
+        if row.loss is not None
+    ]
+    if losses:
+        loss, label = max(losses)
+        line += f"  at most {loss:5.1%} {label}"
+    if block.drift is not None:
+        line += f"  drift {block.drift:5.1%}"
+    line += "  read back" if block.resumed else f"  {block.seconds:5.1f} s"
+    return f"{line}  {size(report.memory_peak)}"
+
+
+def _next(block, blocks):
+    done = block.index + 1
+    return f"block {done + 1}/{blocks}" if done < blocks else "done"
