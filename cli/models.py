@@ -12,7 +12,10 @@ from cuobs import files, plotting
 
 TARGETS = ("mixed", "pruned", "dense")
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
-CALIBRATION, TARGET = "Calibration", "Target and tuning"
+CALIBRATION, TARGET, ROTATION = "Calibration", "Target and tuning", "Rotation"
+SCORES = ("activations", "compensated")
+SCORE = "What is learned against: w² H_jj, or w² / C_jj ('compensated')."
+PERMUTE = "Deal the inner columns of each MLP out to the scopes too."
 
 
 def _share(ctx, parameter, value):
@@ -63,6 +66,13 @@ trust = options.option(
                 help="Passes of gradient descent over each pruned block's kept weights.")
 @options.option("--tune-rate", type=float, metavar="R", show_default="3e-4", group=TARGET,
                 help="Their learning rate.")
+@options.option("--rotate", is_flag=True, group=ROTATION,
+                help="Give the model another basis first, in which it prunes more easily.")
+@options.option("--rotate-steps", type=int, metavar="N", show_default="100", group=ROTATION,
+                help="Steps of learning it.")
+@options.option("--rotate-score", type=options.Name(SCORES), metavar="S",
+                show_default="activations", group=ROTATION, help=SCORE)
+@options.option("--rotate-permute", is_flag=True, group=ROTATION, help=PERMUTE)
 @options.option("--batch-tokens", type=int, metavar="N", group=options.HOW,
                 help="Tokens in a block at once.")
 @options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")

@@ -3,21 +3,17 @@
 import click
 from cuobs_cli import common, display, models, options
 
-LEARNING = "Learning"
-SCORES = ("activations", "compensated")
-
 
 @click.command("rotate", cls=options.Command,
                short_help="Another basis for a model, easier to prune.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @options.pattern
-@options.option("--steps", type=int, metavar="N", show_default="100", group=LEARNING,
+@options.option("--steps", type=int, metavar="N", show_default="100", group=models.ROTATION,
                 help="Steps of Adam; 0 folds the norms' scales alone.")
-@options.option("--score", type=options.Name(SCORES), metavar="S", show_default="activations",
-                group=LEARNING, help="What is learned against: w² H_jj, or w² / C_jj.")
-@options.option("--permute", is_flag=True, group=LEARNING,
-                help="Deal the inner columns of each MLP out to the scopes too.")
+@options.option("--score", type=options.Name(models.SCORES), metavar="S",
+                show_default="activations", group=models.ROTATION, help=models.SCORE)
+@options.option("--permute", is_flag=True, group=models.ROTATION, help=models.PERMUTE)
 @options.option("--calibration", required=True, type=click.Path(), metavar="F",
                 group=models.CALIBRATION, help="A text, or tokens.npz:key (windows, length).")
 @options.option("--samples", default=64, type=int, group=models.CALIBRATION,

@@ -273,6 +273,15 @@ def untie(model, stream):
     return weight.numel() * weight.element_size() if tied else 0
 
 
+def untied_config(config):
+    """A model's config whose head has a weight of its own."""
+    result = {**config, "tie_word_embeddings": False}
+    for key, part in config.items():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            result[key] = {**part, "tie_word_embeddings": False}
+    return result
+
+
 def logits_of(model, tokens):
     """Logits of the first tokens of a window, float32 on the CPU."""
     home = next(model.parameters()).device

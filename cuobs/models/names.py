@@ -8,6 +8,8 @@ only where some of its numbers are the same, so it does not depend on how that i
 import torch
 from safetensors import safe_open
 
+from cuobs.models.source import stored_tensors
+
 # Rows of a tensor that are compared to know that two are the same.
 ROWS = 16
 
@@ -95,6 +97,37 @@ def ignored(stored, names, model):
     held = {id(t) for n, t in model.state_dict(keep_vars=True).items() if n in names}
     shared = {n for n, t in model.state_dict(keep_vars=True).items() if id(t) in held}
     return [n for n in stored if n not in set(names.values()) and n not in shared]
+
+
+def check_all_known(model, source, names):
+    """Refuse a checkpoint with tensors that would stay in the old basis.
+
+    Raises
+    ------
+    ValueError
+        The files hold tensors that the model does not, or the model makes some of several.
+    """
+    if source.gguf is not None:
+        return
+    unknown = [
+        name
+        for name in ignored(stored_tensors(source), names, model)
+        if not name.endswith("inv_freq")  # frequencies of old checkpoints, which have no basis
+    ]
+    if unknown:
+        raise ValueError(
+            f"rotate: found {len(unknown)} tensors of {source.name} that {type(model).__name__} "
+            f"does not hold, {unknown[0]} among them, expected none: they would go on reading the "
+            "residual stream in its old basis"
+        )
+    own = model.state_dict(keep_vars=True)
+    named = {id(own[name]) for name in names if name in own}
+    for name, _ in model.named_parameters():
+        if id(own[name]) not in named:
+            raise ValueError(
+                f"rotate: found that {name} is put together from several tensors of "
+                f"{source.name}, expected one that lies in the files as the model holds it"
+            )
 
 
 def _likeness(name):

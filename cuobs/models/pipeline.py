@@ -18,7 +18,8 @@ from cuobs.models.calibration import (
 from cuobs.models.checkpoint import masks_file
 from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.evaluate import perplexity
-from cuobs.models.names import ignored, match
+from cuobs.models.folding import untied_config
+from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.prune import check_arguments, choose_device, prune_model
 from cuobs.models.source import HOLDERS, MASKS, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
@@ -44,6 +45,8 @@ def prune(run, view, options):
     source = run.source
     model = loading.load_model(source, run.trust_remote_code)
     names = names_in_files(source, model, lambda name: recipe.of(name) is None)
+    if recipe.rotate:
+        check_all_known(model, source, names)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
     tokens, mask, texts = _read_all(run, model)
@@ -73,11 +76,14 @@ def prune(run, view, options):
         report = prune_model(
             model, tokens, attention_mask=mask, checkpoint_folder=run.dst, resume=run.resume,
             protocol=protocol, keep_masks=run.save_masks, device=run.device, starting=starting,
-            on_block=on_block, **options,
+            rotating=view.progress and partial(view.progress, "rotation"), on_block=on_block,
+            **options,
         )  # fmt: skip
-        save_dtype = _save_dtype(run)
+        save_dtype = written_dtype(source, run.save_dtype)
         if save_dtype is not None:
             model.to(save_dtype)  # what is measured is what is written
+        if report.rotation is not None and report.rotation.untied:
+            report.rotation.untied = model.get_output_embeddings().weight.nbytes
         after = measure("pruned")
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
@@ -147,11 +153,11 @@ def _measure(model, texts, place, view, stage):
     return found
 
 
-def _save_dtype(run):
+def written_dtype(source, save_dtype):
     """The dtype that the weights are written in; None where each keeps its own."""
-    if run.save_dtype is not None:
-        return getattr(torch, run.save_dtype)
-    return None if run.source.gguf is None else loading.gguf_dtype(run.source)[0]
+    if save_dtype is not None:
+        return getattr(torch, save_dtype)
+    return None if source.gguf is None else loading.gguf_dtype(source)[0]
 
 
 def read_windows(spec, model, tokenizer, samples, length, seed):
@@ -238,6 +244,7 @@ def _write(run, model, names, report, save_dtype):
         changed = changed_tensors(model, source, names)
         report.carried = ignored(stored_tensors(source), names, model)
         report.left_out = source.left_out
+        config = untied_config(source.config) if report.rotation else None
     else:
         changed, config, extra = loading.as_checkpoint(model)
     extra[REPORT] = report.to_json()

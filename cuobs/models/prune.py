@@ -1,6 +1,7 @@
 """Prune a causal language model in memory, block by block and group by group."""
 
 import copy
+import os
 import time
 from dataclasses import dataclass
 
@@ -11,18 +12,23 @@ from cuobs import validation
 from cuobs.models import checkpoint, memory
 from cuobs.models.blocks import Resident, capture, evaluating, plain_torch
 from cuobs.models.checks import check_alone, check_by_window
+from cuobs.models.folding import examine
 from cuobs.models.groups import probe
 from cuobs.models.layers import choose_layers
 from cuobs.models.prediction import hold, predict, work_of
 from cuobs.models.recipe import read_arguments
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
+from cuobs.models.rotation import rotate
 from cuobs.models.rows import prune_rows, zeros
+from cuobs.models.source import BLOCKS
 from cuobs.models.streams import Passage, Streams
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 from cuobs.models.targets import Moments
 from cuobs.models.tuning import tune_block
 from cuobs.models.windows import check_windows
 
+# What an unfinished run keeps its rotation in, beside its blocks.
+ROTATION = "rotation.safetensors"
 # Tokens that run through a block at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
@@ -38,6 +44,7 @@ def prune_model(
     protocol=None,
     keep_masks=False,
     starting=None,
+    rotating=None,
     on_block=None,
     **options,
 ):
@@ -65,6 +72,8 @@ def prune_model(
     starting : callable, optional
         Called when all is checked, with a `ModelReport` that holds no blocks yet: what will be
         done, and the memory that it is predicted to take.
+    rotating : callable, optional
+        Called with (done, total) steps while a rotation is learned.
     on_block : callable, optional
         Called with (report, blocks) after each block, the number of all blocks and the
         `ModelReport` so far.
@@ -102,6 +111,11 @@ def prune_model(
         learn together, masks fixed, to give the hidden states of the dense model; 0 for none.
     tune_rate : float
         The learning rate of those passes at their start.
+    rotate : bool
+        Give the model another basis first in which the patterns prune less of what counts, see
+        `cuobs.models.rotate`; a head that is tied to the embedding is untied.
+    rotate_steps, rotate_score, rotate_permute
+        ``steps``, ``score`` and ``permute`` of that.
     device : {"auto", "cpu", "cuda"}
         Where blocks run and are pruned; "auto" takes the GPU where PyTorch and CuPy both find one.
     dtype, precision, memory_limit, workers, batch_rows
@@ -134,6 +148,7 @@ def prune_model(
     )  # fmt: skip
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
+        stream = examine(model, windows.tokens, device) if recipe.rotate else None
         if checkpoint_folder is not None:
             checkpoint.begin(checkpoint_folder, _identity(report, windows, blocks), resume)
         work = work_of(model, blocks, windows, batch, recipe, device)
@@ -141,6 +156,10 @@ def prune_model(
         report.memory_predicted = predict(work, device, held)
         if starting:
             starting(report)
+        if stream is not None:
+            report.rotation = _rotate(
+                model, stream, windows, layers, recipe, device, checkpoint_folder, rotating
+            )
         job = Job(
             recipe, layers, Resident(blocks, device), report, device, checkpoint_folder, keep_masks
         )
@@ -154,6 +173,21 @@ def prune_model(
             if on_block:
                 on_block(report, len(blocks))
     return report
+
+
+def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
+    """Rotate the model for the patterns of its linears, or as an unfinished run has done it."""
+    patterns = {
+        f"{layers.prefix}.{index}.{inner}": own.pattern
+        for (index, inner), own in layers.recipes.items()
+    }
+    return rotate(
+        model, windows.tokens, patterns, attention_mask=windows.mask,
+        drop_first_token=recipe.drop_first_token, steps=recipe.rotate_steps,
+        score=recipe.rotate_score, permute=recipe.rotate_permute,
+        damp=recipe.config.recipe.damp, device=device, stream=stream,
+        stored=folder and os.path.join(folder, BLOCKS, ROTATION), progress=progress,
+    )  # fmt: skip
 
 
 def check_arguments(*, device="auto", batch_tokens=None, **options):

@@ -14,6 +14,10 @@ from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 # Shares of a target, dense and residual, see `cuobs.models.targets`; "mixed" leaves both to the
 # caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
+# Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² H_jj; or
+# w² / C_jj with C the inverse of the damped H, which is lost when all others may make up for it.
+SCORES = ("activations", "compensated")
+STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class ModelRecipe:
         Passes of gradient descent over a pruned block's kept weights.
     tune_rate : float
         Their learning rate at the start.
+    rotate : bool
+        Give the model another basis first, see `cuobs.models.rotate`.
+    rotate_steps, rotate_score, rotate_permute
+        ``steps``, ``score`` and ``permute`` of that.
 
     Raises
     ------
@@ -51,12 +59,18 @@ class ModelRecipe:
     drop_first_token: bool = True
     tune: int = 0
     tune_rate: float = 3e-4
+    rotate: bool = False
+    rotate_steps: int = STEPS
+    rotate_score: str = SCORES[0]
+    rotate_permute: bool = False
 
     def __post_init__(self):
         validation.integer("tune", self.tune, low=0)
         rate = self.tune_rate
         if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
             raise ValueError(f"tune_rate: found {rate!r}, expected a positive number")
+        validation.integer("rotate_steps", self.rotate_steps, low=0)
+        validation.name_of("rotate_score", self.rotate_score, SCORES)
         _check_skip(self.skip)
         shares = _shares(self.target, self.dense_share, self.residual_share)
         for name, value in zip(("dense_share", "residual_share"), shares, strict=True):

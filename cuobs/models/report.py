@@ -119,6 +119,8 @@ class ModelReport:
         Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
         Bytes on the device (on the CPU: of the process).
+    rotation : RotationReport or None
+        Where the model was rotated first.
     masks : dict of tensor of bool
         Where they were asked for, by the name of a linear, in the form of its weight, True = kept.
         Not in JSON.
@@ -137,6 +139,7 @@ class ModelReport:
     memory_predicted: int = 0
     memory_peak: int = 0
     perplexity: dict = field(default_factory=dict)
+    rotation: object = None
     masks: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -171,6 +174,8 @@ def summary(report):
         ("pattern", report.settings["pattern"]),
         ("target", target_text(report.settings)),
     ]
+    if report.rotation is not None:
+        lines += report.rotation.summary()
     for name, (before, after) in report.perplexity.items():
         lines.append((f"perplexity, {name}", f"{before:.2f} dense, {after:.2f} pruned"))
     if losses:

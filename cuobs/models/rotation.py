@@ -18,10 +18,11 @@ from safetensors.torch import safe_open, save
 import cuobs
 from cuobs import files, validation
 from cuobs.models import folding, memory
-from cuobs.models.calibration import check_tokens
+from cuobs.models.recipe import SCORES, STEPS
 from cuobs.models.report import size
-from cuobs.models.rotation_learning import RATE, SCORES, STEPS, Learned, learn
+from cuobs.models.rotation_learning import RATE, Learned, learn
 from cuobs.models.structure import find_blocks, linears
+from cuobs.models.windows import check_windows
 
 WINDOWS = 64
 
@@ -89,7 +90,7 @@ def rotate(
     pattern="2:4",
     *,
     attention_mask=None,
-    counted=None,
+    drop_first_token=True,
     steps=STEPS,
     rate=RATE,
     windows=WINDOWS,
@@ -97,6 +98,7 @@ def rotate(
     permute=False,
     damp=0.01,
     device="auto",
+    stream=None,
     stored=None,
     progress=None,
 ):
@@ -115,9 +117,10 @@ def rotate(
         Calibration windows.
     pattern : str, Pattern or dict
         See `cuobs.patterns`; a dict has one for each linear that counts, by its name.
-    attention_mask, counted : array of bool or int, shape (windows, length), optional
-        0 where a token is padding; and which tokens enter the sums, by default all that are none,
-        without the first of each window.
+    attention_mask : array of bool or int, shape (windows, length), optional
+        0 where a token is padding; those tokens enter no sum.
+    drop_first_token : bool
+        Leave the first token of each window out of the sums.
     steps : int
         Of Adam; 0 folds the scales of the norms alone.
     rate : float
@@ -133,6 +136,8 @@ def rotate(
     device : torch.device or str
         Where the basis is learned and blocks are folded; "auto" takes the GPU where PyTorch finds
         one.
+    stream : cuobs.models.folding.Stream, optional
+        Of `cuobs.models.folding.examine`, if that is known already.
     stored : path, optional
         A file that keeps the rotation; where it is there, it is read instead of learned again.
     progress : callable, optional
@@ -159,19 +164,14 @@ def rotate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     memory.reset(device)
-    tokens = torch.from_numpy(check_tokens(model, tokens))[:windows]
-    attention_mask = _mask_of("attention_mask", attention_mask, tokens)
-    counted = _mask_of("counted", counted, tokens)
-    if counted is None:
-        counted = torch.ones_like(tokens) if attention_mask is None else attention_mask.clone()
-        counted[torch.arange(len(counted)), counted.argmax(1)] = 0
-    if not counted.any():
-        raise ValueError("tokens: found none that count, expected longer windows")
-    stream = folding.examine(model, tokens, device)
+    found = check_windows(model, tokens, attention_mask, drop_first_token)
+    tokens, counted = found.tokens[:windows], found.keep[:windows]
+    mask = None if found.mask is None else found.mask[:windows]
+    stream = stream or folding.examine(model, tokens, device)
     arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
         "patterns": {name: str(p) for name, p in patterns.items()},
-        "tokens": _digest(tokens, counted, attention_mask),
+        "tokens": _digest(tokens, counted),
         "model": _digest(*model.get_submodule(stream.prefix)[0].parameters()),
         **arguments,
     }
@@ -180,7 +180,7 @@ def rotate(
         learned = load(stored, identity)
     else:
         learned = learn(
-            model, stream, tokens, counted, patterns, attention_mask=attention_mask, device=device,
+            model, stream, tokens, counted, patterns, attention_mask=mask, device=device,
             progress=progress, **arguments,
         )  # fmt: skip
         if stored is not None:
@@ -202,20 +202,6 @@ def rotate(
         seconds=time.perf_counter() - began,
         memory_peak=memory.peak(device),
     )
-
-
-def _mask_of(name, mask, tokens):
-    """0 and 1 for each token; None where there is no mask."""
-    if mask is None:
-        return None
-    mask = torch.as_tensor(mask)[: len(tokens)].long()
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"{name}: found shape {tuple(mask.shape)}, expected {tuple(tokens.shape)} as the tokens"
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"{name}: found other values, expected 0 and 1 alone")
-    return mask
 
 
 def _patterns_of(model, pattern):

@@ -7,13 +7,10 @@ import torch
 
 from cuobs.models.folding import Rotation
 from cuobs.models.pruned_share import Scopes, pruned_share
+from cuobs.models.recipe import STEPS
 from cuobs.models.rotation_moments import compiled, gather
 
-STEPS = 100
 RATE = 3e-3
-# What the score of a weight w in column j is: w² H_jj; or w² / C_jj with C the inverse of the
-# damped H, which is what is lost when all others may make up for it.
-SCORES = ("activations", "compensated")
 # Elements of weights that are rotated at once.
 PIECE = 2**27
 
@@ -40,7 +37,7 @@ def learn(
     stream : cuobs.models.folding.Stream
         Of `cuobs.models.folding.examine`.
     tokens, counted : tensor of int, shape (windows, length)
-        And which of them enter the sums: 0 or 1.
+        And which of them enter the sums.
     patterns : dict of Pattern
         By the name of a linear; those that are not named do not count.
     attention_mask : tensor of int, shape (windows, length), optional
@@ -59,7 +56,7 @@ def learn(
     """
     device = torch.device(device)
     gathered = gather(
-        model, stream, tokens, attention_mask, counted.bool(), patterns, device,
+        model, stream, tokens, attention_mask, counted, patterns, device,
         compensated=score == "compensated", permute=permute, damp=damp,
     )  # fmt: skip
     orders = tuple(block.orders for block in gathered)

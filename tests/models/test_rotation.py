@@ -219,8 +219,8 @@ def test_smallest():
 
 
 def without_first(tokens):
-    counted = torch.ones_like(tokens)
-    counted[:, 0] = 0
+    counted = torch.ones_like(tokens).bool()
+    counted[:, 0] = False
     return counted
 
 
@@ -388,8 +388,7 @@ def test_what_is_stored_gives_the_same_bits(tmp_path):
         ({"damp": -1}, "damp: found -1"),
         ({"pattern": "7:64"}, "divides no linear"),
         ({"attention_mask": torch.ones(8, 3)}, r"attention_mask: found shape \(8, 3\)"),
-        ({"attention_mask": torch.full((8, LENGTH), 2)}, "attention_mask: found other values"),
-        ({"counted": torch.zeros(8, LENGTH)}, "tokens: found none that count"),
+        ({"attention_mask": torch.zeros(8, LENGTH)}, "tokens: found none that count"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import make_source, make_tokens
+from small_models import make_source, make_tokens, same
 
-from cuobs.models import rotate_folder
+import cuobs
+from cuobs.models import perplexity, prune_folder, rotate_folder
+from cuobs.models.report import summary
 
 
 @pytest.fixture
@@ -93,3 +95,91 @@ def test_command_line(tmp_path, calibration):
     arguments[1:3] = [str(tmp_path / "other"), str(tmp_path / "third")]
     refused = CliRunner().invoke(main, arguments)
     assert refused.exit_code == 2 and "takes the mean away (LayerNorm)" in refused.output
+
+
+def test_pruning_begins_with_it(tmp_path, calibration):
+    src = make_source(tmp_path / "src", "llama", tie_word_embeddings=True)
+    found = {}
+    for name, options in {"plain": {}, "rotated": {"rotate": True, "rotate_steps": 10}}.items():
+        report = prune_folder(
+            src, tmp_path / name, calibration, method="magnitude", target="pruned", device="cpu",
+            evaluate=[calibration], **options,
+        )  # fmt: skip
+        found[name] = report
+    assert found["plain"].rotation is None
+    rotation = found["rotated"].rotation
+    assert rotation.after < rotation.before and rotation.heads == 6
+    assert rotation.untied == 97 * 32 * 4
+    assert found["rotated"].sparsity == 0.5
+    before, after = found["rotated"].perplexity.popitem()[1]
+    assert before == found["plain"].perplexity.popitem()[1][0]  # that of the source, as it is
+    written = json.loads((tmp_path / "rotated" / "cuobs_report.json").read_text())
+    assert written["rotation"]["untied"] == rotation.untied
+    assert written["settings"]["rotate"] and written["settings"]["rotate_steps"] == 10
+    lines = "\n".join(summary(found["rotated"]))
+    assert "pruned share" in lines and "head of its own" in lines
+    model = open_plainly(tmp_path / "rotated")
+    assert perplexity(model, make_tokens()) == pytest.approx(after, rel=1e-6)
+    assert cuobs.verify(model.model.layers[1].mlp.down_proj.weight.detach(), "2:4")
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_an_unfinished_run_goes_on_with_its_rotation(tmp_path, calibration, stop):
+    src = make_source(tmp_path / "src", "qwen2")
+    learned = []
+
+    def run(name, **options):
+        return prune_folder(
+            src, tmp_path / name, calibration, device="cpu", rotate=True, rotate_steps=4,
+            progress=lambda label, *step: label == "rotation" and learned.append(step), **options,
+        )  # fmt: skip
+
+    def stopping(report, blocks):
+        if len(report.blocks) == max(1, stop):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", on_block=stopping)
+    kept = tmp_path / "stopped" / "cuobs_blocks" / "rotation.safetensors"
+    assert kept.exists() and len(learned) == 4
+    if stop == 0:
+        for path in kept.parent.glob("0*"):
+            path.unlink()
+    first = run("whole")
+    learned.clear()
+    again = run("stopped", resume=True)
+    assert not learned and not kept.exists()
+    assert again.rotation.after == first.rotation.after
+    names = {path.name for path in (tmp_path / "whole").glob("*.safetensors")}
+    assert names == {path.name for path in (tmp_path / "stopped").glob("*.safetensors")}
+    for name in names:
+        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "stopped"))
+        assert same(whole, resumed)
+    with pytest.raises(FileExistsError):
+        run("whole")
+
+
+def test_other_settings_of_the_rotation_are_another_run(tmp_path, calibration):
+    src = make_source(tmp_path / "src", "llama")
+
+    def stopping(report, blocks):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(src, tmp_path / "dst", calibration, device="cpu", rotate=True, rotate_steps=2,
+                     on_block=stopping)  # fmt: skip
+    for changes in ({"rotate": False}, {"rotate_steps": 3}, {"rotate_permute": True}):
+        with pytest.raises(ValueError, match=rf"resume: found {min(changes)}="):
+            prune_folder(src, tmp_path / "dst", calibration, device="cpu", resume=True,
+                         **{"rotate": True, "rotate_steps": 2, **changes})  # fmt: skip
+
+
+def test_pruning_refuses_before_any_work(tmp_path, calibration):
+    src = make_source(tmp_path / "src", "gemma2")
+    with pytest.raises(ValueError, match="between self_attn.o_proj and the residual stream"):
+        prune_folder(src, tmp_path / "dst", calibration, device="cpu", rotate=True,
+                     starting=lambda report: pytest.fail("it has begun"))  # fmt: skip
+    assert not (tmp_path / "dst").exists()
+    for arguments in ({"rotate_steps": -1}, {"rotate_score": "size"}):
+        with pytest.raises(ValueError, match=f"{min(arguments)}: found"):
+            prune_folder(src, tmp_path / "dst", calibration, rotate=True, **arguments)
