@@ -107,7 +107,7 @@ def prune_model(
         if os.path.exists(plot):
             raise FileExistsError(f"--plot: found {plot}, expected a new path")
         files.check_output(plot)
-    models = load()
+    models = load(quiet or as_json)
     from cuobs.models import report as reports
 
     view = View(quiet or as_json)
@@ -192,10 +192,18 @@ def speedup(source, batches, dtype):
         click.echo(line)
 
 
-def load():
-    """`cuobs.models`, or one sentence that says what to install."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would fill a log
+def load(quiet=False):
+    """`cuobs.models`, or one sentence that says what to install.
+
+    Without transformers' own bars where they would fill a log or nothing is to be shown.
+    """
+    hide = quiet or not sys.stderr.isatty()
+    if hide:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import cuobs.models
 
+    if hide:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     return cuobs.models
