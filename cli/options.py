@@ -1,5 +1,7 @@
 """Options in groups, and those of a recipe and of settings for whatever methods are known."""
 
+import contextlib
+
 import click
 
 import cuobs
@@ -249,11 +251,7 @@ class Integer(click.IntRange):
 
     def convert(self, value, param, ctx):
         """The integer."""
-        try:
-            value = int(value)
-        except ValueError:
-            pass
-        return cuobs.Option(param.name, int).check(value)
+        return _converted(int, value, param)
 
 
 class Number(click.types.FloatParamType):
@@ -261,11 +259,13 @@ class Number(click.types.FloatParamType):
 
     def convert(self, value, param, ctx):
         """The number."""
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-        return cuobs.Option(param.name, float).check(value)
+        return _converted(float, value, param)
+
+
+def _converted(kind, value, param):
+    with contextlib.suppress(ValueError):
+        value = kind(value)
+    return cuobs.Option(param.name, kind).check(value)
 
 
 class PatternName(click.ParamType):

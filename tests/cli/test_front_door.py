@@ -7,18 +7,17 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from cuobs_cli import group, main
+from test_recipe import recipe
 
 import cuobs
 
 CLI = Path(importlib.import_module("cuobs_cli").__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "contributing.rst").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +51,6 @@ def refused(*args):
 
 
 # Plugins
-
-
-def page_file():
-    """The file of docs/contributing.rst that brings a method with an option."""
-    block = PAGE.split(".. recipe: method\n")[1].split(".. code-block:: python\n")[1]
-    return textwrap.dedent(re.match(r"(?:\s*\n|   .*\n)+", block)[0])
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -106,7 +99,7 @@ def installed(folder, value):
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: novel\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[cuobs.methods]\nnovel = {value}\n")
-    Path(folder, "novel.py").write_text(page_file())
+    Path(folder, "novel.py").write_text(recipe("method"))
     return {"PYTHONPATH": os.path.abspath(folder)}
 
 
