@@ -161,7 +161,7 @@ def of(one, group):
 def setting(name, **keys):
     """The decorator that gives a command one of the settings as an option."""
     (found,) = (one for one in recipe.SETTING_OPTIONS if one.name == name)
-    return option(_flag(found), **{**_keys(found), **keys})
+    return option(_flag(found), **{"group": HOW, **_keys(found), **keys})
 
 
 def pattern(command):

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from extras import COMMAND_LINE
 from threadpoolctl import threadpool_limits
 
 from cuobs import arrays
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
+TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "examples" / "smollm2"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,3 +89,19 @@ def source(tmp_path):
 def pytest_configure(config):
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+
+
+def pytest_ignore_collect(collection_path):
+    """Without the package cuobs_cli, leave out what tests it."""
+    if not COMMAND_LINE and {TESTS / "cli", TESTS / "test_documents.py"} & {
+        collection_path, *collection_path.parents
+    }:  # fmt: skip
+        return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not COMMAND_LINE:
+        terminalreporter.write_line(
+            "tests of the command line: found no package cuobs_cli, expected cuobs to be "
+            "installed: pip install -e ."
+        )
