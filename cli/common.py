@@ -77,15 +77,6 @@ def check_outputs(inputs, outputs, force):
         files.check_output(path, force)
 
 
-def keeps(pattern):
-    """What a pattern keeps, in words that can't be read the other way round."""
-    blocks, elements = 1, 1
-    for scope, block in zip(pattern.scope, pattern.block, strict=True):
-        blocks, elements = blocks * scope, elements * block
-    what = {1: "", 2: " pairs"}.get(elements, f" blocks of {elements}")
-    return f"keep {pattern.keep} of {blocks}{what}"
-
-
 def by(shape):
     """A shape as it is said: 576 x 1536."""
     return " x ".join(map(str, shape))

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "compare:compare",
     "hessian": "hessian:hessian",
     "verify": "verify:verify",
+    "plot": "plot:plot",
     "patterns": "listing:patterns",
     "methods": "listing:methods",
     "info": "info:info",

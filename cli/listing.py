@@ -1,24 +1,31 @@
 """cuobs patterns, cuobs methods"""
 
-import math
-import re
 import string
 
 import click
 from cuobs_cli import common, options
 
 import cuobs
+from cuobs import plotting
 
 LETTERS = string.ascii_letters
 WIDTH = 32
 
 
-@click.command(short_help="Draw the patterns.")
+@click.command(cls=options.Command, short_help="Draw the patterns.")
 @click.argument("chosen", metavar="[PATTERN]...", nargs=-1, type=options.PatternName())
-def patterns(chosen):
+@options.output("--svg", metavar="F.svg", help="Draw them as a picture too (extra: plot).")
+@options.force
+def patterns(chosen, svg, force):
     """Draw one scope of each named pattern, or of those given."""
-    for pattern in chosen or cuobs.patterns().values():
-        click.echo(f"{pattern.label}: {common.keeps(pattern)}")
+    chosen = list(chosen or cuobs.patterns().values())
+    if svg:
+        common.check_outputs([], {"--svg": svg}, force)
+        if not svg.lower().endswith(".svg"):
+            raise ValueError(f"--svg: found {svg}, expected a file's name that ends in .svg")
+        plotting.save(plotting.patterns_figure(chosen), svg, force)
+    for pattern in chosen:
+        click.echo(f"{pattern.label}: {pattern.keeps}")
         if pattern.name:
             click.echo(f"  {pattern}")
         click.echo("")
@@ -26,6 +33,8 @@ def patterns(chosen):
         click.echo("")
     click.echo("Each letter is a block of one scope, which competes with the other letters;")
     click.echo("dots belong to other scopes.")
+    if svg:
+        click.echo(f"written  {svg}")
 
 
 @click.command(short_help="List the methods and their options.")
@@ -44,7 +53,7 @@ def methods():
 
 def drawing(pattern):
     """The first scope of a pattern where it lies in the weight, as lines of text."""
-    layout = pattern.compile(*_smallest(pattern))
+    layout = pattern.compile(*pattern.smallest())
     rows, columns = layout.row_order[0], layout.column_order[0]
     left, right = int(columns.min()), int(columns.max())
     lines, last = [], None
@@ -60,13 +69,3 @@ def drawing(pattern):
         more = " ..." if len(cells) > WIDTH else ""
         lines.append(f"row {row:<3} " + " ".join(cells[:WIDTH]) + more)
     return lines
-
-
-def _smallest(pattern):
-    """The smallest weight (M, K) that the pattern's view divides."""
-    sizes = {"M": 1, "K": 1}
-    for size, block, scope in zip(pattern.view.shape, pattern.block, pattern.scope, strict=True):
-        if found := re.fullmatch(r"\d*([MK])(?:/(\d+))?", str(size)):
-            symbol, divisor = found.groups()
-            sizes[symbol] = math.lcm(sizes[symbol], int(divisor or 1) * block * scope)
-    return sizes["M"], sizes["K"]

@@ -87,7 +87,7 @@ def _show(result, shape, X):
     click.echo(f"inputs    {inputs}{each}")
     resolved = ", weights re-solved" if result.refine else ""
     click.echo(f"method    {result.method}{resolved}")
-    click.echo(f"pattern   {result.pattern.label}: {common.keeps(result.pattern)}")
+    click.echo(f"pattern   {result.pattern.label}: {result.pattern.keeps}")
     click.echo(f"loss      {result.loss:.3%}")
     click.echo(f"sparsity  {result.sparsity:.2%}")
     click.echo(

@@ -3,7 +3,7 @@
 import sys
 
 import click
-from cuobs_cli import common, options
+from cuobs_cli import options
 
 import cuobs
 from cuobs import files
@@ -16,11 +16,11 @@ def verify(w, pattern):
     """Say whether a weight obeys a pattern; exit code 1 if not."""
     found = cuobs.verify(files.load(w), pattern)
     if found:
-        click.echo(f"{w} obeys {pattern.label} ({common.keeps(pattern)}) in {found.scopes} scopes")
+        click.echo(f"{w} obeys {pattern.label} ({pattern.keeps}) in {found.scopes} scopes")
         return
     row, column = found.first
     click.echo(
-        f"{w} breaks {pattern.label} ({common.keeps(pattern)}) in {found.broken} of "
+        f"{w} breaks {pattern.label} ({pattern.keeps}) in {found.broken} of "
         f"{found.scopes} scopes; the first begins at row {row}, column {column}"
     )
     sys.exit(1)

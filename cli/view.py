@@ -2,7 +2,7 @@
 
 
 import click
-from cuobs_cli import common, display
+from cuobs_cli import display
 
 import cuobs
 
@@ -55,7 +55,7 @@ class View:
         pattern = cuobs.pattern.parse(settings["pattern_view"])
         dropped = ", first tokens left out" if settings["drop_first_token"] else ""
         self.say(f"method       {settings['method']}, damp {settings['damp']:g}")
-        self.say(f"pattern      {settings['pattern']}: {common.keeps(pattern)}")
+        self.say(f"pattern      {settings['pattern']}: {pattern.keeps}")
         self.say(f"target       {target_text(settings)}{dropped}")
         self.say(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
         if settings["target"] != "pruned":

@@ -1,5 +1,6 @@
 """Every method side by side on one layer: the benchmark's table."""
 
+from html import escape
 from typing import NamedTuple
 
 from cuobs import arrays, recipe, validation
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 
 class Table(list):
-    """The `Row` of each method, in the order in which they ran.
+    """The `Row` of each method, in the order in which they ran; ``table["admm"]`` is one of them.
 
     Attributes
     ----------
@@ -50,6 +51,43 @@ class Table(list):
         super().__init__(rows)
         self.pattern = pattern
         self.shape = shape
+
+    def __getitem__(self, key):
+        """The row of a method by name, or by place as in any list."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for row in self:
+            if row.method == key:
+                return row
+        raise KeyError(f"found no row {key!r}, expected one of {', '.join(r.method for r in self)}")
+
+    def __repr__(self):
+        return self.text()
+
+    def _repr_html_(self):
+        lines = [
+            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+            for tag, cells in [("th", HEADER), *(("td", cells) for cells in self.cells())]
+        ]
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        M, K = self.shape
+        return f"<table><caption>{escape(self.pattern.label)}, {M} x {K}</caption>{rows}</table>"
+
+    def to_pandas(self):
+        """A ``pandas.DataFrame`` with the method as its index.
+
+        Raises
+        ------
+        ImportError
+            pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError(
+                "to_pandas needs pandas, which is not installed: pip install pandas"
+            ) from None
+        return pandas.DataFrame(list(self), columns=Row._fields).set_index("method")
 
     def cells(self):
         """The rows as text, one cell a column of the header."""

@@ -77,6 +77,11 @@ class Hessian:
         """Rows of X seen so far; None where a file that was loaded does not say."""
         return self._state[1]
 
+    def __repr__(self):
+        tokens = "unknown" if self.tokens is None else self.tokens
+        device = arrays.device_name(self._xp)
+        return f"Hessian(K={self.K}, tokens={tokens}, {self._dtype} on {device})"
+
     def _zeros(self):
         return self._xp.zeros((self._K, self._K), self._dtype)
 

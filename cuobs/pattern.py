@@ -139,6 +139,22 @@ class Pattern:
         """The name, or the text form where there is none."""
         return self.name or str(self)
 
+    @property
+    def keeps(self):
+        """What is kept, in words that can't be read the other way round: keep 2 of 4."""
+        blocks, elements = math.prod(self.scope), math.prod(self.block)
+        what = {1: "", 2: " pairs"}.get(elements, f" blocks of {elements}")
+        return f"keep {self.keep} of {blocks}{what}"
+
+    def smallest(self):
+        """Shape (M, K) of the smallest weight that the view divides."""
+        sizes = {"M": 1, "K": 1}
+        for size, block, scope in zip(self.view.shape, self.block, self.scope, strict=True):
+            if found := re.fullmatch(r"\d*([MK])(?:/(\d+))?", str(size)):
+                symbol, divisor = found.groups()
+                sizes[symbol] = math.lcm(sizes[symbol], int(divisor or 1) * block * scope)
+        return sizes["M"], sizes["K"]
+
     def compile(self, M, K):
         """Reduce the view to row groups, column groups and one block map.
 

@@ -4,11 +4,25 @@ import importlib.util
 import itertools
 import os
 
-from cuobs import extras, files
+import numpy as np
 
-__all__ = ["FORMATS", "check_picture", "label_points", "pareto"]
+from cuobs import arrays, extras, files
+
+__all__ = [
+    "FORMATS",
+    "check_picture",
+    "label_points",
+    "mask_figure",
+    "new_figure",
+    "pareto",
+    "patterns_figure",
+    "save",
+]
 
 FORMATS = (".png", ".svg", ".pdf")
+# Rows and columns of a mask that are drawn element by element, and cells of a whole weight.
+CORNER = (24, 48)
+CELLS = (128, 128)
 
 # Where a name may stand: points from its mark, and which way.
 REACHES = (6, 16, 28, 42)
@@ -20,10 +34,100 @@ def check_picture(path):
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FORMATS:
         raise ValueError(f"{path}: found {suffix or 'no ending'}, expected {', '.join(FORMATS)}")
+    check_matplotlib(path)
+
+
+def check_matplotlib(name):
+    """Refuse to draw something where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            f"{path}: found no matplotlib to draw it with: {extras.hint('plot')}"
-        )
+        raise ImportError(f"{name}: found no matplotlib to draw it with: {extras.hint('plot')}")
+
+
+def mask_figure(weight, mask=None, pattern=None, title=""):
+    """A corner of a mask, element by element, and the whole weight from afar.
+
+    Parameters
+    ----------
+    weight : array, shape (M, K)
+        Its magnitudes are the colours.
+    mask : array of bool, shape (M, K), optional
+        True = kept; what is not zero by default.
+    pattern : Pattern, optional
+        Whose first scope is framed.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    weight = np.abs(arrays.to_numpy(arrays.receive(weight, "W")).astype("float32"))
+    kept = weight != 0 if mask is None else arrays.to_numpy(arrays.receive(mask, "mask"))
+    M, K = (min(n, most) for n, most in zip(weight.shape, CORNER, strict=True))
+    figure = new_figure(10, 4)
+    near, far = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    figure.suptitle(title, fontsize=10)
+    shown = np.where(kept, weight, np.nan)[:M, :K]
+    near.imshow(shown, cmap="viridis", interpolation="nearest")
+    near.set_title(f"rows 0 to {M - 1}, columns 0 to {K - 1}: kept ones by size", fontsize=9)
+    if pattern is not None:
+        layout = pattern.compile(*weight.shape)
+        for row, column in itertools.product(layout.row_order[0], layout.column_order[0]):
+            if row < M and column < K:
+                near.add_patch(_frame(row, column))
+    means = _means(np.square(weight)) ** 0.5
+    image = far.imshow(means, cmap="magma", aspect="auto", extent=(0, weight.shape[1],
+                                                                   weight.shape[0], 0))
+    far.set_title(f"all {weight.shape[0]} x {weight.shape[1]}: root mean square", fontsize=9)
+    figure.colorbar(image, ax=far)
+    for axes in (near, far):
+        axes.set(xlabel="inputs", ylabel="outputs")
+    return figure
+
+
+def _frame(row, column):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=0.8)
+
+
+def _means(array):
+    """Means over cells of an array, of which there are few enough to be seen."""
+    for axis, most in enumerate(CELLS):
+        starts = np.linspace(0, array.shape[axis], min(most, array.shape[axis]) + 1).astype(int)
+        sums = np.add.reduceat(array, starts[:-1], axis=axis, dtype="float64")
+        array = sums / np.expand_dims(np.diff(starts), 1 - axis)
+    return array
+
+
+def patterns_figure(patterns):
+    """One scope of each pattern where it lies in a weight, a colour a block.
+
+    Parameters
+    ----------
+    patterns : list of Pattern
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    layouts = [pattern.compile(*pattern.smallest()) for pattern in patterns]
+    heights = [int(layout.row_order[0].max()) + 1 for layout in layouts]
+    width = max(16, *(int(layout.column_order[0].max()) + 1 for layout in layouts))
+    figure = new_figure(0.4 * width + 1, 0.4 * (sum(heights) + 2 * len(patterns)) + 0.3)
+    panels = figure.subplots(len(patterns), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, pattern, layout, height in zip(panels, patterns, layouts, heights, strict=True):
+        picture = np.full((height, width), np.nan)
+        places = np.ix_(layout.row_order[0], layout.column_order[0])
+        picture[places] = layout.blocks % 20
+        axes.imshow(picture, cmap="tab20", vmin=0, vmax=19)
+        axes.set_title(f"{pattern.label}: {pattern.keeps}", fontsize=9, loc="left")
+        axes.set_xticks(np.arange(0, width, 4))
+        axes.set_yticks(sorted(layout.row_order[0]))
+        axes.set_xticks(np.arange(0.5, width), minor=True)
+        axes.set_yticks(np.arange(0.5, height), minor=True)
+        axes.grid(which="minor", color="0.85", linewidth=0.5)
+        axes.tick_params(which="both", length=0, labelsize=7)
+    return figure
 
 
 def pareto(table, path, force=False):
@@ -39,11 +143,7 @@ def pareto(table, path, force=False):
         Overwrite an existing file.
     """
     check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot: no window, no state
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_xlabel("seconds")
@@ -56,6 +156,23 @@ def pareto(table, path, force=False):
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_formatter("{x:g}")
     label_points(axes, points, front)
+    save(figure, path, force)
+
+
+def new_figure(width, height):
+    """An empty figure of so many inches."""
+    check_matplotlib("a picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot: no window, no state
+    return figure
+
+
+def save(figure, path, force=False):
+    """Write a figure as .png, .svg or .pdf, whole or not at all."""
+    check_picture(path)
     with files.replacing(path, force) as f:
         figure.savefig(f, format=os.path.splitext(path)[1][1:].lower())
 
