@@ -18,6 +18,7 @@ from safetensors.torch import safe_open, save
 import cuobs
 from cuobs import files, validation
 from cuobs.models import folding, memory
+from cuobs.models.blocks import plain_torch
 from cuobs.models.recipe import SCORES, STEPS
 from cuobs.models.report import size
 from cuobs.models.rotation_learning import RATE, Learned, learn
@@ -84,6 +85,7 @@ class RotationReport:
         return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
+@plain_torch()
 def rotate(
     model,
     tokens,

@@ -346,6 +346,16 @@ def test_layers_of_other_patterns_count_by_their_own():
     assert found.before == pytest.approx(sum(parts.values()) / sum(sizes.values()), rel=1e-5)
 
 
+def test_what_the_caller_has_set_changes_nothing():
+    tokens = tokens_of()
+    a, b = make_model("llama"), make_model("llama")
+    rotate(a, tokens, "2:4", steps=2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rotate(b, tokens, "2:4", steps=2)
+    assert same(weights_of(a), weights_of(b))
+    assert all(p.requires_grad for p in b.parameters())
+
+
 def test_padding_enters_no_sum():
     tokens = tokens_of()
     mask = torch.ones_like(tokens)
