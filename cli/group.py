@@ -26,6 +26,10 @@ COMMANDS = {
     "info": "info:info",
     "prune-model": "models:prune_model",
     "rotate": "rotating:rotate",
+    "pack": "packing:pack",
+    "unpack": "packing:unpack",
+    "pack-model": "packing:pack_model",
+    "unpack-model": "packing:unpack_model",
     "eval-model": "models:eval_model",
     "speedup": "models:speedup",
 }

@@ -81,6 +81,8 @@ trust = options.option(
                 help="Perplexity on a text or tokens, before and after, in windows as long.")
 @options.option("--masks", is_flag=True, group=options.OUTPUT,
                 help="Write cuobs_masks.safetensors too.")
+@options.option("--packed", is_flag=True, group=options.OUTPUT,
+                help="Write the pruned linears packed, see pack-model.")
 @options.output("--plot", metavar="F.png", help="Draw the loss by layer.")
 @options.option("--shard-size", default="5GB", group=options.OUTPUT,
                 help="Largest file of weights.")
@@ -92,8 +94,8 @@ trust = options.option(
 @trust
 def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
-    plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate, batch_tokens,
-    resume, **target,
+    packed, plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate,
+    batch_tokens, resume, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
@@ -116,8 +118,8 @@ def prune_model(
             src, dst, calibration,
             samples=samples, sequence_length=sequence_length, seed=seed,
             attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
-            shard_size=shard_size, save_dtype=save_dtype, trust_remote_code=trust_remote_code,
-            resume=resume,
+            packed=packed, shard_size=shard_size, save_dtype=save_dtype,
+            trust_remote_code=trust_remote_code, resume=resume,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
             **common.given({**target, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
             **_arguments(config),

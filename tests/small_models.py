@@ -62,6 +62,21 @@ def make_model(family, seed=0, **changes):
     return model.eval()
 
 
+def prune_all(model, pattern="2:4"):
+    """Prune every linear in the blocks of a model by magnitude, in place."""
+    import torch
+
+    import cuobs
+    from cuobs.models.structure import find_blocks, linears, oriented
+
+    for module in linears(find_blocks(model)[1]).values():
+        weight = oriented(module)
+        result = cuobs.prune(weight, hessian=np.eye(weight.shape[1]), method="magnitude",
+                             pattern=pattern, device="cpu")  # fmt: skip
+        weight.copy_(torch.as_tensor(result.weight, dtype=weight.dtype))
+    return model
+
+
 def make_tokens(windows=8, length=24, seed=0):
     """Random token windows."""
     return np.random.default_rng(seed).integers(3, VOCABULARY, (windows, length))

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 
 from cuobs.extras import hint
+from cuobs.models import registration
 
 _HOMES = {
     "cuobs.models.calibration": ("load_tokens", "tokenize"),
@@ -16,7 +17,9 @@ _HOMES = {
     "cuobs.models.evaluate": ("Agreement", "agreement", "perplexity"),
     "cuobs.models.folder": ("evaluate_folder", "prune_folder"),
     "cuobs.models.loading": ("load_model",),
+    "cuobs.models.packing": ("Packing", "pack_folder", "pack_model", "unpack_folder"),
     "cuobs.models.prune": ("prune_model",),
+    "cuobs.models.quantizer": ("PackedConfig",),
     "cuobs.models.report": ("BlockReport", "LayerReport", "ModelReport"),
     "cuobs.models.rotation": ("RotationReport", "rotate"),
     "cuobs.models.rotation_folder": ("rotate_folder",),
@@ -43,3 +46,6 @@ def __getattr__(name):
 
 def __dir__():
     return [*globals(), *__all__]
+
+
+registration.register()

@@ -25,6 +25,7 @@ def prune_folder(
     evaluate=(),
     resume=False,
     save_masks=False,
+    packed=False,
     shard_size="5GB",
     save_dtype=None,
     trust_remote_code=False,
@@ -64,6 +65,8 @@ def prune_folder(
         Go on with an unfinished run, with the same arguments.
     save_masks : bool
         Write ``cuobs_masks.safetensors`` too.
+    packed : bool
+        Write the pruned linears packed, see `pack_folder`.
     shard_size : int or str
         The largest file of weights: bytes, or a size like "5GB".
     save_dtype : {"float16", "bfloat16", "float32"}, optional
@@ -93,7 +96,7 @@ def prune_folder(
     )  # fmt: skip
     run = Run(
         source, dst, calibration, tuple(evaluate), samples, sequence_length, seed, attention_mask,
-        resume, save_masks, shard_bytes, save_dtype, trust_remote_code, device,
+        resume, save_masks, packed, shard_bytes, save_dtype, trust_remote_code, device,
     )  # fmt: skip
     nothing = lambda *_: None  # noqa: E731
     view = View(say or nothing, progress, starting or nothing, on_block or nothing)
@@ -116,7 +119,7 @@ def evaluate_folder(
     """
     validation.name_of("device", device, DEVICES)
     check_cut(None, sequence_length)
-    source = find_source(folder)
+    source = find_source(folder, packed=None)
     check_model(source)
     check_text(source, text, None, sequence_length)
     from cuobs.models import pipeline

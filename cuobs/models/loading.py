@@ -38,7 +38,7 @@ def load_model(src, trust_remote_code=False):
         It is no model that transformers opens, lacks some of its weights, or needs code of its
         own to run.
     """
-    source = find_source(src)
+    source = find_source(src, packed=None)
     check_model(source)
     extra = {"gguf_file": source.gguf, "dtype": "auto"}
     if source.gguf is None:

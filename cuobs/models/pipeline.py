@@ -20,6 +20,7 @@ from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.evaluate import perplexity
 from cuobs.models.folding import untied_config
 from cuobs.models.names import check_all_known, ignored, match
+from cuobs.models.packing import pack_changed
 from cuobs.models.prune import check_arguments, choose_device, prune_model
 from cuobs.models.source import HOLDERS, MASKS, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
@@ -91,7 +92,7 @@ def prune(run, view, options):
             "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
-    _write(run, model, names, report, save_dtype)
+    _write(run, model, names, report, save_dtype, recipe)
     return report
 
 
@@ -238,7 +239,7 @@ def _file_name(linear, names):
     return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
 
 
-def _write(run, model, names, report, save_dtype):
+def _write(run, model, names, report, save_dtype, recipe):
     source, config, extra = run.source, None, {}
     if source.gguf is None:
         changed = changed_tensors(model, source, names)
@@ -247,6 +248,9 @@ def _write(run, model, names, report, save_dtype):
         config = untied_config(source.config) if report.rotation else None
     else:
         changed, config, extra = loading.as_checkpoint(model)
+    if run.packed:
+        found = pack_changed(model, changed, names, partial(_pattern_of, recipe))
+        config = {**(config or source.config), "quantization_config": found.config()}
     extra[REPORT] = report.to_json()
     if run.save_masks:
         extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
@@ -254,6 +258,11 @@ def _write(run, model, names, report, save_dtype):
         source, run.dst, changed, config=config, extra=extra, save_dtype=save_dtype,
         shard_size=run.shard_bytes,
     )  # fmt: skip
+
+
+def _pattern_of(recipe, name):
+    own = recipe.of(name)
+    return own and own.pattern
 
 
 def _default_length(model):

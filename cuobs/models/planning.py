@@ -33,6 +33,7 @@ class Run:
     attention_mask: str | None
     resume: bool
     save_masks: bool
+    packed: bool
     shard_bytes: int
     save_dtype: str | None
     trust_remote_code: bool

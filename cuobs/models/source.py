@@ -34,6 +34,8 @@ OTHER_FORMS = (
 
 # What a config says of weights that are not plain floats, and files that say so beside it.
 COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
+# The quantization of a config that says which linears are packed.
+METHOD = "cuobs"
 COMPRESSED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Tensors that stand beside codes: without them the codes are no weights.
 SCALES = re.compile(
@@ -114,13 +116,15 @@ class Source:
         return os.path.join(self.folder, name)
 
 
-def find_source(src):
+def find_source(src, packed=False):
     """Look at a checkpoint without reading weights.
 
     Parameters
     ----------
     src : path or Source
         A folder, a .gguf, or the name of a model (``owner/name``) in the cache of the Hub.
+    packed : bool or None
+        Whether it is to be one that cuobs has packed, or a plain one; None takes both.
 
     Returns
     -------
@@ -151,7 +155,14 @@ def find_source(src):
             )
         return Source(src, folder, found[0])
     config = read_config(path)
-    _refuse_quantized(src, folder, config)
+    if packed is False and _is_packed(config):
+        raise ValueError(
+            f"{src}: found a packed model, expected plain weights: cuobs unpack-model gives them"
+        )
+    if packed and not _is_packed(config):
+        raise ValueError(f"{src}: found no packed model, expected one of cuobs pack-model")
+    if not _is_packed(config):
+        _refuse_quantized(src, folder, config)
     weights = _weight_files(src, folder)
     carried, left_out = _sort_files(src, folder, weights)
     return Source(src, folder, None, config, weights, carried, left_out)
@@ -215,6 +226,11 @@ def read_config(path):
     if not isinstance(config, dict):
         raise ValueError(f"{path}: found {type(config).__name__}, expected a config of a model")
     return config
+
+
+def _is_packed(config):
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def _refuse_quantized(src, folder, config):
