@@ -41,8 +41,8 @@ def test_refusals(pruned, tmp_path):
     assert "expected .npz or .safetensors" in run("pack", path, "-o", tmp_path / "P.npy", code=2)
     run("pack", path, "-o", out)
     assert "found an existing file" in run("pack", path, "-o", out, code=2)
-    assert "expected a packed weight of cuobs" in run("unpack", _other(tmp_path), "-o", tmp_path / "b.npy",
-                                          code=2)  # fmt: skip
+    text = run("unpack", _other(tmp_path), "-o", tmp_path / "b.npy", code=2)
+    assert "expected a packed weight of cuobs" in text
 
 
 def _other(folder):
