@@ -22,7 +22,7 @@ def pack(w, pattern, out, force):
     packed = cuobs.pack(W, pattern)
     packed.save(out, force)
     click.echo(
-        f"{w} packed by {pattern.label} ({common.keeps(pattern)}): {W.nbytes} bytes are "
+        f"{w} packed by {pattern.label} ({pattern.keeps}): {W.nbytes} bytes are "
         f"{packed.nbytes} ({packed.nbytes / W.nbytes:.4f})"
     )
     click.echo(f"written  {out}")
