@@ -21,6 +21,11 @@ from cuobs.models.report import BlockReport
 from cuobs.models.source import BLOCKS, MARKER, MASKS
 from cuobs.models.structure import linears
 
+# What a config says that changes no result: how it was written, and in what the weights lie.
+NO_MATTER = (
+    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+)  # fmt: skip
+
 
 def begin(folder, identity, resume):
     """Mark a folder as incomplete, or check that the run in it is the one that goes on.
@@ -54,8 +59,9 @@ def begin(folder, identity, resume):
                 "a new folder"
             ) from None
         for key in sorted(before.keys() | identity.keys()):
-            if key == "tokens" and before.get(key) != identity[key]:
-                raise ValueError("resume: found other tokens than the run began with")
+            if key in ("tokens", "model") and before.get(key) != identity.get(key):
+                what = "other tokens" if key == "tokens" else "another model"
+                raise ValueError(f"resume: found {what} than the run began with")
             if before.get(key) != identity.get(key):
                 raise ValueError(
                     f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
@@ -70,10 +76,36 @@ def digest(block):
     """A fingerprint of all weights of a block, as they are now."""
     result = hashlib.sha256()
     for name, tensor in block.state_dict().items():
-        tensor = tensor.cpu().contiguous()
-        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        result.update(tensor.flatten().view(torch.uint8).numpy())
+        _add(result, name, tensor)
     return result.hexdigest()
+
+
+def fingerprint(model, blocks):
+    """A fingerprint of all that a model is besides its blocks.
+
+    Its config and its tensors, those that are not stored too: embeddings, norms, rotations. Each
+    block has its own, see `digest`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    blocks : torch.nn.ModuleList
+    """
+    config = getattr(model, "config", None)
+    content = {} if config is None else config.to_dict()
+    content = {key: value for key, value in content.items() if key not in NO_MATTER}
+    result = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in inside:
+            _add(result, name, tensor.detach())
+    return result.hexdigest()
+
+
+def _add(result, name, tensor):
+    tensor = tensor.cpu().contiguous()
+    result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    result.update(tensor.flatten().view(torch.uint8).numpy())
 
 
 def save_block(folder, index, prefix, block, masks, report, before):

@@ -150,7 +150,9 @@ def prune_model(
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
         if checkpoint_folder is not None:
-            checkpoint.begin(checkpoint_folder, _identity(report, windows, blocks), resume)
+            identity = _identity(report, windows, blocks)
+            identity["model"] = checkpoint.fingerprint(model, blocks)
+            checkpoint.begin(checkpoint_folder, identity, resume)
         work = work_of(model, blocks, windows, batch, recipe, device)
         held = hold(work, device)
         report.memory_predicted = predict(work, device, held)

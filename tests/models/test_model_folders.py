@@ -328,15 +328,91 @@ def test_resume_refuses_another_norm(source, tmp_path, calibration):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
 
 
-def test_resume_refuses_another_source(source, tmp_path, calibration):
-    def stop(report, blocks):
-        raise KeyboardInterrupt
+def stop(report, blocks):
+    """End a run after its first block."""
+    raise KeyboardInterrupt
 
+
+def embed(model):
+    model.model.embed_tokens.weight.data[5] += 1
+
+
+def config(**changes):
+    def change(model):
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    embed,
+    lambda model: model.model.norm.weight.data.mul_(2),
+    lambda model: model.lm_head.weight.data.mul_(2),
+    config(rms_norm_eps=1e-2),
+    config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    config(hidden_act="gelu"),
+])  # fmt: skip
+def test_resume_refuses_another_model(source, tmp_path, calibration, change):
+    """All that results depend on is looked at, not the blocks' weights alone."""
     with pytest.raises(KeyboardInterrupt):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
-    other = make_source(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="another model's weights"):
+    model = load_model(source)
+    change(model)
+    other = make_source(tmp_path / "other")
+    model.save_pretrained(other, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="resume: found another model than the run began with"):
         prune_folder(other, tmp_path / "out", calibration, device="cpu", resume=True)
+
+
+def test_resume_takes_what_changes_no_result(source, tmp_path, calibration):
+    """How much at once and by how many threads: what a full memory makes one change."""
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
+    report = prune_folder(
+        source, tmp_path / "out", calibration, device="cpu", resume=True, workers=1,
+        memory_limit="1GiB", batch_tokens=48, shard_size="1MB", save_dtype="float16",
+    )  # fmt: skip
+    assert [block.resumed for block in report.blocks] == [True, False, False]
+
+
+def test_resume_of_nothing_is_said(source, tmp_path, calibration):
+    lines = []
+    prune_folder(
+        source, tmp_path / "out", calibration, device="cpu", resume=True, method="wanda",
+        say=lines.append,
+    )  # fmt: skip
+    assert any("found no unfinished run" in line and "a new one begins" in line for line in lines)
+
+
+@pytest.mark.parametrize("left", [(), ("00000.safetensors",)])
+def test_killed_after_all_is_in_place(source, tmp_path, calibration, left):
+    """Then only what the run needed is left, and goes when the folder is looked at again."""
+    out = tmp_path / "out"
+    prune_folder(source, out, calibration, device="cpu", method="wanda")
+    whole = contents(out)
+    (out / MARKER).write_text("{}")
+    (out / BLOCKS).mkdir()
+    for name in left:
+        (out / BLOCKS / name).write_bytes(b"x")
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match="found a finished model"):
+            prune_folder(source, out, calibration, device="cpu", resume=resume)
+        assert contents(out) == whole
+
+
+def test_the_marker_goes_after_the_blocks(source, tmp_path, calibration, monkeypatch):
+    """A kill at any moment of the end leaves a run that goes on or a model without remains."""
+    seen, unlink = [], os.unlink
+
+    def watched(path, *args, **kwargs):
+        if str(path).endswith(MARKER):
+            seen.append((tmp_path / "out" / BLOCKS).exists())
+        return unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", watched)
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", method="wanda")
+    assert seen == [False]
 
 
 def test_resume_says_what_is_damaged_or_other(source, tmp_path, calibration):
@@ -363,6 +439,33 @@ def test_resume_says_what_is_damaged_or_other(source, tmp_path, calibration):
     prune_folder(source, out, calibration, device="cpu", resume=True)
     whole, mine = contents(tmp_path / "whole"), contents(out)
     assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
+
+
+FULL = """
+    import resource, signal, sys
+    from cuobs.models import prune_folder
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a block's file is smaller
+    try:
+        prune_folder(*sys.argv[1:], device="cpu", method="wanda")
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_names_the_file(source, tmp_path, calibration):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL), source, out, calibration],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{out / 'model.safetensors'}: found that it can't be written (")
+    assert "File too large" in line
+    report = prune_folder(source, out, calibration, device="cpu", method="wanda", resume=True)
+    assert all(block.resumed for block in report.blocks)
+    assert not (out / BLOCKS).exists()
 
 
 def test_masks_survive_a_resume(source, tmp_path, calibration):
