@@ -63,7 +63,7 @@ def _is_new(name, model):
 
 
 def finish(
-    src, dst, changed, *, dropped=(), config=None, extra=None, save_dtype=None,
+    src, dst, changed, *, dropped=(), config=None, extra=None, without=(), save_dtype=None,
     shard_size=5 * 10**9,
 ):  # fmt: skip
     """Write all that belongs to a changed model, then take the marker away.
@@ -87,6 +87,8 @@ def finish(
         What ``config.json`` is to say; as in the source by default. Of a GGUF it is needed.
     extra : mapping of str to (str or bytes), optional
         Further files by name, which take the place of the source's own.
+    without : collection of str
+        Names of the source's files that are not carried over, because they no longer hold.
     save_dtype : torch.dtype or str, optional
         Of all tensors in floating point, and of the config; those of the source by default.
     shard_size : int
@@ -106,7 +108,7 @@ def finish(
     shutil.rmtree(staging, ignore_errors=True)
     os.mkdir(staging)
     with _named(dst):
-        _copy_others(source, staging)
+        _copy_others(source, staging, without)
         written = write_weights(source, staging, changed, dropped, save_dtype, shard_size)
         if clash := written & set(source.carried):
             raise ValueError(
@@ -241,13 +243,15 @@ def _with_dtype(config, dtype):
     return result
 
 
-def _copy_others(source, staging):
+def _copy_others(source, staging, without):
     """All files of a source besides its weights, as they are; a tokenizer, out of a GGUF."""
     if source.gguf is not None:
         with contextlib.suppress(ValueError):
             load_tokenizer(source).save_pretrained(staging)
         return
     for name in source.carried:
+        if name in without:
+            continue
         target = os.path.join(staging, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copyfile(source.path(name), target)

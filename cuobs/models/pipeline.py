@@ -70,6 +70,8 @@ def prune(run, view, options):
     def on_block(report, blocks):
         for row in report.blocks[-1].layers:
             row.transposed = is_transposed(model.get_submodule(row.name))
+            if row.loss is not None:
+                row.pattern = recipe.of(row.name).pattern.label
             row.name = _file_name(row.name, names)
         view.on_block(report, blocks)
 
@@ -255,8 +257,8 @@ def _write(run, model, names, report, save_dtype, recipe):
     if run.save_masks:
         extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
     finish(
-        source, run.dst, changed, config=config, extra=extra, save_dtype=save_dtype,
-        shard_size=run.shard_bytes,
+        source, run.dst, changed, config=config, extra=extra, without=(REPORT, MASKS),
+        save_dtype=save_dtype, shard_size=run.shard_bytes,
     )  # fmt: skip
 
 

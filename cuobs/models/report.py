@@ -44,6 +44,8 @@ class LayerReport:
         Why a layer was left as it is, or what else there is to say.
     transposed : bool
         Whether the weight lies as (inputs, outputs) in the model's files.
+    pattern : str
+        The name of what it was pruned to, or its text form; empty where it was left as it is.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerReport:
     seconds: float = 0.0
     note: str = ""
     transposed: bool = False
+    pattern: str = ""
 
 
 @dataclass

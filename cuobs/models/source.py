@@ -293,9 +293,7 @@ def _sort_files(src, folder, weights):
         base = os.path.basename(name)
         if name in weights or name in CHECKPOINTS and name.endswith(INDEX):
             continue
-        if name in (REPORT, MASKS):
-            left_out[name] = "of an earlier run"
-        elif not os.path.exists(path):
+        if not os.path.exists(path):
             left_out[name] = "a link that leads nowhere"
         elif base.endswith(OTHER_FORMS) or base.startswith("consolidated"):
             left_out[name] = "another form of the weights"
