@@ -199,13 +199,13 @@ def load(quiet=False):
 
     Without transformers' own bars where they would fill a log or nothing is to be shown.
     """
-    hide = quiet or not sys.stderr.isatty()
-    if hide:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    if quiet or not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+        if "transformers" in sys.modules:  # it has looked at them already
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
     import cuobs.models
 
-    if hide:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
     return cuobs.models
