@@ -13,6 +13,7 @@ from cuobs import files, plotting
 TARGETS = ("mixed", "pruned", "dense")
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
 CALIBRATION, TARGET, ROTATION = "Calibration", "Target and tuning", "Rotation"
+GENERATE = "End to end"
 SCORES = ("activations", "compensated")
 SCORE = "What is learned against: w² H_jj, or w² / C_jj ('compensated')."
 PERMUTE = "Deal the inner columns of each MLP out to the scopes too."
@@ -173,25 +174,78 @@ def eval_model(folder, text, sequence_length, device, trust_remote_code):
     click.echo(f"perplexity  {found:.2f}")
 
 
-@click.command(cls=options.Command, short_help="Does 2:4 pay on this GPU?")
+@click.command(cls=options.Command, short_help="Do packed weights pay on this GPU?")
 @click.argument("source", metavar="DIR|MxK", type=click.Path())
-@options.option("--batch", "batches", type=int, multiple=True, metavar="N",
-                help="Tokens; may be repeated.")
-@options.option("--dtype", default="float16", metavar="T", help="float16 or bfloat16.")
-def speedup(source, batches, dtype):
-    """Time each layer shape of the model in DIR, or one shape, dense and 2:4 on this GPU."""
-    models = load()
-    from cuobs.models.timing import BATCHES, verdict
+@options.option("--pattern", "patterns", multiple=True, metavar="P", group=options.WHAT,
+                show_default="all named ones, of --generate 2:4", help="May be repeated.")
+@options.option("--batch", "batches", type=int, multiple=True, metavar="N", group=options.WHAT,
+                help="Tokens in a product; may be repeated.")
+@options.option("--dtype", type=options.Name(("float16", "bfloat16")), metavar="T",
+                show_default="float16, of --generate bfloat16", group=options.WHAT,
+                help="float16 or bfloat16.")
+@options.option("--generate", is_flag=True, group=GENERATE,
+                help="Measure the model in DIR end to end: static cache, CUDA graph.")
+@options.option("--sequences", type=int, multiple=True, metavar="N", group=GENERATE,
+                show_default="1, 8, 32", help="Written side by side; may be repeated.")
+@options.option("--new-tokens", default=128, type=int, metavar="N", group=GENERATE,
+                help="Steps that are timed.")
+@options.output("--plot", metavar="F.png", help="Draw the gain against the tokens.")
+@options.force
+def speedup(source, patterns, batches, dtype, generate, sequences, new_tokens, plot, force):
+    """Time layer shapes of the model in DIR, or one shape, dense and packed on this GPU.
 
-    timings = models.speedup(source, batches or BATCHES, dtype)
-    click.echo(f"{'outputs x inputs':>18}  {'tokens':>7}  {'dense':>10}  {'2:4':>10}  gain")
+    In CUDA graphs, over four weights in turn; beside them PyTorch's own 2:4.
+    """
+    if plot:
+        if generate:
+            raise ValueError("--plot: found it with --generate, expected it without")
+        plotting.check_picture(plot)
+        files.check_output(plot, force)
+    found = load()
+    if generate:
+        _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype or "bfloat16")
+        return
+    from cuobs.models import timing
+
+    timings = found.speedup(source, batches or timing.BATCHES, dtype or "float16", patterns)
+    names = list(dict.fromkeys(n for t in timings for n in (*t.seconds, *t.faults)))
+    names.sort(key=lambda name: name in timings[0].bounds)
+    click.echo("times as fast as dense")
+    widths = [max(9, len(name)) for name in names]
+    heads = "  ".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True))
+    click.echo(f"{'outputs x inputs':>18}  {'tokens':>7}  {'dense':>10}  {heads}")
     for t in timings:
+        gains = "  ".join(
+            f"{t.gain(name):{w}.2f}" if t.gain(name) else f"{'-':>{w}}"
+            for name, w in zip(names, widths, strict=True)
+        )
         shape = f"{t.rows} x {t.columns}"
-        sparse = f"{1e6 * t.sparse:7.1f} us" if t.sparse else f"{'-':>10}"
-        gain = f"{t.gain:.2f}" if t.gain else t.fault
-        click.echo(f"{shape:>18}  {t.batch:>7}  {1e6 * t.dense:7.1f} us  {sparse}  {gain}")
-    for line in verdict(timings):
+        click.echo(f"{shape:>18}  {t.tokens:>7}  {1e6 * t.dense:7.1f} us  {gains}")
+    for fault in dict.fromkeys(f"{n}: {why}" for t in timings for n, why in t.faults.items()):
+        click.echo(f"does not run  {fault}")
+    for line in timing.verdict(timings):
         click.echo(line)
+    if plot:
+        timing.picture(timings, plot, (patterns or ("2:4",))[0], force)
+        click.echo(f"written  {plot}")
+
+
+def _generate(source, patterns, sequences, new_tokens, dtype):
+    from cuobs.models.generation import SEQUENCES, generation
+
+    for pattern in patterns:
+        rows = generation(source, pattern, sequences or SEQUENCES, new_tokens, dtype, click.echo)
+        first = rows[0]
+        click.echo(
+            f"weights      {first.dense_bytes / 2**30:.2f} GiB dense, "
+            f"{first.packed_bytes / 2**30:.2f} GiB packed by {pattern} "
+            f"({first.packed_bytes / first.dense_bytes:.3f})"
+        )
+        for row in rows:
+            click.echo(
+                f"{row.sequences:>3} sequences  {row.dense:9.1f} tokens/s dense  {row.packed:9.1f} "
+                f"packed  {row.gain:.2f} times as fast"
+            )
 
 
 def load(quiet=False):

@@ -1,46 +1,65 @@
-"""Does 2:4 pay? Layer shapes timed dense and as PyTorch's semi-structured sparse tensors."""
+"""What a pattern pays on this GPU: layer shapes timed dense, by PyTorch's 2:4, and packed.
 
+A product is timed in a CUDA graph, so that the host is left out, over four weights in turn, so that
+none of them stays in the L2 cache.
+"""
+
+import copy
+import json
 import os
 import re
-from typing import NamedTuple
+import subprocess
+import sys
+from dataclasses import dataclass, field
 
 import torch
 
+import cuobs
+from cuobs import plotting, validation
 from cuobs.models.loading import empty_model
 from cuobs.models.structure import find_blocks, linears, oriented
+from cuobs.torch.packed import PackedLinear
 
-__all__ = ["BATCHES", "speedup", "verdict"]
+__all__ = ["BATCHES", "Timing", "graph_seconds", "layer_shapes", "picture", "speedup", "verdict"]
 
-BATCHES = (1, 16, 128, 1024, 4096, 16384)
+BATCHES = (1, 8, 16, 32, 64, 128, 512, 2048)
 DTYPES = ("float16", "bfloat16")
+# Weights of one shape that take turns, and how often in a graph.
+WEIGHTS, ROUNDS, REPLAYS = 4, 3, 9
+TORCH, SEARCHED = "torch 2:4", "searched"
 
 
-class Timing(NamedTuple):
-    """A layer shape at a batch size.
+@dataclass
+class Timing:
+    """A layer shape at a number of tokens.
 
     Attributes
     ----------
     rows, columns : int
         Of the weight: outputs and inputs.
-    batch : int
-        Tokens.
-    dense, sparse : float or None
-        Seconds of a product; None where the sparse one is refused.
-    fault : str
-        Why it is.
+    tokens : int
+    dense : float
+        Seconds of cuBLAS.
+    seconds : dict of str to float
+        Of the others: "torch 2:4" with PyTorch's default, "searched" with cuSPARSELt's search over
+        its algorithms, and packed weights by the name of their pattern.
+    faults : dict of str to str
+        Why some of them do not run.
+    bounds : dict of str to float
+        How many times as few bytes a packed weight has.
     """
 
     rows: int
     columns: int
-    batch: int
+    tokens: int
     dense: float
-    sparse: float | None
-    fault: str = ""
+    seconds: dict = field(default_factory=dict)
+    faults: dict = field(default_factory=dict)
+    bounds: dict = field(default_factory=dict)
 
-    @property
-    def gain(self):
-        """How many times as fast the sparse product is; None where there is none."""
-        return None if self.sparse is None else self.dense / self.sparse
+    def gain(self, name):
+        """How many times as fast as the dense product; None where it does not run."""
+        return self.dense / self.seconds[name] if name in self.seconds else None
 
 
 def layer_shapes(source):
@@ -65,8 +84,8 @@ def layer_shapes(source):
     return list(dict.fromkeys(shapes))
 
 
-def speedup(source, batches=BATCHES, dtype="float16"):
-    """Time each layer shape dense and 2:4 on this GPU.
+def speedup(source, batches=BATCHES, dtype="float16", patterns=None, progress=None):
+    """Time each layer shape dense, by PyTorch's 2:4 and packed, on this GPU.
 
     Parameters
     ----------
@@ -75,6 +94,10 @@ def speedup(source, batches=BATCHES, dtype="float16"):
     batches : sequence of int
         Tokens in a product.
     dtype : {"float16", "bfloat16"}
+    patterns : sequence of str or Pattern, optional
+        Of the packed weights; the named ones by default.
+    progress : callable, optional
+        Called with (done, total).
 
     Returns
     -------
@@ -85,78 +108,221 @@ def speedup(source, batches=BATCHES, dtype="float16"):
     ValueError
         There is no CUDA device, or an argument is wrong.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if any(b < 1 for b in batches):
-        raise ValueError(f"batches: found {min(batches)}, expected positive numbers")
+    validation.name_of("dtype", dtype, DTYPES)
+    for batch in batches:
+        validation.integer("batches", batch)
+    patterns = [cuobs.pattern.parse(p) for p in patterns or cuobs.patterns()]
     shapes = layer_shapes(source)
+    check_device()
+    searched = _searched(shapes, batches, dtype)
+    found = []
+    for done, shape in enumerate(shapes, 1):
+        found += _time_shape(*shape, batches, getattr(torch, dtype), patterns)
+        torch.cuda.empty_cache()
+        if progress:
+            progress(done, len(shapes))
+    for timing in found:
+        key = f"{timing.rows}x{timing.columns}x{timing.tokens}"
+        result = searched.get(key, searched[""])
+        if isinstance(result, float):
+            timing.seconds[SEARCHED] = result
+        else:
+            timing.faults[SEARCHED] = result
+    return found
+
+
+def check_device():
+    """Refuse to time anything without a CUDA device."""
     if not torch.cuda.is_available():
         raise ValueError(
             f"device: found that PyTorch {torch.__version__} sees no CUDA device, expected one: "
-            "2:4 pays on NVIDIA GPUs from Ampere on, nowhere else"
+            "packed weights pay on NVIDIA GPUs from Ampere on, nowhere else"
         )
-    dtype = getattr(torch, dtype)
-    return [_time(*shape, batch, dtype) for shape in shapes for batch in batches]
 
 
 @torch.no_grad()
-def _time(rows, columns, batch, dtype):
+def _time_shape(rows, columns, batches, dtype, patterns):
+    generator = torch.Generator("cuda").manual_seed(0)
+    make = dict(dtype=dtype, device="cuda", generator=generator)
+    W = torch.randn(rows, columns, **make)
+    inputs = {n: torch.randn(n, columns, **make) for n in batches}
+    linear = torch.nn.functional.linear
+    weights = [W, *(W.clone() for _ in range(WEIGHTS - 1))]
+    found = [
+        Timing(rows, columns, n, graph_seconds([lambda w=w, x=x: linear(x, w) for w in weights]))
+        for n, x in inputs.items()
+    ]
+    del weights
+    for name, products in _others(W, patterns, found):
+        for timing in found:
+            x = inputs[timing.tokens]
+            try:
+                products[0](x)
+                timing.seconds[name] = graph_seconds([lambda p=p, x=x: p(x) for p in products])
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                timing.faults[name] = _reason(error)
+    return found
+
+
+def _others(W, patterns, found):
+    """Names and lists of products with weights that obey a pattern, each of a memory of its own."""
+    try:
+        sparse = keep_largest(W, cuobs.pattern.parse("2:4"))
+        yield TORCH, _semi_structured(sparse)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        for timing in found:
+            timing.faults[TORCH] = _reason(error)
+    for pattern in patterns:
+        try:
+            packed = PackedLinear.from_weight(keep_largest(W, pattern), pattern)
+        except ValueError as error:
+            for timing in found:
+                timing.faults[pattern.label] = _reason(error)
+            continue
+        for timing in found:
+            timing.bounds[pattern.label] = W.nbytes / (packed.weight.nbytes + packed.index.nbytes)
+        yield pattern.label, [packed, *(copy.deepcopy(packed) for _ in range(WEIGHTS - 1))]
+
+
+def _semi_structured(W):
     from torch.sparse import to_sparse_semi_structured
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    W = torch.randn(rows, columns, dtype=dtype, device="cuda", generator=generator)
-    X = torch.randn(batch, columns, dtype=dtype, device="cuda", generator=generator)
-    if columns % 4 == 0:
-        groups = W.view(rows, -1, 4)
-        groups.scatter_(2, groups.abs().topk(2, dim=2, largest=False).indices, 0)
-    expected = torch.nn.functional.linear(X, W)
-    dense = _seconds(lambda: torch.nn.functional.linear(X, W))
-    try:
-        S = to_sparse_semi_structured(W)
-        found = torch.nn.functional.linear(X, S)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return Timing(rows, columns, batch, dense, None, str(error).splitlines()[0])
-    error = (found - expected).abs().max() / expected.abs().max()
-    if not error < 0.02:
-        return Timing(rows, columns, batch, dense, None, f"wrong by {float(error):.1%}")
-    return Timing(
-        rows, columns, batch, dense, _seconds(lambda: torch.nn.functional.linear(X, S))
-    )
+    weights = [to_sparse_semi_structured(W.clone()) for _ in range(WEIGHTS)]
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
-def _seconds(function, repeats=20, rounds=5):
-    """The least mean over a few rounds."""
-    for _ in range(3):
-        function()
-    best = float("inf")
-    for _ in range(rounds):
+def keep_largest(W, pattern):
+    """A copy of a weight that keeps the blocks of the largest norms in each scope."""
+    layout = pattern.compile(*W.shape)
+    rows = torch.tensor(layout.row_order.ravel(), device=W.device)
+    columns = torch.tensor(layout.column_order.ravel(), device=W.device)
+    shape = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    scopes = W[rows][:, columns].reshape(shape).permute(0, 2, 1, 3).flatten(2)
+    blocks = torch.tensor(layout.blocks.ravel(), device=W.device)
+    member = torch.nn.functional.one_hot(blocks, layout.n_blocks).to(W.dtype)
+    kept = (scopes.square() @ member).topk(layout.keep, dim=2).indices
+    mask = torch.zeros(*kept.shape[:2], layout.n_blocks, dtype=torch.bool, device=W.device)
+    mask.scatter_(2, kept, True)
+    scopes = torch.where(mask[:, :, blocks], scopes, 0)
+    scopes = scopes.unflatten(2, (shape[1], shape[3])).permute(0, 2, 1, 3)
+    result = torch.empty_like(W)
+    part = torch.empty_like(W)
+    part[:, columns] = scopes.reshape(W.shape)
+    result[rows] = part
+    return result
+
+
+def graph_seconds(functions):
+    """The median time of one of some functions that take turns in a CUDA graph."""
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for function in functions:
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(ROUNDS):
+            for function in functions:
+                function()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(repeats):
-            function()
+        graph.replay()
         end.record()
         end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1000 / repeats)
-    return best
+        times.append(start.elapsed_time(end) / 1000)
+    return sorted(times)[REPLAYS // 2] / (ROUNDS * len(functions))
+
+
+def _searched(shapes, batches, dtype):
+    """What another process finds with cuSPARSELt's search: its faults may end that process.
+
+    Returns
+    -------
+    dict
+        Seconds by ``MxKxtokens``, and under "" what to say of those that are missing.
+    """
+    plan = json.dumps({"shapes": shapes, "batches": list(batches), "dtype": dtype})
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "cuobs.models.searched", plan], capture_output=True, text=True,
+            timeout=60 + 2 * len(shapes) * len(batches),
+        )  # fmt: skip
+        output, errors = run.stdout, run.stderr
+    except subprocess.TimeoutExpired as error:
+        output, errors = (error.stdout or b"").decode(), "it took too long"
+    found = {"": f"cuSPARSELt's search fails ({_last(errors)})"}
+    for line in output.splitlines():
+        key, _, value = line.partition(" ")
+        if re.fullmatch(r"\d+x\d+x\d+", key):
+            found[key] = float(value)
+    return found
+
+
+def _last(text):
+    lines = [line.strip() for line in text.splitlines() if "Error" in line]
+    return lines[-1][:160] if lines else text.strip()[-160:] or "no reason given"
+
+
+def _reason(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def verdict(timings):
-    """Lines that say where 2:4 pays and where it does not."""
+    """Lines that say where packed weights pay and where they do not."""
     lines = []
     for shape in dict.fromkeys((t.rows, t.columns) for t in timings):
         mine = [t for t in timings if (t.rows, t.columns) == shape]
-        pays = [t.batch for t in mine if t.gain and t.gain > 1.05]
-        name = f"{shape[0]} x {shape[1]}"
-        if not any(t.gain for t in mine):
-            lines.append(f"{name}: 2:4 does not run ({mine[0].fault})")
-        elif not pays:
-            lines.append(f"{name}: 2:4 pays at none of these batch sizes")
-        else:
-            best = max(t.gain for t in mine if t.gain)
-            sizes = ", ".join(map(str, pays))
-            lines.append(f"{name}: 2:4 pays at {sizes} tokens, up to {best:.2f} times as fast")
+        for name in dict.fromkeys(n for t in mine for n in (*t.bounds, *t.faults)):
+            if name in (TORCH, SEARCHED):
+                continue
+            gains = {t.tokens: t.gain(name) for t in mine if t.gain(name)}
+            title = f"{shape[0]} x {shape[1]}, {name}"
+            pays = [n for n, gain in gains.items() if gain > 1.05]
+            if not gains:
+                lines.append(f"{title}: does not run ({mine[0].faults.get(name, 'no reason')})")
+            elif not pays:
+                lines.append(f"{title}: pays at none of these numbers of tokens")
+            else:
+                lines.append(
+                    f"{title}: pays at {', '.join(map(str, pays))} tokens, up to "
+                    f"{max(gains.values()):.2f} times as fast (bytes: {mine[0].bounds[name]:.2f})"
+                )
     lines.append(
-        "The file does not shrink: it holds the zeros too. Memory and time are saved only where a "
-        "program packs the weights, as PyTorch's to_sparse_semi_structured does here."
+        "Packed weights take this memory and time; a pruned model that is stored dense is as large "
+        "and as slow as before: cuobs pack-model packs it."
     )
     return lines
+
+
+def picture(timings, path, name="2:4", force=False):
+    """Draw the gain of packed weights against the number of tokens, a line for each shape.
+
+    Parameters
+    ----------
+    timings : list of Timing
+    path : str
+        .png, .svg or .pdf.
+    name : str
+        Of the pattern.
+    force : bool
+        Overwrite an existing file.
+    """
+    plotting.check_picture(path)
+    figure = plotting.new_figure(7, 4)
+    axes = figure.add_subplot()
+    for shape in dict.fromkeys((t.rows, t.columns) for t in timings):
+        points = [(t.tokens, t.gain(name)) for t in timings
+                  if (t.rows, t.columns) == shape and t.gain(name)]  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{shape[0]} x {shape[1]}")
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(f"times as fast as dense, {name} packed")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    plotting.save(figure, path, force)
