@@ -103,8 +103,7 @@ def prune_model(
     Block by block, each fed by what is pruned so far. DST holds all that SRC does, as plain dense
     safetensors with exact zeros, which open wherever SRC's do.
     """
-    if config.skip and target.get("skip"):
-        raise ValueError("skip: found it in --config too, expected it in one place")
+    arguments = _arguments(config, {**target, "tune_rate": tune_rate})
     if plot:
         plotting.check_picture(plot)
         if os.path.exists(plot):
@@ -122,8 +121,7 @@ def prune_model(
             packed=packed, shard_size=shard_size, save_dtype=save_dtype,
             trust_remote_code=trust_remote_code, resume=resume,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
-            **common.given({**target, "tune_rate": tune_rate, "batch_tokens": batch_tokens}),
-            **_arguments(config),
+            batch_tokens=batch_tokens, **arguments,
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
         view.close()
@@ -140,14 +138,19 @@ def prune_model(
         view.say(f"written  {path}")
 
 
-def _arguments(config):
-    """A config as arguments of `prune_folder`."""
+def _arguments(config, target):
+    """A config, and options that go before its ``[model]``, as arguments of `prune_folder`."""
     recipe, settings = config.recipe, config.settings
+    given = config.model | options.chosen(click.get_current_context(), target)
+    if config.skip and given.get("skip"):
+        raise ValueError(
+            f"skip: found {given['skip']!r} beside the globs of --config, expected one of them"
+        )
     return common.given({
         "pattern": recipe.pattern, "method": recipe.method, "refine": recipe.refine,
         "damp": recipe.damp, **recipe.options,
         **{key: getattr(settings, key) for key in cuobs.recipe.SETTINGS},
-        "layers": config.layers or None, "skip": list(config.skip) or None,
+        "layers": config.layers or None, "skip": list(config.skip) or None, **given,
     })  # fmt: skip
 
 

@@ -28,13 +28,9 @@ from cuobs import validation
 from cuobs.pattern import Pattern, parse
 from cuobs.recipe import KEYS, SETTINGS, Recipe, Settings, method_options
 
-__all__ = ["MODEL", "Config", "load_config", "to_toml"]
+__all__ = ["Config", "load_config", "to_toml"]
 
 TABLES = ("recipe", "settings", "layers", "model")
-# Keys of what whole models have beside: those of `cuobs.models.recipe.ModelRecipe`.
-MODEL = (
-    "skip", "target", "dense_share", "residual_share", "drop_first_token", "tune", "tune_rate"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,8 @@ class Config:
     skip : tuple of str
         Globs of names of layers that stay as they are.
     model : dict
-        What whole models have beside: arguments of `cuobs.models.prune_model` by name, see `MODEL`.
+        What whole models have beside: arguments of `cuobs.models.prune_model` by name, which are
+        checked there.
 
     Examples
     --------
@@ -69,8 +66,6 @@ class Config:
     model: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for key in self.model:
-            validation.name_of("model", key, MODEL)
         object.__setattr__(self, "skip", tuple(self.skip))
         for glob in self.skip:
             if not isinstance(glob, str):

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from cuobs import validation
+from cuobs.config import to_toml
 from cuobs.models import loading
 from cuobs.models.calibration import (
     check_tokens,
@@ -22,7 +23,7 @@ from cuobs.models.folding import untied_config
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
 from cuobs.models.prune import check_arguments, choose_device, prune_model
-from cuobs.models.source import HOLDERS, MASKS, REPORT, stored_tensors
+from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
 
 DEFAULT_LENGTH = 2048
@@ -254,6 +255,7 @@ def _write(run, model, names, report, save_dtype, recipe):
         found = pack_changed(model, changed, names, partial(_pattern_of, recipe))
         config = {**(config or source.config), "quantization_config": found.config()}
     extra[REPORT] = report.to_json()
+    extra[RECIPE] = to_toml(recipe.as_config())
     if run.save_masks:
         extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
     finish(

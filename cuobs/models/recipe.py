@@ -105,6 +105,13 @@ class ModelRecipe:
                 f"{names[0]}"
             )
 
+    def as_config(self):
+        """The same as a `Config` that a file may hold."""
+        model = {key: getattr(self, key) for key in KEYS}
+        return dataclasses.replace(
+            self.config, model={key: value for key, value in model.items() if value is not None}
+        )
+
     def described(self):
         """The recipe as plain values, for a report."""
         recipe, config = self.config.recipe, self.config
@@ -161,6 +168,7 @@ def _shares(target, dense_share, residual_share):
     pairs = []
     given = {"dense_share": dense_share, "residual_share": residual_share}
     for (name, value), fixed in zip(given.items(), TARGETS[target] or (None, None), strict=True):
+        value = tuple(value) if isinstance(value, list) else value
         if fixed is not None and value not in (None, (fixed, fixed)):
             raise ValueError(
                 f"{name}: found {value!r} with target={target!r}, expected it with 'mixed' alone"

@@ -16,6 +16,7 @@ MARKER = "cuobs_incomplete.json"
 BLOCKS = "cuobs_blocks"
 REPORT = "cuobs_report.json"
 MASKS = "cuobs_masks.safetensors"
+RECIPE = "cuobs_recipe.toml"
 # How a file begins that a killed run may leave, written by halves.
 LEFTOVER = ".cuobs_"
 

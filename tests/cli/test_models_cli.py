@@ -12,7 +12,9 @@ from cuobs_cli import main, view
 from cuobs_cli import models as commands
 from small_models import make_tokens
 
-from cuobs.models import load_masks
+from cuobs import Recipe, verify
+from cuobs.config import load_config
+from cuobs.models import load_masks, load_model
 
 
 @pytest.fixture
@@ -222,3 +224,67 @@ def test_speedup_without_a_device(cuobs):
     result = cuobs("speedup", "64x128")
     assert result.exit_code == 2
     assert "sees no CUDA device" in result.output
+
+
+RECIPE = """
+[recipe]
+method = "sparsegpt"
+pattern = "2:4"
+damp = 0.05
+
+[layers]
+skip = ["*.layers.0.*"]
+"*.down_proj" = {pattern = "4:8", method = "wanda"}
+
+[model]
+target = "mixed"
+dense_share = [0.25, 0.75]
+"""
+
+
+def test_a_recipe_for_a_model_and_the_one_that_was_used(cuobs, source, tokens_file, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    command = ("--calibration", f"{tokens_file}:calibration", "--device", "cpu")
+    first, again = tmp_path / "first", tmp_path / "again"
+    result = cuobs("prune-model", source, first, *command, "--config", tmp_path / "recipe.toml",
+                   "--residual-share", "0.25", "--damp", "0.1")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((first / "cuobs_report.json").read_text())
+    assert report["settings"]["damp"] == 0.1 and report["settings"]["residual_share"] == [0.25] * 2
+    assert report["settings"]["dense_share"] == [0.25, 0.75]
+    layers = {row["name"]: row for block in report["blocks"] for row in block["layers"]}
+    assert {name for name, row in layers.items() if row["note"]} == {
+        name for name in layers if ".layers.0." in name
+    }
+    model = load_model(first)
+    for name in layers:
+        weight = model.get_submodule(name).weight.detach().numpy()
+        kept = "4:8" if name.endswith("down_proj") else "2:4"
+        assert bool(verify(weight, kept)) == (".layers.0." not in name)
+
+    used = first / "cuobs_recipe.toml"
+    found = load_config(used)
+    assert found.recipe == Recipe("2:4", "sparsegpt", damp=0.1)
+    assert found.skip == ("*.layers.0.*",) and found.settings.device == "cpu"
+    assert found.layers == {"*.down_proj": {"pattern": "4:8", "method": "wanda"}}
+    result = cuobs("prune-model", source, again, *command, "--config", used)
+    assert result.exit_code == 0, result.output
+    assert (again / "cuobs_recipe.toml").read_bytes() == used.read_bytes()
+    for path in first.glob("*.safetensors"):
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("[model]\ntargets = 'mixed'", "targets: found an unknown argument, expected one of .*target"),
+    ("[model]\ntune = -1", "tune: found -1"),
+    ("[model]\nskip = 'q'\n[layers]\nskip = ['*.0.*']", "skip: found 'q' beside the globs"),
+    ("[layers]\nskip = ['nothing']", "skip: found no linear whose name 'nothing' fits"),
+    ("[layers]\n'*.down' = {damp = 1}", r"layers: found no linear whose name '\*.down' fits"),
+])  # fmt: skip
+def test_a_recipe_that_does_not_fit_a_model_is_refused(
+    cuobs, source, tokens_file, tmp_path, text, said
+):
+    (tmp_path / "recipe.toml").write_text(text)
+    result = cuobs("prune-model", source, tmp_path / "out", "--calibration",
+                   f"{tokens_file}:calibration", "--config", tmp_path / "recipe.toml")  # fmt: skip
+    assert result.exit_code == 2 and re.search(said, result.stderr), result.output
