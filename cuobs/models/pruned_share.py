@@ -51,7 +51,8 @@ class _PrunedShare(torch.autograd.Function):
     def forward(ctx, W, h, scopes):
         W = W.float()
         S = W.square().mul_(h[:, None])
-        scores = scopes.gather(S).sum(-1)
+        scores = scopes.gather(S)
+        scores = scores.sum(-1) if scores.shape[-1] > 1 else scores[..., 0]
         pruned = scopes.n_blocks - scopes.keep
         mask = scores <= smallest(scores, pruned)[..., None]
         total = S.sum((1, 2)).clamp_min(1e-30)

@@ -200,8 +200,9 @@ def compiled(pattern, shape):
 def deal(worth, shape, pattern):
     """An order of columns that deals them out to the scopes by what they are worth.
 
-    The first blocks of all scopes get the cheapest columns, the last ones the dearest, so that
-    each scope chooses between columns of all kinds.
+    The first blocks of all scopes get the dearest columns, the last ones the cheapest, so that
+    each scope chooses between columns of all kinds. The dearest of all go to the first scope:
+    methods that go from left to right can make up for the most there.
 
     Parameters
     ----------
@@ -223,7 +224,7 @@ def deal(worth, shape, pattern):
     if count == 1:
         return order
     # Ranks by block of the scope, scope, and column of the block.
-    ranks = torch.argsort(worth.cpu(), stable=True).reshape(count, scopes, -1)
+    ranks = torch.argsort(worth.cpu(), descending=True, stable=True).reshape(count, scopes, -1)
     for block in range(count):
         places = layout.column_order[:, np.flatnonzero(kinds == block)]
         order[torch.from_numpy(places.copy()).flatten()] = ranks[block].flatten()

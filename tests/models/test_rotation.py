@@ -310,7 +310,7 @@ def test_dealing_puts_a_column_of_each_kind_into_each_scope(pattern):
     order = deal(worth, (32, 64), cuobs.pattern.parse(pattern))
     assert sorted(order.tolist()) == list(range(64))
     layout = cuobs.pattern.parse(pattern).compile(32, 64)
-    rank = worth.argsort().argsort()[order].numpy()
+    rank = worth.argsort(descending=True).argsort()[order].numpy()
     if pattern == "block16-row8":  # rows compete, not columns
         assert order.tolist() == list(range(64))
         return
@@ -319,6 +319,8 @@ def test_dealing_puts_a_column_of_each_kind_into_each_scope(pattern):
         for block in range(layout.n_blocks):
             inside = rank[columns[layout.blocks[0] == block]]
             assert (inside // width == block).all()
+    means = rank[layout.column_order].mean(1)
+    assert (np.diff(means) > 0).all()  # the dearest scope first
 
 
 def test_permuted_columns_leave_the_function():
