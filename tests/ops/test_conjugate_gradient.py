@@ -43,7 +43,7 @@ def test_masked_cg_stops(xp, rng):
     found = conjugate_gradient.masked_cg(
         *args, limit=xp.asarray(limit), max_iterations=300, progress=count.append)
     assert ((((B - host(found) @ A) ** 2) / A.diagonal()).sum(1) <= 1.01 * limit).all()
-    assert count == sorted(count) and count[-1] < 50
+    assert count == list(range(0, count[-1] + 1, 2)) and count[-1] < 50  # a look every second one
     few = conjugate_gradient.masked_cg(*args, limit=xp.zeros(4), max_iterations=2)
     assert np.abs(host(few) @ A - B).max() > 1e-6
 
