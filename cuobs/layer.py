@@ -107,17 +107,10 @@ def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
 def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
     """Prune a `Layer` under an undamped Hessian on the namespace and of the dtype to compute in."""
     xp = arrays.namespace(H)
-    layout = recipe.pattern.compile(*layer.weight.shape)
     began = time.perf_counter()
-    base = arrays.asarray(layer.weight, xp, settings.dtype)
-    goal = base if layer.target is None else arrays.asarray(layer.target, xp, settings.dtype)
-    mask, new, cost = _apply(recipe, settings, goal, H, layout)
-    new = arrays.round_to(xp.where(mask, new, 0), layer.W)
+    new, mask, cost = solve_layer(recipe, settings, layer, H)
     seconds = _since(began, xp)
-    validation.holds(new, layer.W)
-    found = verify(new, recipe.pattern)
-    if not found:
-        raise RuntimeError(f"{recipe.method} broke the pattern in {found.broken} scopes")
+    base = arrays.asarray(layer.weight, xp, settings.dtype)
     if cost is not None:
         cost = arrays.hand_back(cost, layer.W, cast=False)
     return Result(
@@ -131,6 +124,25 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
         settings=dataclasses.replace(settings, device=arrays.device_name(xp), progress=None),
         cost=cost,
     )
+
+
+def solve_layer(recipe, settings, layer, H):
+    """New weights in the precision of a `Layer`'s, mask, and costs or None, on H's namespace.
+
+    The weights are verified to be finite and to obey the pattern.
+    """
+    xp = arrays.namespace(H)
+    layout = recipe.pattern.compile(*layer.weight.shape)
+    goal = layer.weight if layer.target is None else layer.target
+    mask, new, cost = _apply(
+        recipe, settings, arrays.asarray(goal, xp, settings.dtype), H, layout
+    )
+    new = arrays.round_to(xp.where(mask, new, 0), layer.W)
+    validation.holds(new, layer.W)
+    found = verify(new, recipe.pattern)
+    if not found:
+        raise RuntimeError(f"{recipe.method} broke the pattern in {found.broken} scopes")
+    return new, mask, cost
 
 
 def _apply(recipe, settings, goal, H, layout):

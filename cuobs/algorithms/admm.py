@@ -71,6 +71,9 @@ def admm(problem, schedule="default"):
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
     B, D, V, right = W.copy(), W * mask, xp.zeros_like(W), xp.empty_like(W)
+    # B as tensor cores take it, where they do; the pass that reads B writes it too.
+    B_operand = tensor_operand(B, precision)
+    written = None if B_operand is B else B_operand
     n_pruned = mask.size - int(xp.count_nonzero(mask))
     rho, growth = SCHEDULES[schedule]
     inverted = 0.0
@@ -78,9 +81,8 @@ def admm(problem, schedule="default"):
         if rho > LIMIT * inverted:
             inverted = AHEAD * rho
             A = tensor_operand(inverse(_shifted(H, inverted), precision), precision)
-        ridge_right_side(D, V, G, rho, right, B)
-        gemm(tensor_operand(B, precision), H_operand, right, alpha=-1, beta=1,
-             precision=precision)
+        ridge_right_side(D, V, G, rho, right, B, written)
+        gemm(B_operand, H_operand, right, alpha=-1, beta=1, precision=precision)
         gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
         share = project_update(B, V, D, mask, rho, layout) / n_pruned
         problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)

@@ -12,8 +12,13 @@ def _check_project_update(B, V, D, mask, rho, layout):
         _check_like("B", B, name, array)
 
 
-def _check_ridge_right_side(D, V, G, rho, out, B=None):
+def _check_ridge_right_side(D, V, G, rho, out, B=None, operand=None):
     contiguous("D", D)
+    if operand is not None:
+        shaped("operand", operand, D.shape)
+        contiguous("operand", operand)
+        if operand.dtype != "float16" or B is None:
+            raise TypeError(f"operand: found dtype {operand.dtype}, expected float16 beside a B")
     for name, array in ("V", V), ("G", G), ("out", out), ("B", D if B is None else B):
         _check_like("D", D, name, array)
 
@@ -58,7 +63,7 @@ def project_update(B, V, D, mask, rho, layout):
 
 
 @twinned(_check_ridge_right_side)
-def ridge_right_side(D, V, G, rho, out, B=None):
+def ridge_right_side(D, V, G, rho, out, B=None, operand=None):
     """The right-hand side ρD − V + G of ADMM's ridge solve, less ρB where B is given.
 
     Parameters
@@ -68,8 +73,12 @@ def ridge_right_side(D, V, G, rho, out, B=None):
     out : array, shape (M, K)
         Overwritten.
     B : array, shape (M, K), optional
+    operand : array of float16, shape (M, K), optional
+        Overwritten by B, which is read anyway.
     """
     xp = namespace(D)
+    if operand is not None:
+        operand[...] = B
     if B is None:
         xp.multiply(D, rho, out=out)
     else:

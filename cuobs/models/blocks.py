@@ -90,9 +90,10 @@ def plain_torch():
     """Without autocast, inference mode, gradients or a default device or dtype of the caller's.
 
     Autocast keeps copies of weights that it has cast, and would run on with them once they are
-    pruned; tensors of inference mode can't be changed outside of it.
+    pruned; tensors of inference mode can't be changed outside of it. Neither is attention left to
+    cuDNN, which plans it anew in each thread, and forwards have threads of their own.
     """
-    dtype = torch.get_default_dtype()
+    dtype, planned = torch.get_default_dtype(), torch.backends.cuda.cudnn_sdp_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -101,10 +102,12 @@ def plain_torch():
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            torch.backends.cuda.enable_cudnn_sdp(planned)
 
 
 @torch.no_grad()
@@ -244,30 +247,3 @@ def run_until(block, module, hidden, call):
     finally:
         handle.remove()
     return found[0].reshape(-1, found[0].shape[-1])
-
-
-class Resident:
-    """The blocks of a model in memory, one of which at a time is on a device.
-
-    Parameters
-    ----------
-    blocks : torch.nn.ModuleList
-    device : torch.device
-    """
-
-    def __init__(self, blocks, device):
-        self._blocks, self._device = blocks, device
-        self._home = None
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def load(self, index):
-        """A block, on the device."""
-        block = self._blocks[index]
-        self._home = next(block.parameters()).device
-        return block.to(self._device)
-
-    def store(self, index):
-        """Take a block back to where it was."""
-        self._blocks[index].to(self._home)

@@ -108,7 +108,8 @@ def predict(work, device, held=0):
     int
     """
     streams = 2 if work.follows else 1
-    fixed = work.model + work.block * streams
+    # On a GPU the next block is copied meanwhile.
+    fixed = work.model + work.block * (streams + (device.type == "cuda"))
     fixed += work.windows * work.length * work.width * work.element * streams
     return int(fixed + max(_phases(work, device, held)))
 

@@ -10,7 +10,7 @@ import torch
 import cuobs
 from cuobs import validation
 from cuobs.models import checkpoint, memory
-from cuobs.models.blocks import Resident, capture, evaluating, plain_torch
+from cuobs.models.blocks import capture, evaluating, plain_torch
 from cuobs.models.checks import check_alone, check_by_window
 from cuobs.models.folding import examine
 from cuobs.models.groups import probe
@@ -18,6 +18,7 @@ from cuobs.models.layers import choose_layers
 from cuobs.models.prediction import hold, predict, work_of
 from cuobs.models.recipe import read_arguments
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
+from cuobs.models.resident import Resident
 from cuobs.models.rotation import rotate
 from cuobs.models.rows import prune_rows, zeros
 from cuobs.models.source import BLOCKS
@@ -162,18 +163,17 @@ def prune_model(
             report.rotation = _rotate(
                 model, stream, windows, layers, recipe, device, checkpoint_folder, rotating
             )
-        job = Job(
-            recipe, layers, Resident(blocks, device), report, device, checkpoint_folder, keep_masks
-        )
         memory.reset(device)
         began = time.perf_counter()
         streams = _enter(model, blocks, windows, batch, recipe.follows, held, device)
-        for index in range(len(blocks)):
-            report.blocks.append(_prune_block(job, streams, index))
-            report.seconds = time.perf_counter() - began
-            report.memory_peak = memory.peak(device)
-            if on_block:
-                on_block(report, len(blocks))
+        with Resident(blocks, device) as source:
+            job = Job(recipe, layers, source, report, device, checkpoint_folder, keep_masks)
+            for index in range(len(blocks)):
+                report.blocks.append(_prune_block(job, streams, index))
+                report.seconds = time.perf_counter() - began
+                report.memory_peak = memory.peak(device)
+                if on_block:
+                    on_block(report, len(blocks))
     return report
 
 

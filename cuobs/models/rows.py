@@ -2,11 +2,14 @@
 
 import time
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-import cuobs
+from cuobs import arrays
+from cuobs.layer import check_layer, hessian_of, solve_layer
+from cuobs.loss import loss
 from cuobs.models.structure import oriented
 from cuobs.models.targets import target_weights
 
@@ -36,11 +39,10 @@ def prune_rows(recipe, settings, moments, dense_share, members):
     weights = [oriented(m).contiguous() for m in modules]
     results, damp = _prune_damped(recipe, settings, moments, dense_share, shares, weights, rows[0])
     masks = {}
-    for name, module, W, row, share, (new, mask, loss) in zip(
-        members, modules, weights, rows, shares, results, strict=True
+    for name, module, row, share, (new, mask, lost) in zip(
+        members, modules, rows, shares, results, strict=True
     ):
-        row.loss = cuobs.relative_loss(W, new, moments.hessian) if loss is None else loss
-        row.sparsity, row.damp = zeros(new), damp
+        row.loss, row.sparsity, row.damp = lost, zeros(new), damp
         row.dense_share, row.residual_share = float(dense_share), float(share)
         if damp != recipe.damp:
             row.note = f"damped by {damp:g}: its Hessian is not positive definite with less"
@@ -77,21 +79,29 @@ def _prune_damped(recipe, settings, moments, dense_share, shares, weights, row):
 
 
 def _prune_together(recipe, settings, weights, H, goals):
-    """(weight, mask, loss or None) of each linear: one call for all where scopes stay the same."""
-    counts = [len(W) for W in weights]
+    """(weight, mask, loss) of each linear: one call for all where scopes stay the same."""
+    counts = tuple(len(W) for W in weights)
     if len(weights) > 1 and not stackable(recipe.pattern, counts, H.shape[0]):
         return [
             part
             for W, goal in zip(weights, goals, strict=True)
             for part in _prune_together(recipe, settings, [W], H, [goal])
         ]
-    one = len(weights) == 1
-    W, goal = (parts[0] if one else torch.cat(parts) for parts in (weights, goals))
-    result = recipe.run(W, H, settings, target=goal)
-    losses = [result.loss] if one else [None] * len(weights)
-    return list(zip(result.weight.split(counts), result.mask.split(counts), losses, strict=True))
+    W, goal = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (weights, goals))
+    with arrays.stream_of(W):
+        layer = check_layer(W, goal, settings.dtype)
+        H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
+        new, mask, _ = solve_layer(recipe, settings, layer, H)
+        losses, stop = [], 0
+        for count in counts:
+            start, stop = stop, stop + count
+            base = arrays.asarray(layer.weight[start:stop], arrays.namespace(H), settings.dtype)
+            losses.append(loss(base, new[start:stop].astype(base.dtype, copy=False), H))
+        parts = [arrays.hand_back(a, W).split(counts) for a in (new, mask)]
+    return list(zip(*parts, losses, strict=True))
 
 
+@lru_cache(maxsize=256)
 def stackable(pattern, counts, K):
     """Whether weights set one below the other have the scopes that each has alone."""
     try:

@@ -2,11 +2,12 @@
 //
 //   project_update(B, V, D, mask, rho, inverse_rho, m, n, changed)    one thread a scope
 //     D <- project(B + V / rho), V <- V + rho (B - D)
-//   right_side(D, V, G, B, rho, out, size)                            one thread an element
-//     out <- rho D - V + G, or rho (D - B) - V + G where B is not null
+//   right_side(D, V, G, B, rho, out, operand, size)                   one thread an element
+//     out <- rho D - V + G, or rho (D - B) - V + G where B is not null; operand <- B, if not null
 //
 //     B, V, D, G, out   REAL, (m r, n c)
 //     mask              bool, (m r, n c), true = kept
+//     operand           half, (m r, n c)
 //     changed           one number, to which the mask's changed elements are added
 //
 // Macros: THREADS, and those of project.cuh; right_side needs REAL and THREADS alone.
@@ -52,12 +53,17 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
 }
 
 #else
+#include <cuda_fp16.h>
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 right_side(const REAL* __restrict__ D, const REAL* __restrict__ V, const REAL* __restrict__ G,
            const REAL* __restrict__ B, const REAL rho, REAL* __restrict__ out,
-           const long long size) {
+           __half* __restrict__ operand, const long long size) {
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size;
-         i += gridDim.x * (long long)blockDim.x)
-        out[i] = rho * (B ? D[i] - B[i] : D[i]) - V[i] + G[i];
+         i += gridDim.x * (long long)blockDim.x) {
+        const REAL b = B ? B[i] : REAL(0);
+        out[i] = rho * (B ? D[i] - b : D[i]) - V[i] + G[i];
+        if (operand) operand[i] = __float2half((float)b);
+    }
 }
 #endif

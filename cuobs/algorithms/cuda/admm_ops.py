@@ -21,11 +21,12 @@ def project_update(B, V, D, mask, rho, layout):
     return launch_projection(SOURCE, "project_update", args, B, layout)
 
 
-def ridge_right_side(D, V, G, rho, out, B=None):
+def ridge_right_side(D, V, G, rho, out, B=None, operand=None):
     kernel = loader.kernel_for(SOURCE, "right_side", _element_defines, D.dtype.name)
     blocks = min(-(-D.size // ELEMENTS), MAX_BLOCKS)
-    kernel((blocks,), (ELEMENTS,), (D, V, G, loader.NULL if B is None else B, D.dtype.type(rho),
-                                    out, np.int64(D.size)))
+    B, operand = (loader.NULL if array is None else array for array in (B, operand))
+    kernel((blocks,), (ELEMENTS,), (D, V, G, B, D.dtype.type(rho), out, operand,
+                                    np.int64(D.size)))
 
 
 def _element_defines(dtype):
