@@ -86,16 +86,17 @@ def run(arguments, method, target):
     """Prune twice and print what it took."""
     tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
     options = {"method": method, "target": target, "pattern": arguments.pattern}
-    marks = []
+    model = make_model(arguments.blocks)
+    marks = [time.perf_counter()]
     report = prune_model(
-        make_model(arguments.blocks), tokens, **options,
+        model, tokens, **options,
         starting=lambda _: marks.append(time.perf_counter()),
         on_block=lambda *_: marks.append(time.perf_counter()),
     )  # fmt: skip
-    first, *others = np.diff(marks)
+    before, first, *others = np.diff(marks)
     gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
-    print(f"\n{method}, {target}: first block {first:.2f} s, then {min(others):.2f} to "
-          f"{max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, {gib[1]:.1f} at the "
+    print(f"\n{method}, {target}: {before:.1f} s before, first block {first:.2f} s, then "
+          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, {gib[1]:.1f} at the "
           f"peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
           f"{np.mean([row.loss for row in report.layers]):.4f}")  # fmt: skip
     if (method, target) in BEFORE:

@@ -26,6 +26,7 @@ from cuobs.models.streams import Passage, Streams
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 from cuobs.models.targets import Moments
 from cuobs.models.tuning import tune_block
+from cuobs.models.warming import Warming
 from cuobs.models.windows import check_windows
 
 # What an unfinished run keeps its rotation in, beside its blocks.
@@ -147,6 +148,7 @@ def prune_model(
                   **(protocol or {})},
         left=layers.outside,
     )  # fmt: skip
+    warming = Warming(recipe.config.recipe, recipe.config.settings, blocks[0], device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
@@ -154,6 +156,7 @@ def prune_model(
             identity = _identity(report, windows, blocks)
             identity["model"] = checkpoint.fingerprint(model, blocks)
             checkpoint.begin(checkpoint_folder, identity, resume)
+        warming.finish()
         work = work_of(model, blocks, windows, batch, recipe, device)
         held = hold(work, device)
         report.memory_predicted = predict(work, device, held)
