@@ -96,8 +96,8 @@ def run(arguments, method, target):
     before, first, *others = np.diff(marks)
     gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
     print(f"\n{method}, {target}: {before:.1f} s before, first block {first:.2f} s, then "
-          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, {gib[1]:.1f} at the "
-          f"peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
+          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, "
+          f"{gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
           f"{np.mean([row.loss for row in report.layers]):.4f}")  # fmt: skip
     if (method, target) in BEFORE:
         print("  before: {:.1f} s a block; {:.1f} GiB predicted, {:.1f} at the peak".format(
