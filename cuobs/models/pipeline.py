@@ -25,6 +25,7 @@ from cuobs.models.packing import pack_changed
 from cuobs.models.prune import check_arguments, choose_device, prune_model
 from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
+from cuobs.models.warming import Warming
 
 DEFAULT_LENGTH = 2048
 
@@ -45,6 +46,7 @@ def prune(run, view, options):
     """
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
+    warming = _warm(source, recipe, place)
     model = loading.load_model(source, run.trust_remote_code)
     names = names_in_files(source, model, lambda name: recipe.of(name) is None)
     if recipe.rotate:
@@ -56,6 +58,7 @@ def prune(run, view, options):
     for line in _protocol_lines(run, tokens, texts):
         view.say(line)
     measure = partial(_measure, model, texts, place, view)
+    warming.finish()
     before = {}
 
     def starting(report):
@@ -106,6 +109,14 @@ def evaluate(source, text, length, device, progress, trust_remote_code):
     tokens = read_windows(text, model, tokenizer, None, length, None)
     step = progress and partial(progress, "perplexity")
     return perplexity(model, tokens, choose_device(device), step), tokens
+
+
+def _warm(source, recipe, device):
+    """Begin to compile what pruning a checkpoint will need, while it is loaded; a `Warming`."""
+    stored = {} if source.gguf is not None else stored_tensors(source)
+    shapes = [t.shape for name, t in stored.items() if len(t.shape) == 2 and "embed" not in name]
+    dtype = loading.weights_dtype(stored)
+    return Warming(recipe.config.recipe, recipe.config.settings, shapes, dtype, device)
 
 
 def _read_all(run, model):

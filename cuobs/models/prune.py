@@ -148,7 +148,11 @@ def prune_model(
                   **(protocol or {})},
         left=layers.outside,
     )  # fmt: skip
-    warming = Warming(recipe.config.recipe, recipe.config.settings, blocks[0], device)
+    weights = [oriented(module) for module in linears(blocks[0]).values()]
+    warming = Warming(
+        recipe.config.recipe, recipe.config.settings, [tuple(W.shape) for W in weights],
+        weights[0].dtype, device,
+    )  # fmt: skip
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None

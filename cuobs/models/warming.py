@@ -8,7 +8,6 @@ import torch
 from cuobs import arrays
 from cuobs.layer import check_layer, solve_layer
 from cuobs.loss import loss
-from cuobs.models.structure import linears, oriented
 from cuobs.ops.conjugate_gradient import masked_cg
 from cuobs.problem import Problem
 from cuobs.refine import resolve
@@ -24,19 +23,19 @@ class Warming:
     ----------
     recipe : Recipe
     settings : Settings
-    block : torch.nn.Module
-        Its smallest linear that is pruned gives shape and dtype.
+    shapes : iterable of (int, int)
+        Of the weights. The smallest that can be pruned is; of the others the columns matter.
+    dtype : torch.dtype
+        Theirs.
     device : torch.device
         Nothing is done on the CPU.
     """
 
-    def __init__(self, recipe, settings, block, device):
+    def __init__(self, recipe, settings, shapes, dtype, device):
         self._waiting, self._pool = [], None
-        shapes = sorted({tuple(oriented(m).shape) for m in linears(block).values()})
-        shapes = [shape for shape in shapes if _fits(recipe.pattern, shape)]
+        shapes = [shape for shape in sorted(set(shapes)) if _fits(recipe.pattern, shape)]
         if device.type != "cuda" or not shapes:
             return
-        dtype = next(iter(linears(block).values())).weight.dtype
         smallest = min(shapes, key=lambda shape: shape[0] * shape[1])
         work = [(_solve, recipe, settings, smallest, dtype)]
         if recipe.exact:
