@@ -22,7 +22,14 @@ from cuobs.models.residual import (
     staying_double,
     trace,
 )
-from cuobs.models.structure import find_blocks, is_linear, oriented, shared_weights
+from cuobs.models.structure import (
+    check_plain,
+    find_blocks,
+    is_linear,
+    linears,
+    oriented,
+    shared_weights,
+)
 
 # Tokens on which a model is examined.
 EXAMINED = 64
@@ -104,6 +111,8 @@ def examine(model, tokens, device=None):
         raise refused(
             f"that {prefix}.{index}.{name} shares its weight with {other}", "a weight of its own"
         )
+    for name, module in linears(blocks).items():
+        check_plain(f"{prefix}.{name}", module)
     device = torch.device(device or next(model.parameters()).device)
     tokens = tokens[:1, :EXAMINED]
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +133,7 @@ def examine(model, tokens, device=None):
             memory.trim(device)
         embeddings = _embeddings(outside, entry[0])
         norm, head = _tail(model, outside, hidden, basis)
+    _check_nothing_else(model, blocks, (*embeddings, norm.name, head))
     return Stream(prefix, hidden.shape[-1], tuple(streams), embeddings, norm, head)
 
 
@@ -321,6 +331,18 @@ def _times(weight, scale, basis, device):
 
 def _distance(a, b):
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def _check_nothing_else(model, blocks, names):
+    """Refuse a model with parts that tokens do not pass: they would stay in the old basis."""
+    parts = blocks, *map(model.get_submodule, names)
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise refused(
+                f"that {name} takes no part in what tokens alone become",
+                "a model of text: what else there is would go on using the stream's old basis",
+            )
 
 
 def _outside(model, prefix, tokens):

@@ -165,6 +165,10 @@ def read_block(block, hidden, call, where):
         Another basis of the stream would be another function.
     """
     calls, out = trace(block, lambda: run(block, hidden, call))
+    called = [c.name for c in calls]
+    for name in linears(block):
+        if called.count(name) != 1:
+            raise refused(f"that {where} runs {name} {called.count(name)} times", "once")
     width = hidden.shape[-1]
     made = [c for c in calls if is_linear(c.module)]
     wide = [c for c in made if c.y.shape[-1] == width]

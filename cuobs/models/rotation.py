@@ -19,6 +19,7 @@ import cuobs
 from cuobs import files, validation
 from cuobs.models import folding, memory
 from cuobs.models.blocks import plain_torch
+from cuobs.models.checks import check_alone
 from cuobs.models.recipe import SCORES, STEPS
 from cuobs.models.report import size
 from cuobs.models.rotation_learning import RATE, Learned, learn
@@ -169,7 +170,9 @@ def rotate(
     found = check_windows(model, tokens, attention_mask, drop_first_token)
     tokens, counted = found.tokens[:windows], found.keep[:windows]
     mask = None if found.mask is None else found.mask[:windows]
-    stream = stream or folding.examine(model, tokens, device)
+    if stream is None:
+        check_alone(model, find_blocks(model)[1], tokens, mask)
+        stream = folding.examine(model, tokens, device)
     arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
         "patterns": {name: str(p) for name, p in patterns.items()},

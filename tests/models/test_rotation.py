@@ -180,6 +180,21 @@ def test_what_does_not_commute_is_refused():
         folding.examine(model, tokens_of())
 
 
+def test_parts_that_tokens_do_not_pass_are_refused():
+    model = make_model("llama")
+    model.model.visual = torch.nn.Linear(8, 32)
+    with pytest.raises(ValueError, match="model.visual.weight takes no part in what tokens alone"):
+        folding.examine(model, tokens_of())
+    model = make_model("llama")
+    model.model.layers[1].cross = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="layers.1 runs cross 0 times, expected once"):
+        folding.examine(model, tokens_of())
+    model = make_model("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[2].mlp.up_proj)
+    with pytest.raises(ValueError, match="layers.2.mlp.up_proj under a parametrization"):
+        rotate(model, tokens_of())
+
+
 def brute_share(W, h, pattern):
     """Pruned score over score, scope by scope and mask by mask."""
     layout = cuobs.pattern.parse(pattern).compile(*W.shape)
@@ -356,6 +371,18 @@ def test_what_the_caller_has_set_changes_nothing():
         rotate(b, tokens, "2:4", steps=2)
     assert same(weights_of(a), weights_of(b))
     assert all(p.requires_grad for p in b.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, tokens = make_model("qwen2", tie_word_embeddings=True).to(dtype), tokens_of()
+    dense = logits(model, tokens).float()
+    exact = make_model("qwen2", tie_word_embeddings=True).to(dtype).float()
+    rounding = distance(dense, logits(exact, tokens))
+    found = rotate(model, tokens, "2:4", steps=10, rate=1e-2)
+    assert found.after < found.before and found.deviation < 0.1
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert distance(logits(model, tokens).float(), dense) < 5 * rounding
 
 
 def test_padding_enters_no_sum():
