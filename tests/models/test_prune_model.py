@@ -263,12 +263,40 @@ def test_skipped_and_indivisible_layers_are_reported(tokens):
         assert torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
-def test_singular_hessian_is_damped_more_and_said():
+@pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
+def test_singular_hessian_is_damped_more_and_said(target):
     # one window of few tokens: fewer than columns
-    _, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0)
+    model, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0, target=target)
     assert all(row.damp > 0 and "not positive definite" in row.note for row in report.layers)
-    _, report = pruned(make_model("llama"), make_tokens(64, 32), damp=0.01)
+    for row in report.layers:
+        assert cuobs.verify(model.get_submodule(row.name).weight.data, "2:4")
+    _, report = pruned(make_model("llama"), make_tokens(64, 32), damp=0.01, target=target)
     assert all(row.damp == 0.01 and row.note == "" for row in report.layers)
+
+
+@pytest.mark.parametrize("target", ["mixed", "pruned"])
+def test_layers_that_share_a_weight_stay_as_they_are(tokens, target):
+    """In two blocks, and in one: pruned for one of them, it would be wrong for the other."""
+    model = make_model("llama")
+    first, second = (model.model.layers[i] for i in (0, 1))
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    first.self_attn.v_proj.weight = first.self_attn.k_proj.weight
+    shared = {
+        "model.layers.0.mlp.up_proj": "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj": "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.self_attn.k_proj": "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.0.self_attn.v_proj": "model.layers.0.self_attn.k_proj.weight",
+    }
+    found, report = pruned(model, tokens, target=target)
+    rows = {row.name: row for row in report.layers}
+    assert len(rows) == 21 and shared.keys() < rows.keys()
+    for name, row in rows.items():
+        weight, before = (m.get_submodule(name).weight for m in (found, model))
+        if name in shared:
+            assert row.note == f"left as it is: it shares its weight with {shared[name]}"
+            assert torch.equal(weight, before) and row.loss is None
+        else:
+            assert row.note == "" and cuobs.verify(weight.data, "2:4")
 
 
 def test_bfloat16(tokens):
