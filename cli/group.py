@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import importlib.util
 import signal
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import click
 
@@ -132,10 +134,10 @@ def load_plugin(path):
         It fails, or brings neither a method nor a pattern.
     """
     before = cuobs.methods(), cuobs.patterns()
-    spec = importlib.util.spec_from_file_location("cuobs_plugin", path)
+    spec = importlib.util.spec_from_file_location(f"cuobs_plugin_{Path(path).stem}", path)
     if spec is None:
         raise ValueError(f"{path}: found no Python file, expected FILE.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if hasattr(module, "METHOD"):

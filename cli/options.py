@@ -102,8 +102,10 @@ class CompareCommand(RecipeCommand):
         own = chosen(ctx, {o.name: given.pop(o.name) for o in own_options()})
         super().configure(ctx, given)
         found = ctx.params["config"].recipe
-        defaults = {o.name: o.default for o in found.entry.options}
-        kept = {name: v for name, v in found.options.items() if v != defaults[name]}
+        kept = {}
+        if found.method in ctx.params["methods"]:
+            defaults = {o.name: o.default for o in found.entry.options}
+            kept = {name: v for name, v in found.options.items() if v != defaults[name]}
         ctx.params["own"] = kept | own
 
 

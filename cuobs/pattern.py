@@ -356,13 +356,15 @@ def patterns():
     return dict(_NAMED)
 
 
-def register_pattern(name, pattern):
+def register_pattern(name, pattern, replace=False):
     """Make a pattern known by a name, wherever a pattern is named.
 
     Parameters
     ----------
     name : str
     pattern : str or Pattern
+    replace : bool
+        Whether it may take the place of another pattern of its name.
 
     Returns
     -------
@@ -386,8 +388,10 @@ def register_pattern(name, pattern):
     known = _NAMED.get(name)
     if known is None and _N_M.fullmatch(name):
         known = parse(name)
-    if known not in (None, named):
-        raise ValueError(f"name: found {name!r}, which means {known}, expected another name")
+    if not replace and known not in (None, named):
+        raise ValueError(
+            f"name: found {name!r}, which means {known}, expected another name or replace=True"
+        )
     _NAMED[name] = named
     return named
 

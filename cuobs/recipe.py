@@ -5,7 +5,10 @@ rounding depends on them.
 """
 
 import dataclasses
+import difflib
+import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cuobs import arrays, layer, validation
@@ -141,11 +144,16 @@ class Method:
 
         Raises
         ------
-        ValueError, TypeError
-            A value is wrong, or the method has no such option.
+        ValueError
+            A value is wrong, or the option is another method's.
+        TypeError
+            No method has such an option.
         """
         known = {option.name: option for option in self.options}
         for name, value in given.items():
+            if name not in known and name not in method_options():
+                nearest = difflib.get_close_matches(name, [*RESERVED, *known], 1, cutoff=0.0)
+                raise TypeError(f"{name}: found an unknown argument (nearest: {nearest[0]})")
             if name not in known:
                 takes = " and ".join(known) or "no options"
                 raise ValueError(f"{name}: found {value!r}, but {self.name} takes {takes}")
@@ -157,7 +165,7 @@ class Method:
 
 
 ENTRY_POINTS = "cuobs.methods"
-_METHODS, _loaded = {}, set()
+_METHODS, _loaded, _LOADING = {}, set(), threading.RLock()
 
 
 def methods():
@@ -165,10 +173,11 @@ def methods():
 
     A package brings one by an entry point of the group ``cuobs.methods`` that is a `Method`.
     """
-    if ENTRY_POINTS not in _loaded:
-        # Noted first: a package may ask for the methods while it is loaded.
-        _loaded.add(ENTRY_POINTS)
-        _load_entry_points()
+    with _LOADING:
+        if ENTRY_POINTS not in _loaded:
+            # Noted first: a package may ask for the methods while it is loaded.
+            _loaded.add(ENTRY_POINTS)
+            _load_entry_points()
     return dict(_METHODS)
 
 
@@ -186,12 +195,14 @@ def _load_entry_points():
             )
 
 
-def register_method(method):
+def register_method(method, replace=False):
     """Make a method known by its name, in `prune`, `compare`, whole models and the command line.
 
     Parameters
     ----------
     method : Method
+    replace : bool
+        Whether it may take the place of another method of its name.
 
     Raises
     ------
@@ -200,9 +211,12 @@ def register_method(method):
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: found {type(method).__name__}, expected cuobs.Method")
-    if _METHODS.get(method.name, method) != method:
-        raise ValueError(f"method: found {method.name!r}, a name that is taken, expected another")
-    types = {o.name: (o.type, m.name) for m in _METHODS.values() for o in m.options}
+    if not replace and _METHODS.get(method.name, method) != method:
+        raise ValueError(
+            f"method: found {method.name!r}, a name that is taken, expected another or replace=True"
+        )
+    others = (m for m in _METHODS.values() if m.name != method.name)
+    types = {o.name: (o.type, m.name) for m in others for o in m.options}
     for option in method.options:
         expected, other = types.get(option.name, (option.type, ""))
         if option.type is not expected:
@@ -327,6 +341,8 @@ class Recipe:
 
     def __post_init__(self):
         validation.name_of("method", self.method, methods())
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options: found {type(self.options).__name__}, expected a dict")
         if self.refine is not None:
             REFINE.check(self.refine)
         for name, value in (

@@ -384,3 +384,4 @@ def test_a_pattern_of_ones_own_is_known_by_its_name(monkeypatch):
                           ("", "2:4")):  # fmt: skip
         with pytest.raises(ValueError, match="^name: found "):
             cuobs.register_pattern(name, pattern)
+    assert cuobs.register_pattern("thirds", "2:3", replace=True).keep == 2

@@ -119,3 +119,11 @@ def test_its_option_reaches_the_method_everywhere(activation):
         cuobs.prune(W, X, method="activation", splits=3)
     with pytest.raises(ValueError, match="method: found 'activation', a name that is taken"):
         cuobs.register_method(dataclasses.replace(activation, summary="another"))
+    cuobs.register_method(dataclasses.replace(activation, summary="another"), replace=True)
+    assert cuobs.methods()["activation"].summary == "another"
+    with pytest.raises(TypeError, match="powers: found an unknown argument .nearest: power"):
+        cuobs.prune(W, X, method="activation", powers=2.0)
+    with pytest.raises(TypeError, match="memory_limits: .*nearest: memory_limit"):
+        cuobs.prune(W, X, memory_limits="8GiB")
+    with pytest.raises(TypeError, match="options: found str, expected a dict"):
+        cuobs.Recipe(options="power")

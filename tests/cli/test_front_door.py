@@ -84,6 +84,15 @@ def test_plugins_may_bring_patterns_and_be_several():
     assert "thirds: keep 1 of 3" in said and "fifths: keep 2 of 5" in said
 
 
+def test_a_plugin_is_a_module_like_any_other():
+    Path("mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses, cuobs\n"
+        "@dataclasses.dataclass\nclass State:\n    seen: dataclasses.InitVar[int]\n"
+        "METHOD = cuobs.Method('mine', 'in a class of its own', print)\n"
+    )
+    assert "in a class of its own" in shell("--plugin", "mine.py", "methods").stdout
+
+
 def test_an_option_that_the_command_has_already_is_named():
     Path("mine.py").write_text(
         "import cuobs\n"
@@ -144,6 +153,8 @@ def test_compare_takes_a_config_and_gives_options_to_those_that_take_them():
     W, X = np.load("W.npy"), np.load("X.npy")
     assert rows["true-obs"] == cuobs.prune(W, X, method="true-obs", order="shared", damp=0.1).loss
     assert rows["obs-ordered"] == cuobs.prune(W, X, method="obs-ordered", damp=0.1).loss
+    # The options are those of its own method, which is not asked for here.
+    run("compare", "W.npy", "X.npy", "--config", "r.toml", "--method", "wanda")
 
 
 @pytest.mark.parametrize(("text", "said"), [
