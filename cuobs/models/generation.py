@@ -16,7 +16,7 @@ from cuobs.models.structure import find_blocks, linears, oriented
 from cuobs.models.timing import check_device, keep_largest
 from cuobs.pattern import parse, verify
 
-__all__ = ["Generation", "generation"]
+__all__ = ["SEQUENCES", "Generation", "generation"]
 
 SEQUENCES = (1, 8, 32)
 PROMPT = 16

@@ -10,6 +10,8 @@ from cuobs import files, validation
 from cuobs.models.source import MASKS, REPORT, find_source, stored_tensors
 from cuobs.pattern import Verification, parse, verify
 
+__all__ = ["LayerVerification", "verify_folder"]
+
 
 class LayerVerification(NamedTuple):
     """What was found of a layer.
