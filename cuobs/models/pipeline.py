@@ -16,6 +16,7 @@ from cuobs.models.calibration import (
     longest_window,
     tokenize,
 )
+from cuobs.models.card import CARD, model_card
 from cuobs.models.checkpoint import masks_file
 from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.evaluate import perplexity
@@ -25,6 +26,7 @@ from cuobs.models.packing import pack_changed
 from cuobs.models.prune import check_arguments, choose_device, prune_model
 from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
+from cuobs.models.texts import read_documents
 from cuobs.models.warming import Warming
 
 DEFAULT_LENGTH = 2048
@@ -152,7 +154,8 @@ def _protocol_lines(run, tokens, texts):
     count, length = tokens.shape
     all_of_it = is_tokens(run.calibration) or count < run.samples
     drawn = "" if all_of_it else f", drawn with seed {run.seed}"
-    yield f"calibration  {run.calibration}: {count} windows of {length} tokens{drawn}"
+    documents = "" if is_tokens(run.calibration) else f"{read_documents(run.calibration)}, "
+    yield f"calibration  {run.calibration}: {documents}{count} windows of {length} tokens{drawn}"
     for name, part in texts.items():
         yield f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap"
 
@@ -267,6 +270,7 @@ def _write(run, model, names, report, save_dtype, recipe):
         config = {**(config or source.config), "quantization_config": found.config()}
     extra[REPORT] = report.to_json()
     extra[RECIPE] = to_toml(recipe.as_config())
+    extra[CARD] = _card(source, model, report)
     if run.save_masks:
         extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
     finish(
@@ -278,6 +282,19 @@ def _write(run, model, names, report, save_dtype, recipe):
 def _pattern_of(recipe, name):
     own = recipe.of(name)
     return own and own.pattern
+
+
+def _card(source, model, report):
+    """The source's card with what was done to the model below it."""
+    original = b""
+    if CARD in source.carried:
+        with open(source.path(CARD), "rb") as file:
+            original = file.read()
+    name = type(model).__name__
+    found = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+    hub = source.name if source.gguf is None and not os.path.isdir(source.name) else None
+    card = model_card(report, original.decode(errors="surrogateescape"), found, hub)
+    return card.encode(errors="surrogateescape")
 
 
 def _default_length(model):

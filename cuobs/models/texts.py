@@ -1,5 +1,6 @@
 """Texts to calibrate and to measure with: files, folders, lines of JSON, cached data sets."""
 
+import contextlib
 import json
 import os
 import re
@@ -104,7 +105,8 @@ def _folder(spec):
     found = []
     for place, folders, names in os.walk(spec):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(place, n) for n in sorted(names) if n.lower().endswith(ENDINGS)]
+        texts = [n for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+        found += [os.path.join(place, name) for name in sorted(texts)]
     if not found:
         raise ValueError(f"{spec}: found no {', '.join(ENDINGS)} in this folder, expected texts")
     return Documents([_read(path) for path in found])
@@ -155,15 +157,10 @@ def _dataset(spec):
     split, field = (*rest, None, None)[:2]
     if not name or len(rest) > 2:
         raise ValueError(f"{spec}: found no name, expected dataset:NAME[,CONFIG][:SPLIT[:FIELD]]")
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package is imported
+    place = f"{DATASET}{name}{',' * bool(config)}{config}:{split or 'train'}"
     try:
-        import datasets
-
-        found = datasets.load_dataset(
-            name, config or None, split=split or "train",
-            download_config=datasets.DownloadConfig(local_files_only=True),
-        )  # fmt: skip
+        with _offline() as datasets:
+            found = datasets.load_dataset(name, config or None, split=split or "train")
     except ImportError:
         raise ImportError(
             f"{spec}: data sets need the package datasets, which is not installed: "
@@ -175,9 +172,26 @@ def _dataset(spec):
             f"{spec}: found no such data set in the cache ({reason}), expected one that was loaded "
             "before: nothing is fetched"
         ) from None
+    return _of_rows(place, list(found), field)
+
+
+@contextlib.contextmanager
+def _offline():
+    """The package ``datasets``, which neither fetches nor runs code meanwhile."""
+    import datasets
+    from huggingface_hub import constants
+
+    wanted = {
+        (constants, "HF_HUB_OFFLINE"): True,
+        (datasets.config, "HF_HUB_OFFLINE"): True,
+        (datasets.config, "HF_DATASETS_OFFLINE"): True,
+        (datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"): False,
+    }
+    before = {place: getattr(*place) for place in wanted if hasattr(*place)}
+    try:
+        for place in before:
+            setattr(*place, wanted[place])
+        yield datasets
     finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
-    return _of_rows(spec, list(found), field)
+        for place, value in before.items():
+            setattr(*place, value)

@@ -1,0 +1,124 @@
+"""The card of a pruned model: what was done to it, below what its source's card says."""
+
+import os
+import re
+
+import cuobs
+from cuobs.models.report import target_text
+from cuobs.pattern import parse
+
+CARD = "README.md"
+# Where this part of a card begins: a model that is pruned again has one such part.
+MARK = "<!-- cuobs -->"
+TAGS = ("cuobs", "pruned")
+PERPLEXITY = "Windows do not overlap; all tokens but the first of each are predicted."
+DENSE = """\
+The weights are stored dense, with exact zeros, by the names and dtypes of the base model: what
+opens that opens this. It takes less memory and time only where a program packs the weights.
+`cuobs verify PATH` checks the pattern; `cuobs_report.json` says what was done to each layer."""
+
+
+def model_card(report, original="", model_class="AutoModelForCausalLM", base_model=None):
+    """A card for a pruned model.
+
+    Parameters
+    ----------
+    report : ModelReport
+    original : str
+        The card of the source; kept whole, but for what an earlier run of cuobs added.
+    model_class : str
+        The class of transformers that opens the model.
+    base_model : str, optional
+        The name of the source on the Hub.
+
+    Returns
+    -------
+    str
+        Markdown, with metadata at its head.
+    """
+    head, body = _split(original)
+    body = body.partition(MARK)[0].rstrip()
+    part = "\n".join(_part(report, model_class))
+    return _head(head, report, base_model) + (body and body + "\n\n") + part + "\n"
+
+
+def _part(report, model_class):
+    settings, protocol = report.settings, report.protocol
+    pattern = parse(settings["pattern_view"])
+    losses = [row.loss for row in report.layers if row.loss is not None]
+    calibration = os.path.basename(str(protocol.get("calibration", "tokens")))
+    rows = {
+        "base model": os.path.basename(str(protocol.get("source", "")).rstrip("/")),
+        "pattern": f"{settings['pattern']}: {pattern.keeps}",
+        "method": f"{settings['method']}, damping {settings['damp']:g}",
+        "target": target_text(settings),
+        "tuning": f"{settings['tune']} passes" if settings.get("tune") else "none",
+        "calibration": f"{calibration}: {protocol['windows']} windows of {protocol['length']} "
+        "tokens",
+        "pruned": f"{len(losses)} of {len(report.layers)} linear layers in the blocks, "
+        f"{report.sparsity:.2%} of their weights are zero",
+        "output error of a layer": f"{sum(losses) / len(losses):.2%} mean, {max(losses):.2%} "
+        "largest",
+    }
+    if report.rotation is not None:
+        rows["rotated"] = "before it was pruned"
+    yield from (MARK, "", "## Pruned by cuobs", "")
+    yield from _table(("", ""), rows.items())
+    yield ""
+    if report.perplexity:
+        yield from ("### Perplexity", "")
+        yield from _table(
+            ("text", "dense", "pruned", "windows"),
+            [
+                (name, f"{dense:.2f}", f"{after:.2f}", _windows(protocol, name))
+                for name, (dense, after) in report.perplexity.items()
+            ],
+        )
+        yield from ("", PERPLEXITY, "")
+    yield from ("### How to run it", "", "```python", f"from transformers import {model_class}", "")
+    yield from (f'model = {model_class}.from_pretrained("PATH", dtype="auto")', "```", "")
+    yield DENSE
+    yield f"(cuobs {cuobs.__version__})"
+
+
+def _windows(protocol, name):
+    shape = protocol.get("evaluated", {}).get(name)
+    return f"{shape[0]} of {shape[1]} tokens" if shape else ""
+
+
+def _table(header, rows):
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(_cell(value) for value in row) + " |"
+
+
+def _cell(value):
+    text = " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return re.sub(r"([<>`*_\[\]])", r"\\\1", text)
+
+
+def _split(text):
+    """The metadata at the head of a card, without its fences, and the rest."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def _head(head, report, base_model):
+    """The metadata with the tags of a pruned model; as it was where it is none that is known."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(head) if head.strip() else {}
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict):
+        return f"---\n{head}\n---\n"
+    tags = content.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    wanted = (*TAGS, report.settings["pattern"])
+    content["tags"] = tags + [tag for tag in wanted if tag not in tags and len(tag) < 40]
+    if base_model:
+        content["base_model"] = base_model
+    content.setdefault("library_name", "transformers")
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"

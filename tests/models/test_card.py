@@ -1,0 +1,97 @@
+"""The card of a pruned model."""
+
+import numpy as np
+import pytest
+import yaml
+from small_models import make_source, make_tokens
+
+from cuobs.models import ModelReport, prune_folder
+from cuobs.models.card import MARK, model_card
+from cuobs.models.report import BlockReport, LayerReport
+
+ORIGINAL = """---
+license: apache-2.0
+tags:
+- chat
+model-index:
+- name: tiny
+  results: []
+---
+
+# Tiny
+
+A model that says *w3*.
+"""
+
+
+def report(**changes):
+    settings = {
+        "pattern": "2:4", "pattern_view": "2:4", "method": "admm", "damp": 0.01, "tune": 2,
+        "target": "mixed", "dense_share": (0.5, 0.5), "residual_share": (0.25, 0.75),
+    }  # fmt: skip
+    rows = [LayerReport("m.0.a", (4, 8), loss=0.25, sparsity=0.5), LayerReport("m.0.b", (4, 8))]
+    protocol = {"source": "/home/me/tiny", "calibration": "/home/me/a|b.txt", "windows": 3,
+                "length": 24, "evaluated": {"t": [4, 24]}}  # fmt: skip
+    return ModelReport(
+        settings, protocol, [BlockReport(0, rows)], perplexity={"t": (10.0, 12.345)}, **changes
+    )
+
+
+def parts(card):
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_below_the_original():
+    head, body = parts(model_card(report(), ORIGINAL, base_model="me/tiny"))
+    assert head["license"] == "apache-2.0" and head["model-index"] == [
+        {"name": "tiny", "results": []}
+    ]
+    assert head["tags"] == ["chat", "cuobs", "pruned", "2:4"]
+    assert head["base_model"] == "me/tiny" and head["library_name"] == "transformers"
+    assert body.startswith("\n# Tiny\n\nA model that says *w3*.") or body.startswith("# Tiny")
+    assert body.index("# Tiny") < body.index(MARK) < body.index("## Pruned by cuobs")
+    for text in (
+        "| base model | tiny |", "| pattern | 2:4: keep 2 of 4 |", "admm, damping 0.01",
+        "dense share 0.5, residual share 0.25 to 0.75", "a\\|b.txt: 3 windows of 24 tokens",
+        "1 of 2 linear layers", "25.00% of their weights", "| t | 10.00 | 12.35 | 4 of 24 tokens |",
+        "AutoModelForCausalLM.from_pretrained",
+    ):  # fmt: skip
+        assert text in body, text
+    assert "/home/me" not in body
+
+
+def test_once_however_often():
+    once = model_card(report(), ORIGINAL)
+    assert model_card(report(), once) == once
+    assert model_card(report()).count(MARK) == 1
+
+
+@pytest.mark.parametrize("head", ["a: [", "- list", "\t"])
+def test_metadata_that_is_none_is_kept(head):
+    card = model_card(report(), f"---\n{head}\n---\nText\n")
+    assert "Text\n\n" + MARK in card
+    if head.strip():
+        assert card.startswith(f"---\n{head}\n---\n")
+
+
+def test_without_metadata_and_without_perplexity():
+    head, body = parts(model_card(report(), "# Only\r\ntext --- here\n---\n"))
+    assert head["tags"][0] == "cuobs" and "text --- here" in body
+    plain = report()
+    plain.perplexity = {}
+    assert "Perplexity" not in model_card(plain)
+
+
+def test_in_the_folder(tmp_path):
+    source = make_source(tmp_path / "source")
+    (source / "README.md").write_bytes(ORIGINAL.encode() + b"caf\xe9")  # no UTF-8
+    np.savez(tmp_path / "t.npz", t=make_tokens(4))
+    tokens = f"{tmp_path / 't.npz'}:t"
+    prune_folder(source, tmp_path / "out", tokens, device="cpu", method="wanda", evaluate=[tokens])
+    card = (tmp_path / "out" / "README.md").read_bytes()
+    assert b"A model that says *w3*.\ncaf\xe9\n\n<!-- cuobs -->" in card
+    assert b"| t.npz:t |" in card and b"base_model" not in card
+    hub = pytest.importorskip("huggingface_hub")
+    found = hub.ModelCard(card.decode(errors="replace"))
+    assert found.data.tags == ["chat", "cuobs", "pruned", "2:4"]
