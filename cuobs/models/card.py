@@ -17,8 +17,15 @@ The weights are stored dense, with exact zeros, by the names and dtypes of the b
 opens that opens this. It takes less memory and time only where a program packs the weights.
 `cuobs verify PATH` checks the pattern; `cuobs_report.json` says what was done to each layer."""
 
+PACKED = """\
+The pruned weights hold only what was kept, and run as they are.
+`cuobs unpack-model PATH OTHER` gives them back dense, with exact zeros;
+`cuobs_report.json` says what was done to each layer."""
 
-def model_card(report, original="", model_class="AutoModelForCausalLM", base_model=None):
+
+def model_card(
+    report, original="", model_class="AutoModelForCausalLM", base_model=None, packed=False
+):
     """A card for a pruned model.
 
     Parameters
@@ -30,6 +37,8 @@ def model_card(report, original="", model_class="AutoModelForCausalLM", base_mod
         The class of transformers that opens the model.
     base_model : str, optional
         The name of the source on the Hub.
+    packed : bool
+        Whether the pruned weights hold only what was kept.
 
     Returns
     -------
@@ -38,11 +47,11 @@ def model_card(report, original="", model_class="AutoModelForCausalLM", base_mod
     """
     head, body = _split(original)
     body = body.partition(MARK)[0].rstrip()
-    part = "\n".join(_part(report, model_class))
+    part = "\n".join(_part(report, model_class, packed))
     return _head(head, report, base_model) + (body and body + "\n\n") + part + "\n"
 
 
-def _part(report, model_class):
+def _part(report, model_class, packed):
     settings, protocol = report.settings, report.protocol
     pattern = parse(settings["pattern_view"])
     losses = [row.loss for row in report.layers if row.loss is not None]
@@ -75,10 +84,16 @@ def _part(report, model_class):
             ],
         )
         yield from ("", PERPLEXITY, "")
-    yield from ("### How to run it", "", "```python", f"from transformers import {model_class}", "")
+    yield from ("### How to run it", "", "```python", *_imports(model_class, packed), "")
     yield from (f'model = {model_class}.from_pretrained("PATH", dtype="auto")', "```", "")
-    yield DENSE
+    yield PACKED if packed else DENSE
     yield f"(cuobs {cuobs.__version__})"
+
+
+def _imports(model_class, packed):
+    if packed:
+        yield "import cuobs.models  # how packed weights are opened"
+    yield f"from transformers import {model_class}"
 
 
 def _windows(protocol, name):

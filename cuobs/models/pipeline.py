@@ -270,7 +270,7 @@ def _write(run, model, names, report, save_dtype, recipe):
         config = {**(config or source.config), "quantization_config": found.config()}
     extra[REPORT] = report.to_json()
     extra[RECIPE] = to_toml(recipe.as_config())
-    extra[CARD] = _card(source, model, report)
+    extra[CARD] = _card(source, model, report, run.packed)
     if run.save_masks:
         extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
     finish(
@@ -284,7 +284,7 @@ def _pattern_of(recipe, name):
     return own and own.pattern
 
 
-def _card(source, model, report):
+def _card(source, model, report, packed):
     """The source's card with what was done to the model below it."""
     original = b""
     if CARD in source.carried:
@@ -293,7 +293,7 @@ def _card(source, model, report):
     name = type(model).__name__
     found = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
     hub = source.name if source.gguf is None and not os.path.isdir(source.name) else None
-    card = model_card(report, original.decode(errors="surrogateescape"), found, hub)
+    card = model_card(report, original.decode(errors="surrogateescape"), found, hub, packed)
     return card.encode(errors="surrogateescape")
 
 

@@ -83,6 +83,11 @@ def test_without_metadata_and_without_perplexity():
     assert "Perplexity" not in model_card(plain)
 
 
+def test_packed():
+    card = model_card(report(), packed=True)
+    assert "stored dense" not in card and "import cuobs.models" in card
+
+
 def test_in_the_folder(tmp_path):
     source = make_source(tmp_path / "source")
     (source / "README.md").write_bytes(ORIGINAL.encode() + b"caf\xe9")  # no UTF-8
