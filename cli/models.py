@@ -16,7 +16,7 @@ CALIBRATION, TARGET, ROTATION = "Calibration", "Target and tuning", "Rotation"
 GENERATE = "End to end"
 SCORES = ("activations", "compensated")
 SCORE = "What is learned against: w² H_jj, or w² / C_jj ('compensated')."
-PERMUTE = "Deal the inner columns of each MLP out to the scopes too."
+PERMUTE = "Deal the inner columns of each MLP out to the scopes, and order those of the stream."
 
 
 def _share(ctx, parameter, value):

@@ -10,7 +10,8 @@ Every variant starts from the dense model, and each prints one line:
 none           not rotated
 plain          R1 and R2 learned against ``w² H_jj``, 100 steps
 300            the same, 300 steps
-permuted       plain, and the inner columns of each MLP dealt out by ``Σ w² / C_jj``
+permuted       plain, and the inner columns of each MLP dealt out by ``Σ w² / C_jj``, the stream's
+               scopes ordered by their share of the score
 compensated    R1 and R2 learned against ``w² / C_jj``
 =============  ===================================================================================
 """

@@ -15,6 +15,7 @@ class Scopes:
 
     def __init__(self, layout, device):
         R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+        self.layout = layout
         self.shape, self.keep, self.n_blocks = (R, r, G, c), layout.keep, layout.n_blocks
         order = np.argsort(layout.blocks.ravel(), kind="stable")
         columns = layout.column_order

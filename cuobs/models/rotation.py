@@ -39,7 +39,7 @@ class RotationReport:
     steps : int
     score : str
     permuted : bool
-        Whether the inner columns were dealt out to the scopes.
+        Whether the inner columns were dealt out to the scopes, and the stream's scopes ordered.
     before, after : float
         Share of the score that the pattern prunes, by the size of the layers.
     heads : int
@@ -133,7 +133,8 @@ def rotate(
     score : {"activations", "compensated"}
         The score of a weight: w² H_jj, or w² / C_jj with C the inverse of the damped H.
     permute : bool
-        Deal the inner columns of each MLP out to the scopes by Σ w² / C_jj too.
+        Deal the inner columns of each MLP out to the scopes by Σ w² / C_jj too, and put the scopes
+        of the stream that hold the most of the score first, for methods that go from left to right.
     damp : float
         λ as a share of the mean of H's diagonal, for C.
     device : torch.device or str

@@ -62,7 +62,8 @@ def learn(
     orders = tuple(block.orders for block in gathered)
     objective = Objective(stream, gathered, patterns, score == "compensated", device)
     best, history = _descend(objective, steps, rate, progress)
-    return Learned(objective.rotation(best, orders), tuple(history))
+    order = objective.scopes_in_order(best) if permute else None
+    return Learned(objective.rotation(best, orders, order), tuple(history))
 
 
 @torch.enable_grad()
@@ -180,12 +181,23 @@ class Objective:
         sizes += [(len(h.blocks), len(h.values.rows), *h.moments.shape[-2:]) for h in self.heads]
         return [torch.zeros(size, device=self.device) for size in sizes]
 
-    def rotation(self, generators, orders):
-        """The `Rotation` of generators, orthogonal to float64's rounding."""
+    def rotation(self, generators, orders, order=None):
+        """The `Rotation` of generators, orthogonal to float64's rounding.
+
+        Parameters
+        ----------
+        generators : list of tensor
+        orders : tuple
+            Of inner columns.
+        order : tensor of int, shape (D,), optional
+            Of the stream's elements.
+        """
         bases = []
         for A in generators:
             R = exponential(A.double())
             bases.append((1.5 * R - 0.5 * R @ (R.mT @ R)).cpu())
+        if order is not None:
+            bases[0] = bases[0][:, order]
         values = [None] * self.depth
         for heads, R2 in zip(self.heads, bases[1:], strict=True):
             for place, index in enumerate(heads.blocks):
@@ -194,34 +206,70 @@ class Objective:
 
     def backward(self, bases):
         """The objective; its gradient is added to that of the bases, which are leaves."""
-        stream, values = bases[0], bases[1:]
-        roots = [self._scale(M, stream) for M in self.norms]
-        roots += [
-            self._scale(heads.moments, R2[:, :, None])
-            for heads, R2 in zip(self.heads, values, strict=True)
-        ]
+        roots = self._scales(bases)
         scales = [root.detach().requires_grad_() for root in roots]
         total = 0.0
+        for stack, part in self._pieces():
+            W, h = self._rotated(stack, part, bases, scales)
+            share = pruned_share(W, h, stack.scopes).sum()
+            loss = share * (W[0].numel() / self.size)
+            loss.backward()
+            total += loss.detach()
+        _back(roots, scales)
+        return float(total)
+
+    @torch.no_grad()
+    def scopes_in_order(self, generators):
+        """An order of the stream's elements: the scopes that hold the most of the score first.
+
+        What competes with what stays the same. Methods that go from left to right can make up
+        the most for what they lose first. None where layers differ in what their scopes are.
+        """
+        bases = [exponential(A) for A in generators]
+        scales, worth, layouts = self._scales(bases), 0.0, {}
+        for stack, part in self._pieces():
+            layout = stack.scopes.layout
+            if stack.norm is not None:
+                layouts[layout.column_order.tobytes()] = layout.column_order
+                W, h = self._rotated(stack, part, bases, scales)
+                score = W.float().square().sum(1) * h
+                share = score / score.sum(1, keepdim=True).clamp_min(1e-30)
+                worth = worth + (share * W[0].numel()).sum(0)
+            if stack.writes and layout.rows > 1:
+                return None
+        if len(layouts) != 1:
+            return None
+        places = torch.from_numpy(next(iter(layouts.values())).copy())
+        first = worth.cpu()[places].sum(1).argsort(descending=True, stable=True)
+        order = torch.empty(self.width, dtype=torch.long)
+        order[places.flatten()] = places[first].flatten()
+        return order
+
+    def _pieces(self):
+        """Each stack, some weights at a time."""
         for stack in self.stacks:
             L, M, K = stack.weight.shape
             count = max(1, PIECE // (M * K))
-            for part in (slice(start, start + count) for start in range(0, L, count)):
-                share = self._share(stack, part, stream, values, scales)
-                loss = share.sum() * (M * K / self.size)
-                loss.backward()
-                total += loss.detach()
-        _back(roots, scales)
-        return float(total)
+            for start in range(0, L, count):
+                yield stack, slice(start, start + count)
+
+    def _scales(self, bases):
+        """What squares of weights are multiplied with: behind each norm, then for all heads."""
+        behind = [self._scale(M, bases[0]) for M in self.norms]
+        return behind + [
+            self._scale(heads.moments, R2[:, :, None])
+            for heads, R2 in zip(self.heads, bases[1:], strict=True)
+        ]
 
     def _scale(self, moments, basis):
         """diag(Rᵀ H R): what squares of weights are multiplied with in the new basis."""
         diagonal = ((moments @ basis) * basis).sum(-2)
         return 1 / diagonal if self.inverse else diagonal
 
-    def _share(self, stack, part, stream, values, scales):
-        """What is pruned of some weights' score, in the new basis."""
+    def _rotated(self, stack, part, bases, scales):
+        """Some weights in the new basis, and what their squares are multiplied with."""
         W = stack.weight[part].to(self.device)
-        stream = stream.to(W.dtype)
+        stream, values = bases[0].to(W.dtype), bases[1:]
         if stack.values is not None:
             which, places = stack.values
             heads, R2 = self.heads[which].values, values[which][places[part]].to(W.dtype)
@@ -238,7 +286,7 @@ class Objective:
             h = stack.scale[part]
         if stack.writes:
             W = stream.T @ W
-        return pruned_share(W, h, stack.scopes)
+        return W, h
 
 
 def _by_rows(W, R2, rows):

@@ -243,9 +243,9 @@ def everywhere(model, pattern="2:4"):
     return {name: cuobs.pattern.parse(pattern) for name in linears(model) if "layers" in name}
 
 
-def share_of(model, tokens, pattern):
-    """The objective of a model as it is, from its own inputs, first tokens left out."""
-    inputs, whole, pruned = {}, 0, 0.0
+def layers_of(model, tokens):
+    """Names of linears, their weights, and mean squares of their inputs without first tokens."""
+    inputs = {}
 
     def watch(name):
         return lambda _, args: inputs.__setitem__(name, args[0][:, 1:].flatten(0, 1))
@@ -255,11 +255,14 @@ def share_of(model, tokens, pattern):
     logits(model, tokens)
     for handle in handles:
         handle.remove()
-    for name, module in layers.items():
-        W = oriented(module)
-        pruned += W.numel() * brute_share(W, inputs[name].double().square().mean(0), pattern)
-        whole += W.numel()
-    return pruned / whole
+    return [(n, oriented(m), inputs[n].double().square().mean(0)) for n, m in layers.items()]
+
+
+def share_of(model, tokens, pattern):
+    """The objective of a model as it is, from its own inputs, first tokens left out."""
+    layers = layers_of(model, tokens)
+    pruned = sum(W.numel() * brute_share(W, h, pattern) for _, W, h in layers)
+    return pruned / sum(W.numel() for _, W, _ in layers)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -371,6 +374,29 @@ def test_what_the_caller_has_set_changes_nothing():
         rotate(b, tokens, "2:4", steps=2)
     assert same(weights_of(a), weights_of(b))
     assert all(p.requires_grad for p in b.parameters())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_dearest_scopes_of_the_stream_come_first(pattern):
+    plain, model, tokens = make_model("llama"), make_model("llama"), tokens_of()
+    found = rotate(model, tokens, pattern, steps=8, rate=1e-2, permute=True)
+    assert found.after == pytest.approx(share_of(model, tokens, pattern), rel=1e-4)
+    assert distance(logits(model, tokens), logits(plain, tokens)) < 1e-4
+    layout = cuobs.pattern.parse(pattern).compile(32, 32)
+    if layout.rows > 1:  # rows of writers compete as well: nothing moves
+        return
+    worth = stream_worth(model, tokens)[layout.column_order].sum(1)
+    assert (np.diff(worth) <= 1e-6 * worth.max()).all()
+
+
+def stream_worth(model, tokens):
+    """The score by element of the stream: each reader's share, by its size."""
+    worth = np.zeros(32)
+    for name, W, h in layers_of(model, tokens):
+        if not name.endswith(("o_proj", "down_proj")):
+            score = (W.double().square().sum(0) * h).numpy()
+            worth += W.numel() * score / score.sum()
+    return worth
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
