@@ -33,6 +33,7 @@ COMMANDS = {
     "pack-model": "packing:pack_model",
     "unpack-model": "packing:unpack_model",
     "eval-model": "models:eval_model",
+    "write-calibration": "distilling:write_calibration",
     "speedup": "models:speedup",
 }
 

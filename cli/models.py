@@ -12,8 +12,8 @@ from cuobs import files, plotting
 
 TARGETS = ("mixed", "pruned", "dense")
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
-CALIBRATION, TARGET, ROTATION = "Calibration", "Target and tuning", "Rotation"
-GENERATE = "End to end"
+CALIBRATION, TARGET = "Calibration", "Target and tuning"
+ROTATION, DISTILLATION, GENERATE = "Rotation", "Distillation", "End to end"
 SCORES = ("activations", "compensated")
 SCORE = "What is learned against: w² H_jj, or w² / C_jj ('compensated')."
 PERMUTE = "Deal the inner columns of each MLP out to the scopes, and order those of the stream."
@@ -44,8 +44,11 @@ trust = options.option(
 @click.argument("dst", type=click.Path())
 @options.option("--skip", metavar="REGEX", group=options.WHAT,
                 help="Linears that stay as they are.")
-@options.option("--calibration", required=True, type=click.Path(), metavar="F", group=CALIBRATION,
-                help="A text, or tokens.npz:key (windows, length).")
+@options.option("--calibration", required=True, multiple=True, type=click.Path(), metavar="F",
+                group=CALIBRATION,
+                help="A text, tokens.npz:key (windows, length), or self:1024, windows that the "
+                "dense model writes itself; may be repeated. With --distill, self beside another "
+                "serves distillation alone.")
 @options.option("--samples", default=128, type=int, group=CALIBRATION,
                 help="Calibration windows.")
 @options.option("--sequence-length", type=int, metavar="T", show_default="2048",
@@ -74,12 +77,21 @@ trust = options.option(
 @options.option("--rotate-score", type=options.Name(SCORES), metavar="S",
                 show_default="activations", group=ROTATION, help=SCORE)
 @options.option("--rotate-permute", is_flag=True, group=ROTATION, help=PERMUTE)
+@options.option("--distill", default=0, type=int, metavar="N", group=DISTILLATION,
+                help="Passes in which all kept weights learn together what the dense model says.")
+@options.option("--distill-rate", type=float, metavar="R", show_default="3e-4",
+                group=DISTILLATION, help="Their learning rate.")
+@options.option("--distill-calibration", multiple=True, type=click.Path(), metavar="F",
+                group=DISTILLATION,
+                help="As --calibration, for distillation alone, which then sees what prunes "
+                "twice; may be repeated.")
 @options.option("--batch-tokens", type=int, metavar="N", group=options.HOW,
                 help="Tokens in a block at once.")
 @options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
 @options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
                 group=options.OUTPUT,
-                help="Perplexity on a text or tokens, before and after, in windows as long.")
+                help="Perplexity on a text or tokens, before and after, in windows as long, and "
+                "how near the result is to SRC.")
 @options.option("--masks", is_flag=True, group=options.OUTPUT,
                 help="Write cuobs_masks.safetensors too.")
 @options.option("--packed", is_flag=True, group=options.OUTPUT,
@@ -96,6 +108,7 @@ trust = options.option(
 def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
     packed, plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate,
+    distill_rate, distill_calibration,
     batch_tokens, resume, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
@@ -103,7 +116,9 @@ def prune_model(
     Block by block, each fed by what is pruned so far. DST holds all that SRC does, as plain dense
     safetensors with exact zeros, which open wherever SRC's do.
     """
-    arguments = _arguments(config, {**target, "tune_rate": tune_rate})
+    arguments = _arguments(config, {
+        **target, "tune_rate": tune_rate, "distill_rate": distill_rate,
+    })  # fmt: skip
     if plot:
         plotting.check_picture(plot)
         if os.path.exists(plot):
@@ -121,7 +136,7 @@ def prune_model(
             packed=packed, shard_size=shard_size, save_dtype=save_dtype,
             trust_remote_code=trust_remote_code, resume=resume,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
-            batch_tokens=batch_tokens, **arguments,
+            distill_calibration=distill_calibration, batch_tokens=batch_tokens, **arguments,
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
         view.close()
@@ -160,21 +175,28 @@ def _arguments(config, target):
                 help="A text, or tokens.npz:key.")
 @options.option("--sequence-length", type=int, metavar="T", show_default="2048",
                 help="Tokens of a window.")
+@options.option("--against", type=click.Path(), metavar="SRC",
+                help="The dense model: say how near DIR is to it.")
 @options.setting("device")
 @trust
-def eval_model(folder, text, sequence_length, device, trust_remote_code):
+def eval_model(folder, text, sequence_length, against, device, trust_remote_code):
     """Measure the perplexity of the model in DIR (or a .gguf) on a text.
 
     The text is tokenised once and cut into windows without overlap, the tail is dropped; in each
-    window all tokens but the first are predicted.
+    window all tokens but the first are predicted. With --against SRC also KL(SRC, DIR) of the
+    next-token distributions, nats a token, and in how many places both hold the same token for
+    the likeliest.
     """
     models = load()
-    found, tokens = models.evaluate_folder(
-        folder, text, sequence_length, device=device, progress=View().progress,
-        trust_remote_code=trust_remote_code,
+    found = models.evaluate_folder(
+        folder, text, sequence_length, against=against, device=device,
+        progress=View().progress, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    click.echo(f"text        {text}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
-    click.echo(f"perplexity  {found:.2f}")
+    windows, length = found.tokens.shape
+    click.echo(f"text        {text}: {windows} windows of {length} tokens")
+    click.echo(f"perplexity  {found.perplexity:.2f}")
+    if found.agreement is not None:
+        click.echo(f"to {against}: {found.agreement.text()}")
 
 
 @click.command(cls=options.Command, short_help="Do packed weights pay on this GPU?")

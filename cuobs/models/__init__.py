@@ -15,7 +15,7 @@ _HOMES = {
     "cuobs.models.checkpoint": ("load_masks",),
     "cuobs.models.distillation": ("DistillationReport", "distill"),
     "cuobs.models.evaluate": ("Agreement", "agreement", "perplexity"),
-    "cuobs.models.folder": ("evaluate_folder", "prune_folder"),
+    "cuobs.models.folder": ("Evaluation", "evaluate_folder", "prune_folder", "write_calibration"),
     "cuobs.models.loading": ("load_model",),
     "cuobs.models.packing": ("Packing", "pack_folder", "pack_model", "unpack_folder"),
     "cuobs.models.prune": ("prune_model",),

@@ -1,12 +1,15 @@
 """Token windows, from a text or from a file of tokens."""
 
 import os
+import re
 
 import numpy as np
 
 from cuobs import files, validation
 from cuobs.models.texts import EXPECTED, joined, read_documents
 
+# Windows that a model writes where no number is given.
+SELF_WINDOWS = 1024
 # Keys of a config that say how many tokens a window may have.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
@@ -14,6 +17,25 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 def is_tokens(spec):
     """Whether a source names an array of tokens and not a text."""
     return files.split(spec)[0].lower().endswith(files.SUFFIXES)
+
+
+def self_written(spec):
+    """How many windows a source of the form ``self`` or ``self:1024`` asks the model to write.
+
+    Returns
+    -------
+    int, or None where it names something else
+    """
+    match = re.fullmatch(r"self(?::(\d+))?", os.fspath(spec))
+    if not match:
+        return None
+    return SELF_WINDOWS if match[1] is None else validation.integer(spec, int(match[1]))
+
+
+def listed(specs):
+    """One source or several, as a list."""
+    one = isinstance(specs, str | os.PathLike)
+    return [os.fspath(spec) for spec in ([specs] if one else specs)]
 
 
 def check_tokens(model, tokens):

@@ -55,7 +55,9 @@ def _part(report, model_class, packed):
     settings, protocol = report.settings, report.protocol
     pattern = parse(settings["pattern_view"])
     losses = [row.loss for row in report.layers if row.loss is not None]
-    calibration = os.path.basename(str(protocol.get("calibration", "tokens")))
+    sources = protocol.get("calibration", "tokens")
+    sources = [sources] if isinstance(sources, str) else sources
+    calibration = ", ".join(os.path.basename(source) for source in sources)
     rows = {
         "base model": os.path.basename(str(protocol.get("source", "")).rstrip("/")),
         "pattern": f"{settings['pattern']}: {pattern.keeps}",

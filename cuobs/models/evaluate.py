@@ -78,6 +78,10 @@ class Agreement(NamedTuple):
     divergence: float
     same_top: float
 
+    def text(self):
+        """For people."""
+        return f"KL {self.divergence:.4f}, the same likeliest token in {self.same_top:.1%}"
+
 
 def agreement(model, dense, tokens, device=None, progress=None):
     """Compare a model with the dense one on windows of tokens, at all their places.

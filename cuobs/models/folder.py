@@ -3,10 +3,22 @@
 What can be known before is checked here; PyTorch is imported afterwards.
 """
 
-from cuobs import validation
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from cuobs import files, validation
 from cuobs.arrays import DEVICES
-from cuobs.models.calibration import check_cut
-from cuobs.models.planning import Run, View, check_folders, check_model, check_text
+from cuobs.models.calibration import SELF_WINDOWS, check_cut, listed
+from cuobs.models.planning import (
+    Run,
+    View,
+    check_folders,
+    check_model,
+    check_sources,
+    check_text,
+)
 from cuobs.models.recipe import read_arguments
 from cuobs.models.source import find_source, unfinished
 
@@ -34,6 +46,7 @@ def prune_folder(
     progress=None,
     starting=None,
     drop_first_token=True,
+    distill_calibration=(),
     on_block=None,
     **options,
 ):
@@ -48,19 +61,21 @@ def prune_folder(
         A new or empty folder, or with ``resume`` that of an unfinished run. It holds the tensors
         of SRC, by the same names, as plain dense safetensors with exact zeros where they are
         pruned, all its further files, and ``cuobs_report.json``.
-    calibration : str
-        A text file, or ``tokens.npz:key``.
+    calibration : str or list of str
+        Each a text file, ``tokens.npz:key``, or ``self:1024``: windows that the dense model
+        samples itself. With ``distill`` those serve distillation alone where there is something
+        else, and the first ``samples`` of them prune where there is not.
     samples : int
-        Windows: drawn from a text by the seed, taken from the front of tokens.
+        Windows of each: drawn from a text by the seed, taken from the front of tokens.
     sequence_length : int, optional
         Tokens of a window; of a text 2048, or what the model allows; of tokens their own.
     seed : int
-        Of the draw.
+        Of the draw, of what the model writes, and of the order in which it is distilled.
     attention_mask : str, optional
         An array like the calibration tokens, 0 where one is padding.
     evaluate : sequence of str
         Texts or tokens whose perplexity is measured before and after, in windows as long as those
-        of the calibration.
+        of the calibration, and how near the result is to the dense model there.
     resume : bool
         Go on with an unfinished run, with the same arguments.
     save_masks : bool
@@ -81,6 +96,9 @@ def prune_folder(
         Called with (label, done, total) while a text is evaluated.
     starting : callable, optional
         See `prune_model`; called before the dense model is evaluated.
+    distill_calibration : str or list of str
+        What serves distillation alone, in the forms of ``calibration``, all windows of it. A pass
+        then sees the windows that pruned twice.
     drop_first_token, on_block, **options
         Of `prune_model`.
 
@@ -89,14 +107,20 @@ def prune_folder(
     ModelReport
     """
     settings = {"device": device, "drop_first_token": drop_first_token, **options}
-    read_arguments({key: value for key, value in settings.items() if key != "batch_tokens"})
+    recipe = read_arguments({k: value for k, value in settings.items() if k != "batch_tokens"})
+    calibration, distill_calibration = listed(calibration), listed(distill_calibration)
+    if distill_calibration and not recipe.distill:
+        raise ValueError("distill_calibration: found it without distill, expected its passes too")
     source, shard_bytes, save_dtype = check_folders(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
     )  # fmt: skip
+    if distill_calibration:
+        check_sources(source, [*calibration, *distill_calibration], None, sequence_length)
     run = Run(
         source, dst, calibration, tuple(evaluate), samples, sequence_length, seed, attention_mask,
         resume, save_masks, packed, shard_bytes, save_dtype, trust_remote_code, device,
+        distill_calibration,
     )  # fmt: skip
     nothing = lambda *_: None  # noqa: E731
     view = View(say or nothing, progress, starting or nothing, on_block or nothing)
@@ -107,21 +131,104 @@ def prune_folder(
     return pipeline.prune(run, view, {"drop_first_token": drop_first_token, **options})
 
 
+class Evaluation(NamedTuple):
+    """What `evaluate_folder` found.
+
+    Attributes
+    ----------
+    perplexity : float
+    tokens : ndarray of int64, shape (windows, length)
+    agreement : cuobs.models.Agreement or None
+        With the other model.
+    """
+
+    perplexity: float
+    tokens: object
+    agreement: object = None
+
+
 def evaluate_folder(
-    folder, text, sequence_length=None, *, device="auto", progress=None, trust_remote_code=False
-):
+    folder, text, sequence_length=None, *, against=None, device="auto", progress=None,
+    trust_remote_code=False,
+):  # fmt: skip
     """The perplexity of the model of a folder (or a GGUF) on a text or on tokens.
+
+    Parameters
+    ----------
+    folder : path
+    text : str
+        A text file, or ``tokens.npz:key``.
+    sequence_length : int, optional
+        Tokens of a window.
+    against : path, optional
+        The folder of the dense model, to see how near the first is to it.
+    device : {"auto", "cpu", "cuda"}
+    progress : callable, optional
+        Called with (label, done, total).
+    trust_remote_code : bool
 
     Returns
     -------
-    perplexity : float
-    tokens : ndarray of int64, shape (windows, length)
+    Evaluation
     """
     validation.name_of("device", device, DEVICES)
     check_cut(None, sequence_length)
     source = find_source(folder, packed=None)
     check_model(source)
     check_text(source, text, None, sequence_length)
+    other = None if against is None else find_source(against)
+    if other is not None:
+        check_model(other)
     from cuobs.models import pipeline
 
-    return pipeline.evaluate(source, text, sequence_length, device, progress, trust_remote_code)
+    return Evaluation(
+        *pipeline.evaluate(
+            source, other, text, sequence_length, device, progress, trust_remote_code
+        )
+    )
+
+
+def write_calibration(
+    src, out, windows=SELF_WINDOWS, sequence_length=None, *, temperature=1.0, seed=0,
+    device="auto", trust_remote_code=False, force=False, progress=None,
+):  # fmt: skip
+    """Write windows that the model of a folder (or a GGUF) samples itself into a file.
+
+    Parameters
+    ----------
+    src : path
+    out : path
+        .npz, .safetensors or .npy; the array is called ``tokens``.
+    windows : int
+    sequence_length : int, optional
+        Tokens of a window; 2048, or what the model allows.
+    temperature, seed, progress
+        See `write_windows`.
+    device : {"auto", "cpu", "cuda"}
+    trust_remote_code : bool
+    force : bool
+        Overwrite an existing file.
+
+    Returns
+    -------
+    ndarray of int64, shape (windows, length)
+    """
+    validation.name_of("device", device, DEVICES)
+    check_cut(windows, sequence_length)
+    validation.integer("seed", seed, low=0)
+    out = os.fspath(out)
+    files.check_output(out, force)
+    files.check_format(out, np.dtype("int32"))
+    source = find_source(src)
+    check_model(source)
+    from cuobs.models import pipeline
+
+    tokens = pipeline.write(
+        source, windows, sequence_length, temperature, seed, device, progress, trust_remote_code
+    )
+    content = tokens.astype(np.int32)
+    if files.by_name(out):
+        files.save_arrays(out, {"tokens": content}, force)
+    else:
+        files.save(out, content, force)
+    return tokens

@@ -6,30 +6,25 @@ from functools import partial
 
 import torch
 
-from cuobs import validation
 from cuobs.config import to_toml
 from cuobs.models import loading
-from cuobs.models.calibration import (
-    check_tokens,
-    is_tokens,
-    load_tokens,
-    longest_window,
-    tokenize,
-)
+from cuobs.models.calibration import load_tokens
 from cuobs.models.card import CARD, model_card
 from cuobs.models.checkpoint import masks_file
 from cuobs.models.destination import changed_tensors, finish
-from cuobs.models.evaluate import perplexity
+from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.folding import untied_config
+from cuobs.models.mixture import Reader, gather
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
 from cuobs.models.prune import check_arguments, choose_device, prune_model
+from cuobs.models.recovery import agreements, recover
 from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
-from cuobs.models.texts import read_documents
 from cuobs.models.warming import Warming
 
-DEFAULT_LENGTH = 2048
+# Windows that the model wrote for a run, while it goes on.
+WRITTEN = ".cuobs_written.npz"
 
 
 def prune(run, view, options):
@@ -55,9 +50,8 @@ def prune(run, view, options):
         check_all_known(model, source, names)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
-    tokens, mask, texts = _read_all(run, model)
-    protocol = _protocol(run, tokens, texts)
-    for line in _protocol_lines(run, tokens, texts):
+    mixture, mask, texts = _read_all(run, model, recipe.distill, place, view)
+    for line in _protocol_lines(run, mixture, texts):
         view.say(line)
     measure = partial(_measure, model, texts, place, view)
     warming.finish()
@@ -83,17 +77,31 @@ def prune(run, view, options):
 
     try:
         report = prune_model(
-            model, tokens, attention_mask=mask, checkpoint_folder=run.dst, resume=run.resume,
-            protocol=protocol, keep_masks=run.save_masks, device=run.device, starting=starting,
+            model, mixture.pruning, attention_mask=mask, checkpoint_folder=run.dst,
+            resume=run.resume, protocol=_protocol(run, mixture, texts),
+            keep_masks=run.save_masks or recipe.distill > 0, device=run.device, starting=starting,
             rotating=view.progress and partial(view.progress, "rotation"), on_block=on_block,
-            **options,
+            **{**options, "distill": 0},
         )  # fmt: skip
+        dense = None
+        if recipe.distill or texts:
+            dense = loading.load_model(source, run.trust_remote_code)
+        if recipe.distill:
+            report.perplexity_pruned = measure("pruned")
+            report.settings |= {"distill": recipe.distill, "distill_rate": recipe.distill_rate}
+            report.distillation = recover(
+                model, dense, report.masks, mixture.distilling, mask, mixture.times,
+                passes=recipe.distill, rate=recipe.distill_rate, seed=run.seed, device=place,
+                folder=run.dst, say=view.say,
+                progress=view.progress and partial(view.progress, "distillation"),
+            )  # fmt: skip
         save_dtype = written_dtype(source, run.save_dtype)
         if save_dtype is not None:
             model.to(save_dtype)  # what is measured is what is written
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = model.get_output_embeddings().weight.nbytes
-        after = measure("pruned")
+        after = measure("distilled" if recipe.distill else "pruned")
+        report.agreement = agreements(model, dense, texts, place, view.say, view.progress)
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
             "memory: found the device full, expected fewer samples, shorter windows or fewer "
@@ -104,13 +112,18 @@ def prune(run, view, options):
     return report
 
 
-def evaluate(source, text, length, device, progress, trust_remote_code):
-    """The perplexity of the model of a folder on a text or on tokens, and the tokens."""
-    tokenizer = None if is_tokens(text) else loading.load_tokenizer(source, trust_remote_code)
+def evaluate(source, other, text, length, device, progress, trust_remote_code):
+    """The perplexity of the model of a folder on a text, its tokens, and its agreement with
+    another model's folder, if there is one."""
+    place = choose_device(device)
     model = loading.load_model(source, trust_remote_code)
-    tokens = read_windows(text, model, tokenizer, None, length, None)
-    step = progress and partial(progress, "perplexity")
-    return perplexity(model, tokens, choose_device(device), step), tokens
+    tokens = Reader(source, model, trust_remote_code=trust_remote_code).read(text, None, length)
+    found = perplexity(model, tokens, place, progress and partial(progress, "perplexity"))
+    if other is None:
+        return found, tokens, None
+    dense = loading.load_model(other, trust_remote_code)
+    step = progress and partial(progress, "agreement")
+    return found, tokens, agreement(model, dense, tokens, place, step)
 
 
 def _warm(source, recipe, device):
@@ -121,41 +134,51 @@ def _warm(source, recipe, device):
     return Warming(recipe.config.recipe, recipe.config.settings, shapes, dtype, device)
 
 
-def _read_all(run, model):
-    """Calibration windows, their mask or None, and the windows of each text by its name."""
-    tokenizer = None
-    if not all(is_tokens(spec) for spec in (run.calibration, *run.evaluate)):
-        tokenizer = loading.load_tokenizer(run.source, run.trust_remote_code)
-    tokens = read_windows(
-        run.calibration, model, tokenizer, run.samples, run.sequence_length, run.seed
-    )
-    length = tokens.shape[1]
+def write(source, windows, length, temperature, seed, device, progress, trust_remote_code):
+    """Windows that the model of a folder samples itself."""
+    model = loading.load_model(source, trust_remote_code)
+    reader = Reader(
+        source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
+        progress=progress,
+    )  # fmt: skip
+    return reader.write(windows, length, temperature)
+
+
+def _read_all(run, model, distill, place, view):
+    """The windows to learn from, their mask or None, and the windows of each text by its name."""
+    reader = Reader(
+        run.source, model, run.seed, place, trust_remote_code=run.trust_remote_code,
+        stored=os.path.join(run.dst, WRITTEN),
+        progress=view.progress and partial(view.progress, "windows of the model's own"),
+    )  # fmt: skip
+    mixture = gather(
+        run.calibration, run.distill_calibration, reader, samples=run.samples,
+        length=run.sequence_length, distill=distill,
+    )  # fmt: skip
+    length = mixture.pruning.shape[1]
     texts = {
-        name: read_windows(spec, model, tokenizer, None, length, run.seed)
+        name: reader.read(spec, None, length)
         for name, spec in zip(_short_names(run.evaluate), run.evaluate, strict=True)
     }
     mask = run.attention_mask and load_tokens(run.attention_mask, run.samples, length, kinds="biu")
-    return tokens, mask, texts
+    return mixture, mask, texts
 
 
-def _protocol(run, tokens, texts):
+def _protocol(run, mixture, texts):
     """Where the numbers of a report come from."""
     return {
         "source": run.source.name,
-        "calibration": os.fspath(run.calibration),
-        "windows": len(tokens),
-        "length": tokens.shape[1],
-        "seed": None if is_tokens(run.calibration) else run.seed,
+        "calibration": mixture.sources(),
+        "windows": len(mixture.pruning),
+        "length": mixture.pruning.shape[1],
+        "seed": run.seed if mixture.drawn else None,
         "evaluated": {name: list(part.shape) for name, part in texts.items()},
     }
 
 
-def _protocol_lines(run, tokens, texts):
-    count, length = tokens.shape
-    all_of_it = is_tokens(run.calibration) or count < run.samples
-    drawn = "" if all_of_it else f", drawn with seed {run.seed}"
-    documents = "" if is_tokens(run.calibration) else f"{read_documents(run.calibration)}, "
-    yield f"calibration  {run.calibration}: {documents}{count} windows of {length} tokens{drawn}"
+def _protocol_lines(run, mixture, texts):
+    for line in mixture.lines(run.seed):
+        yield f"calibration  {line}"
     for name, part in texts.items():
         yield f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap"
 
@@ -176,16 +199,6 @@ def written_dtype(source, save_dtype):
     if save_dtype is not None:
         return getattr(torch, save_dtype)
     return None if source.gguf is None else loading.gguf_dtype(source)[0]
-
-
-def read_windows(spec, model, tokenizer, samples, length, seed):
-    """Windows of a text or of a file of tokens, which the model can read."""
-    if is_tokens(spec):
-        found = load_tokens(spec, samples, length)
-    else:
-        found = tokenize(spec, tokenizer, length or _default_length(model), samples, seed)
-    with validation.naming(spec):
-        return check_tokens(model, found)
 
 
 def _short_names(specs):
@@ -295,8 +308,3 @@ def _card(source, model, report, packed):
     hub = source.name if source.gguf is None and not os.path.isdir(source.name) else None
     card = model_card(report, original.decode(errors="surrogateescape"), found, hub, packed)
     return card.encode(errors="surrogateescape")
-
-
-def _default_length(model):
-    """Tokens of a window of a text: 2048, or what the model allows."""
-    return min(DEFAULT_LENGTH, longest_window(model) or DEFAULT_LENGTH)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cuobs import arrays, files, validation
-from cuobs.models.calibration import check_cut, check_tokens_file, is_tokens, load_tokens
+from cuobs.models.calibration import (
+    check_cut,
+    check_tokens_file,
+    is_tokens,
+    listed,
+    load_tokens,
+    self_written,
+)
 from cuobs.models.marker import check_destination
 from cuobs.models.source import Source, find_source, stored_tensors
 from cuobs.models.texts import read_documents
@@ -25,7 +32,7 @@ class Run:
 
     source: Source
     dst: str
-    calibration: str
+    calibration: list
     evaluate: tuple
     samples: int
     sequence_length: int | None
@@ -38,6 +45,7 @@ class Run:
     save_dtype: str | None
     trust_remote_code: bool
     device: str
+    distill_calibration: list = ()
 
 
 class View(NamedTuple):
@@ -78,12 +86,36 @@ def check_folders(
     source = find_source(src)
     check_destination(source, dst, resume)
     check_model(source)
-    length = check_text(source, calibration, samples, sequence_length)
+    calibration = listed(calibration)
+    length = check_sources(source, calibration, samples, sequence_length)
     for spec in evaluate:
         check_text(source, spec, None, length)
     if attention_mask:
-        _check_mask(attention_mask, calibration, samples, sequence_length)
+        if len(calibration) != 1:
+            raise ValueError(
+                f"attention_mask: found it with {len(calibration)} calibrations, expected the one "
+                "whose windows it belongs to"
+            )
+        _check_mask(attention_mask, calibration[0], samples, sequence_length)
     return source, shard_bytes, save_dtype
+
+
+def check_sources(source, specs, samples, length):
+    """Refuse sources of windows that can't be, or of several lengths; the length, if known."""
+    if not specs:
+        raise ValueError("calibration: found none, expected a text, tokens.npz:key or self:1024")
+    asked = length
+    for spec in sorted(specs, key=is_tokens, reverse=True):  # their length is that of all
+        if self_written(spec) is not None:
+            continue
+        found = check_text(source, spec, samples, asked if is_tokens(spec) else length)
+        if length is not None and found != length:
+            raise ValueError(
+                f"{spec}: found windows of {found} tokens, expected {length} as of the others; "
+                "sequence_length cuts them"
+            )
+        length = found
+    return length
 
 
 def check_model(source):

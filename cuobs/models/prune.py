@@ -17,6 +17,7 @@ from cuobs.models.groups import probe
 from cuobs.models.layers import choose_layers
 from cuobs.models.prediction import hold, predict, work_of
 from cuobs.models.recipe import read_arguments
+from cuobs.models.recovery import recover
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.resident import Resident
 from cuobs.models.rotation import rotate
@@ -113,6 +114,12 @@ def prune_model(
         learn together, masks fixed, to give the hidden states of the dense model; 0 for none.
     tune_rate : float
         The learning rate of those passes at their start.
+    distill : int
+        Passes over the calibration tokens in which all kept weights learn together what the dense
+        model says, masks fixed, after the last block; see `cuobs.models.distill`. A copy of the
+        dense model is kept for that.
+    distill_rate : float
+        The learning rate of those.
     rotate : bool
         Give the model another basis first in which the patterns prune less of what counts, see
         `cuobs.models.rotate`; a head that is tied to the embedding is untied.
@@ -139,6 +146,7 @@ def prune_model(
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
+    dense = copy.deepcopy(model) if recipe.distill else None
     for index, inner in layers.recipes:
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
     batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // windows.tokens.shape[1])
@@ -173,14 +181,21 @@ def prune_model(
         memory.reset(device)
         began = time.perf_counter()
         streams = _enter(model, blocks, windows, batch, recipe.follows, held, device)
+        masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
-            job = Job(recipe, layers, source, report, device, checkpoint_folder, keep_masks)
+            job = Job(recipe, layers, source, report, device, checkpoint_folder, masked)
             for index in range(len(blocks)):
                 report.blocks.append(_prune_block(job, streams, index))
                 report.seconds = time.perf_counter() - began
                 report.memory_peak = memory.peak(device)
                 if on_block:
                     on_block(report, len(blocks))
+    if recipe.distill:
+        report.distillation = recover(
+            model, dense, report.masks, windows.tokens, windows.mask, passes=recipe.distill,
+            rate=recipe.distill_rate, device=device, folder=checkpoint_folder,
+        )  # fmt: skip
+        report.masks = report.masks if keep_masks else {}
     return report
 
 

@@ -40,6 +40,10 @@ class ModelRecipe:
         Passes of gradient descent over a pruned block's kept weights.
     tune_rate : float
         Their learning rate at the start.
+    distill : int
+        Passes in which all kept weights learn together after the last block.
+    distill_rate : float
+        Their learning rate.
     rotate : bool
         Give the model another basis first, see `cuobs.models.rotate`.
     rotate_steps, rotate_score, rotate_permute
@@ -59,16 +63,20 @@ class ModelRecipe:
     drop_first_token: bool = True
     tune: int = 0
     tune_rate: float = 3e-4
+    distill: int = 0
+    distill_rate: float = 3e-4
     rotate: bool = False
     rotate_steps: int = STEPS
     rotate_score: str = SCORES[0]
     rotate_permute: bool = False
 
     def __post_init__(self):
-        validation.integer("tune", self.tune, low=0)
-        rate = self.tune_rate
-        if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
-            raise ValueError(f"tune_rate: found {rate!r}, expected a positive number")
+        for name in ("tune", "distill"):
+            validation.integer(name, getattr(self, name), low=0)
+        for name in ("tune_rate", "distill_rate"):
+            rate = getattr(self, name)
+            if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
+                raise ValueError(f"{name}: found {rate!r}, expected a positive number")
         validation.integer("rotate_steps", self.rotate_steps, low=0)
         validation.name_of("rotate_score", self.rotate_score, SCORES)
         _check_skip(self.skip)

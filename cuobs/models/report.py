@@ -130,6 +130,11 @@ class ModelReport:
     perplexity : dict
         By the name of a text, the perplexity before and after; null in JSON where it is no finite
         number.
+    perplexity_pruned : dict
+        By the name of a text, that of the pruned model before it was distilled.
+    agreement : dict
+        By the name of a text, ``divergence`` and ``same_top``, see `cuobs.models.Agreement`.
+    distillation : DistillationReport or None
     """
 
     settings: dict
@@ -144,6 +149,9 @@ class ModelReport:
     perplexity: dict = field(default_factory=dict)
     rotation: object = None
     masks: dict = field(default_factory=dict, repr=False)
+    perplexity_pruned: dict = field(default_factory=dict)
+    agreement: dict = field(default_factory=dict)
+    distillation: object = None
 
     @property
     def layers(self):
@@ -161,11 +169,16 @@ class ModelReport:
         """The report as text."""
         content = {"cuobs": cuobs.__version__, **asdict(replace(self, masks={}))}
         del content["masks"]
-        content["perplexity"] = {
-            name: [value if math.isfinite(value) else None for value in pair]
-            for name, pair in self.perplexity.items()
-        }
-        return json.dumps(content, indent=2) + "\n"
+        return json.dumps(_finite(content), indent=2) + "\n"
+
+
+def _finite(value):
+    """A value for JSON, which has no number for infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(report):

@@ -6,17 +6,18 @@ from functools import partial
 
 import cuobs
 from cuobs.models import loading
-from cuobs.models.calibration import is_tokens, load_tokens
+from cuobs.models.calibration import listed, load_tokens
 from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.folding import untied_config
+from cuobs.models.mixture import Reader, gather
 from cuobs.models.names import check_all_known
 from cuobs.models.pipeline import (
     names_in_files,
-    read_windows,
     what_is_written,
     written_dtype,
 )
 from cuobs.models.planning import check_folders
+from cuobs.models.prune import choose_device
 from cuobs.models.rotation import WINDOWS, check_arguments, rotate
 
 REPORT = "cuobs_rotation.json"
@@ -73,12 +74,15 @@ def rotate_folder(
     for line in what_is_written(source, model, names, save_dtype):
         say(line)
     save_dtype = written_dtype(source, save_dtype)
-    tokenizer = None
-    if not is_tokens(calibration):
-        tokenizer = loading.load_tokenizer(source, trust_remote_code)
-    tokens = read_windows(calibration, model, tokenizer, samples, sequence_length, seed)
+    reader = Reader(
+        source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
+        progress=progress and partial(progress, "windows of the model's own"),
+    )  # fmt: skip
+    mixture = gather(listed(calibration), [], reader, samples=samples, length=sequence_length)
+    tokens = mixture.pruning
     mask = attention_mask and load_tokens(attention_mask, samples, tokens.shape[1], kinds="biu")
-    say(f"calibration  {calibration}: {len(tokens)} windows of {tokens.shape[1]} tokens")
+    for line in mixture.lines(seed):
+        say(f"calibration  {line}")
     report = rotate(
         model, tokens, pattern, attention_mask=mask, windows=samples, device=device,
         progress=progress and partial(progress, "rotation"), **options,

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import inspect
 import numbers
-import re
 from functools import partial
 
 import numpy as np
@@ -18,10 +17,9 @@ from transformers import Cache
 from cuobs import validation
 from cuobs.models import memory
 from cuobs.models.blocks import evaluating
-from cuobs.models.calibration import longest_window
+from cuobs.models.calibration import SELF_WINDOWS, longest_window
 from cuobs.models.replay import attention, record, refuse_more, sees_all
 
-WINDOWS = 1024
 # Windows that are written side by side.
 BATCH_WINDOWS = {"cpu": 32, "cuda": 512}
 # A step looks at this many tokens more whenever a window has grown past those it looks at.
@@ -34,7 +32,7 @@ ATTENTION = "cuobs_one_token"
 
 def write_windows(
     model,
-    windows=WINDOWS,
+    windows=SELF_WINDOWS,
     length=1024,
     *,
     temperature=1.0,
@@ -94,7 +92,7 @@ def write_windows(
     return np.concatenate(found)[:windows]
 
 
-def check_arguments(model=None, windows=WINDOWS, length=1024, temperature=1.0, seed=0):
+def check_arguments(model=None, windows=SELF_WINDOWS, length=1024, temperature=1.0, seed=0):
     """Refuse what can't be written; the model's own limit only if it is given."""
     validation.integer("windows", windows)
     validation.integer("length", length, low=2)
@@ -104,19 +102,6 @@ def check_arguments(model=None, windows=WINDOWS, length=1024, temperature=1.0, s
     longest = None if model is None else longest_window(model)
     if longest and length > longest:
         raise ValueError(f"length: found {length}, expected at most {longest}, the model's longest")
-
-
-def self_written(spec):
-    """How many windows a calibration of the form ``self`` or ``self:1024`` asks for.
-
-    Returns
-    -------
-    int, or None where it names something else
-    """
-    match = re.fullmatch(r"self(?::(\d+))?", str(spec))
-    if not match:
-        return None
-    return WINDOWS if match[1] is None else validation.integer(spec, int(match[1]))
 
 
 def _write(logits, first, length, seed, device, temperature, tell):

@@ -596,7 +596,7 @@ def test_a_model_whose_outputs_are_no_numbers_is_refused(source, tmp_path, calib
 def test_a_mask_belongs_to_windows_of_tokens(source, tmp_path):
     (tmp_path / "text.txt").write_text("w3 " * 200)
     np.save(tmp_path / "mask.npy", np.ones((4, 24), bool))
-    with pytest.raises(ValueError, match="attention_mask: found it with the text"):
+    with pytest.raises(ValueError, match="attention_mask: found it with .*text"):
         prune_folder(
             source, tmp_path / "out", str(tmp_path / "text.txt"), device="cpu",
             attention_mask=str(tmp_path / "mask.npy"),

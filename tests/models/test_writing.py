@@ -6,6 +6,7 @@ import torch
 from small_models import VOCABULARY, make_model, same, weights_of
 
 from cuobs.models import write_windows, writing
+from cuobs.models.calibration import self_written
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -75,11 +76,11 @@ def test_progress():
 
 
 def test_a_calibration_that_the_model_writes():
-    assert [writing.self_written(s) for s in ("self", "self:7", "text.txt", "self.txt")] == [
+    assert [self_written(s) for s in ("self", "self:7", "text.txt", "self.txt")] == [
         1024, 7, None, None,
     ]  # fmt: skip
     with pytest.raises(ValueError, match="self:0: found 0"):
-        writing.self_written("self:0")
+        self_written("self:0")
 
 
 def test_bad_arguments():
