@@ -235,18 +235,41 @@ def _multiply_by_kernel(kernels, x, values, index, bias, layout):
 
         def run(way):
             if way.kernel == "unpack":
-                weight = _unpack_by_kernel(kernels, values, index, layout)
-                return nn.functional.linear(x, weight, bias)
-            count = way.splits * out.numel() if way.splits > 1 else 0
-            partial = torch.empty(count, dtype=torch.float32, device=out.device)
+                return _unpack_and_multiply(kernels, x, values, index, bias, layout, way.splits)
+            size = kernels.room_bytes(layout, way, len(x))
+            room = torch.empty(size, dtype=torch.uint8, device=out.device)
             kernels.multiply(layout, dtype, way, kernels.Operands(
                 values.data_ptr(), index.data_ptr(), inputs.data_ptr(),
-                0 if bias is None else bias.data_ptr(), out.data_ptr(), partial.data_ptr(),
+                0 if bias is None else bias.data_ptr(), out.data_ptr(), room.data_ptr(),
                 rows, len(x),
             ), _stream(kernels))  # fmt: skip
             return out
 
         return run(_way(layout, dtype, x, number, run))
+
+
+def _unpack_and_multiply(kernels, x, values, index, bias, layout, count):
+    """A dense product with what is unpacked, a slice of rows at a time."""
+    if count == 1:
+        weight = _unpack_by_kernel(kernels, values, index, layout)
+        return nn.functional.linear(x, weight, bias)
+    (M, K), number = layout.shape, values.device.index
+    parts, height = kernels.slices(layout, count)
+    out, room = x.new_empty(len(x), M), x.new_empty(height, K)
+    for n, part in enumerate(parts):
+        top = n * height
+        bottom = min(top + height, M)
+        kernels.unpack_into(
+            layout, HALVES[values.dtype], values.data_ptr(), index.data_ptr(),
+            *kernels.tables(layout, number), room.data_ptr() - top * K * room.element_size(),
+            _stream(kernels), part,
+        )  # fmt: skip
+        mine, weight = out[:, top:bottom], room[: bottom - top].T
+        if bias is None:
+            torch.mm(x, weight, out=mine)
+        else:
+            torch.addmm(bias[top:bottom], x, weight, out=mine)
+    return out
 
 
 def _way(layout, dtype, x, number, run):

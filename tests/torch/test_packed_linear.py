@@ -175,6 +175,23 @@ def test_captured_in_a_graph(tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_slices_of_rows(count):
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    from cuobs.ops.cuda import packed as kernels
+
+    for pattern, bias in (("2:4", True), ("block16-row8", False), (ROWS, True)):
+        packed, W, b = module(pattern, M=208, dtype=torch.float16, device="cuda", bias=bias)
+        layout = cuobs.pattern.parse(pattern).compile(208, 160)
+        x = torch.randn(30, 160, device="cuda").half()
+        found = packed_module._unpack_and_multiply(
+            kernels, x, packed.weight, packed.index, packed.bias, layout, count
+        )
+        close(found, x, W, b, 2e-3)
+
+
+@pytest.mark.gpu
 def test_two_streams_at_once():
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")

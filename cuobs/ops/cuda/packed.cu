@@ -10,8 +10,11 @@
 //     blockIdx.z of gridDim.z; inputs come through shared memory, STAGES tiles ahead. Where the
 //     columns are shared, sums go to partial, float (gridDim.z, tokens, M), for
 //   add(partial, bias, out, M, tokens, parts)
-//   unpack(values, index, rows, columns, W, M, K)
-//     The dense weight, two values at a time or, with WHOLE, 8 neighbours.
+//   wide(values, index, image, bias, rows, out, partial, M, tokens)
+//     The same with Hopper's wgmma, WARPS a multiple of 4, a tile row a warp; whole stages are
+//     copied from memory by bulk copies, inputs from what image(X, x_row, image, tokens) makes.
+//   unpack(values, index, rows, columns, W, K, first)
+//     Rows of the dense weight from a tile row on, two values at a time or, with WHOLE, 8 neighbours.
 //
 //   values  uint4, (tile rows, column_tiles, LOADS, 32): 8 values each
 //   index   unsigned, (tile rows, column_tiles / WORD_TILES, WORDS, 32)
@@ -38,7 +41,6 @@ constexpr int PAIRS = COLUMNS / 2;   // pairs of columns of a lane
 constexpr int PIECES = COLUMNS / 8;  // 16-byte pieces of a lane's inputs
 constexpr int REGISTERS = 4 * LOADS / CELLS;  // of a cell's values
 constexpr int TILE_BITS = 32 * WORDS / WORD_TILES;
-constexpr int TILE_ROWS = 8 * SLOTS;
 
 __constant__ unsigned TABLE_OF_MASK[MASKS * SELECTORS] = TABLE;
 
@@ -220,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
         const int tile_rows, const int column_tiles) {
     __shared__ unsigned table[MASKS * SELECTORS];
     constexpr int SUMS = TILES * GROUPS * SLOTS * 2;  // of a lane
-    __shared__ float sums[WARPS][SUMS][32];
+    extern __shared__ float sums[];      // (WARPS, SUMS, 32)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * TILES, first_token = blockIdx.y * 8 * GROUPS;
     X += first_token * x_row;
@@ -253,7 +255,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
             for (int m = 0; m < SLOTS / 2; m++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    sums[warp][((i * GROUPS + n) * (SLOTS / 2) + m) * 4 + k][lane] = sum[i][n][m][k];
+                    sums[(warp * SUMS + ((i * GROUPS + n) * (SLOTS / 2) + m) * 4 + k) * 32 + lane] =
+                        sum[i][n][m][k];
     __syncthreads();
     for (int e = threadIdx.x; e < SUMS * 32; e += 32 * WARPS) {
         const int place = e / 32, l = e % 32;
@@ -265,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
         if (token >= tokens || row < 0) continue;
         float total = bias ? widen(bias[row]) : 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += sums[w][place][l];
+        for (int w = 0; w < WARPS; w++) total += sums[(w * SUMS + place) * 32 + l];
         out[(long long)token * M + row] = narrow(total);
     }
 }
@@ -451,83 +454,100 @@ __device__ __forceinline__ void multiply_wide(float (&c)[GROUPS][4], const unsig
 #endif
 }
 
+// The inputs as `wide` has them in shared memory, tile by tile, zeros where there are no tokens.
+extern "C" __global__ void image(const REAL* X, const long long x_row, unsigned* out,
+                                 const int tokens, const int column_tiles) {
+    const int lane = threadIdx.x % 32, n = blockIdx.y * 8 + threadIdx.x / 32, j = blockIdx.x;
+    const unsigned* x = reinterpret_cast<const unsigned*>(
+        X + (n < tokens ? n : 0) * x_row + (long long)j * 4 * COLUMNS);
+    out += ((long long)(n / (8 * GROUPS)) * column_tiles + j) * (STAGE_X / 4);
+#pragma unroll
+    for (int b = 0; b < BLOCKS_OF_TILE; b++) {
+        const int word = b * 32 + lane;
+        // Where the order of the weight's columns wants it.
+        const int to = PLACE_OF_PAIR[word % PAIRS] * 4 + word / PAIRS;
+        const int row = to / 32 * GROUPS * 8 + n % (8 * GROUPS);
+        out[row * 32 + (to % 32 ^ n % 8 * 4)] = n < tokens ? x[word] : 0;
+    }
+}
+
+__device__ __forceinline__ void copy_bulk(const unsigned to, const void* from,
+                                          const unsigned bytes, const unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
+                 "%2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(const unsigned barrier, const unsigned parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra WAIT_%=; }"
+                 :: "r"(barrier), "r"(parity) : "memory");
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
-    wide(const uint4* values, const unsigned* index, const REAL* X, const long long x_row,
-         const REAL* bias, const int* rows, REAL* out, float* partial, const int M,
-         const int tokens, const int tile_rows, const int column_tiles) {
+    wide(const uint4* values, const unsigned* index, const char* X, const REAL* bias,
+         const int* rows, REAL* out, float* partial, const int M, const int tokens,
+         const int tile_rows, const int column_tiles) {
     extern __shared__ char stages[];
     __shared__ unsigned table[MASKS * SELECTORS];
+    __shared__ unsigned long long barriers[STAGES];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * WARPS + warp, first_token = blockIdx.y * 8 * GROUPS;
     const int begin = (long long)column_tiles * blockIdx.z / gridDim.z;
     const int end = (long long)column_tiles * (blockIdx.z + 1) / gridDim.z;
     const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
-    const int mine = tokens - first_token;
     const bool inside = tile < tile_rows;
     const unsigned start = unsigned(__cvta_generic_to_shared(stages));
     const unsigned base = (start + 1023) & ~1023u;
     const unsigned own = STAGE_X + warp * OWN;
-    values += (inside ? (long long)tile * column_tiles : 0) * LOADS * 32 + lane;
-    index += (inside ? (long long)tile * words_row : 0) * WORDS * 32 + lane;
-    // A warp brings in whole rows of inputs, a lane the same words of each, and puts them where
-    // the order of the weight's columns wants them.
-    X += first_token * x_row + lane * 2;
-    unsigned place[BLOCKS_OF_TILE];
-#pragma unroll
-    for (int b = 0; b < BLOCKS_OF_TILE; b++) {
-        const int word = b * 32 + lane;
-        const int to = PLACE_OF_PAIR[word % PAIRS] * 4 + word / PAIRS;
-        place[b] = to / 32 * GROUPS * 1024 + to % 32 * 4;
-    }
+    const unsigned barrier = unsigned(__cvta_generic_to_shared(barriers));
+    const int present = min(WARPS, tile_rows - int(blockIdx.x) * WARPS);
+    values += (inside ? (long long)tile * column_tiles : 0) * LOADS * 32;
+    index += (inside ? (long long)tile * words_row : 0) * WORDS * 32;
+    X += (long long)blockIdx.y * column_tiles * STAGE_X;
 
+    // Bring a tile of columns in: the inputs by one thread, its own rows by one of each warp.
     auto issue = [&](const int j) {
-        const unsigned stage = base + (j - begin) % STAGES * STAGE;
-        if (j < end) {
-#pragma unroll
-            for (int l = 0; l < LOADS; l++)
-                copy16(stage + own + (l * 32 + lane) * 16,
-                       values + ((long long)j * LOADS + l) * 32, inside);
-#pragma unroll
-            for (int k = 0; k < WORDS; k++)
-                copy4(stage + own + LOADS * 512 + (k * 32 + lane) * 4,
-                      index + ((j / WORD_TILES) * WORDS + k) * 32, inside);
-#pragma unroll
-            for (int n = warp; n < GROUPS * 8; n += WARPS) {
-                const bool there = n < mine;
-                const REAL* x = X + (there ? n : 0) * x_row + (long long)j * 4 * COLUMNS;
-#pragma unroll
-                for (int b = 0; b < BLOCKS_OF_TILE; b++)
-                    copy4(stage + n * 128 + (place[b] ^ n % 8 * 16), x + b * 64, there);
-            }
+        if (j >= end || lane) return;
+        const int slot = (j - begin) % STAGES;
+        const unsigned stage = base + slot * STAGE, full = barrier + slot * 8;
+        if (!warp) {
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                         :: "r"(full), "r"(STAGE_X + present * OWN) : "memory");
+            copy_bulk(stage, X + (long long)j * STAGE_X, STAGE_X, full);
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (inside) {
+            copy_bulk(stage + own, values + (long long)j * LOADS * 32, LOADS * 512, full);
+            copy_bulk(stage + own + LOADS * 512, index + (j / WORD_TILES) * WORDS * 32,
+                      WORDS * 128, full);
+        }
     };
 
     float sum[GROUPS][4] = {};
     auto step = [&](const int j, unsigned (&a)[SLOTS * PAIRS]) {
-        const unsigned stage = (j - begin) % STAGES * STAGE;
-        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
-        const char* mine_here = stages + (base - start) + stage + own;
+        const int slot = (j - begin) % STAGES;
+        wait_for(barrier + slot * 8, (j - begin) / STAGES & 1);
+        const char* mine = stages + (base - start) + slot * STAGE + own;
         unsigned v[4 * LOADS], w[WORDS];
 #pragma unroll
         for (int l = 0; l < LOADS; l++) {
-            const uint4 part = reinterpret_cast<const uint4*>(mine_here)[l * 32 + lane];
+            const uint4 part = reinterpret_cast<const uint4*>(mine)[l * 32 + lane];
             v[4 * l] = part.x, v[4 * l + 1] = part.y, v[4 * l + 2] = part.z;
             v[4 * l + 3] = part.w;
         }
 #pragma unroll
         for (int k = 0; k < WORDS; k++)
-            w[k] = reinterpret_cast<const unsigned*>(mine_here + LOADS * 512)[k * 32 + lane];
+            w[k] = reinterpret_cast<const unsigned*>(mine + LOADS * 512)[k * 32 + lane];
         expand(table, v, w, WORD_TILES == 1 ? 0 : j % WORD_TILES * TILE_BITS, a);
-        // The last product is done with its operands, and the copies are seen by the next one.
+        // The last product is done with its operands; the place of its inputs is free.
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         issue(j + STAGES - 1);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < STEPS_OF_TILE; i++) {
-            const unsigned from = base + stage + i / 4 * GROUPS * 1024 + i % 4 * 32;
+            const unsigned from = base + slot * STAGE + i / 4 * GROUPS * 1024 + i % 4 * 32;
             // Rows of 128 swizzled bytes, 8 of them every 1024.
             const unsigned long long x = (unsigned long long)(from >> 4) | 1ull << 16 |
                                          64ull << 32 | 1ull << 62;
@@ -536,10 +556,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
 
+    if (!threadIdx.x) {
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) issue(begin + s);
+        for (int s = 0; s < STAGES; s++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barrier + s * 8));
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
     fill_table(table);
     __syncthreads();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) issue(begin + s);
     unsigned even[SLOTS * PAIRS], odd[SLOTS * PAIRS];
     for (int j = begin; j < end; j += 2) {
         step(j, even);
@@ -558,7 +584,8 @@ constexpr int ROW_BYTES = 8 * COLUMNS + 16;
 constexpr int PIECES_OF_ROW = COLUMNS / 2;
 
 extern "C" __global__ void unpack(const uint4* values, const unsigned* index, const int* rows,
-                                  const int* columns, REAL* W, const int K, const int column_tiles) {
+                                  const int* columns, REAL* W, const int K, const int first,
+                                  const int column_tiles) {
     __shared__ unsigned table[MASKS * SELECTORS];
 #if WHOLE
     __shared__ uint4 buffer[WARPS][SLOTS * 8 * ROW_BYTES / 16];
@@ -566,7 +593,7 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
     constexpr int order[PAIRS] = ORDER;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
-    const int j0 = (blockIdx.x * WARPS + warp) * AHEAD, tile = blockIdx.y;
+    const int j0 = (blockIdx.x * WARPS + warp) * AHEAD, tile = first + blockIdx.y;
     unsigned v[AHEAD][4 * LOADS], w[AHEAD][WORDS];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {

@@ -19,7 +19,7 @@ from cuobs.ops.cuda.packed_ways import (
     device,
     shared_bytes,
 )
-from cuobs.ops.packed import tiling
+from cuobs.ops.packed import LANE_ROWS, tiling
 
 SOURCE = Path(__file__).with_suffix(".cu")
 # Dtypes that the kernels take, and from which devices on; others are unpacked by CuPy.
@@ -52,15 +52,14 @@ def packed_matmul(values, index, layout, X, bias=None):
 
     def run(way):
         if way.kernel == "unpack":
-            weight = unpack(values, index, layout)
-            cupy.matmul(X, weight.T, out=out)
+            cupy.matmul(X, unpack(values, index, layout).T, out=out)
             if bias is not None:
                 cupy.add(out, bias, out=out)
             return
-        partial = cupy.empty(way.splits * out.size if way.splits > 1 else 0, np.float32)
+        room = cupy.empty(room_bytes(layout, way, tokens), np.uint8)
         multiply(layout, dtype, way, Operands(
             values.data.ptr, index.data.ptr, inputs.data.ptr,
-            0 if bias is None else bias.data.ptr, out.data.ptr, partial.data.ptr, rows, tokens,
+            0 if bias is None else bias.data.ptr, out.data.ptr, room.data.ptr, rows, tokens,
         ), _current())  # fmt: skip
 
     run(chosen(layout, dtype, tokens, number, run))
@@ -170,8 +169,8 @@ class Operands(NamedTuple):
         Of X, (tokens, columns of all tiles), contiguous, on 16 bytes, in packed order.
     bias, out : int
         Of the bias (M,) and the result (tokens, M).
-    partial : int
-        Of room for float32 sums, (splits, tokens, M); of a way with one split 0.
+    room : int
+        Of so many bytes as `room_bytes` says, on 16.
     rows : int
         Of `rows_of` on the device.
     tokens : int
@@ -182,9 +181,23 @@ class Operands(NamedTuple):
     inputs: int
     bias: int
     out: int
-    partial: int
+    room: int
     rows: int
     tokens: int
+
+
+def image_bytes(layout, way, tokens):
+    """Bytes of the inputs as the wide kernel reads them."""
+    if way.kernel != "wide":
+        return 0
+    blocks = -(-tokens // (8 * way.groups))
+    return blocks * 8 * way.groups * len(columns_of(layout)) * 2
+
+
+def room_bytes(layout, way, tokens):
+    """Bytes that a way needs beside its operands: inputs in another order, sums of splits."""
+    sums = 4 * way.splits * tokens * layout.shape[0] if way.splits > 1 else 0
+    return image_bytes(layout, way, tokens) + sums
 
 
 def multiply(layout, dtype, way, operands, stream):
@@ -196,28 +209,50 @@ def multiply(layout, dtype, way, operands, stream):
     width = len(columns_of(layout))
     per_block = way.tiles * (1 if way.kernel == "few" else way.warps)
     grid = -(-form.row_tiles // per_block), -(-o.tokens // (8 * way.groups)), way.splits
-    args = [np.uint64(o.values), np.uint64(o.index), np.uint64(o.inputs), np.int64(width),
-            np.uint64(o.bias), np.uint64(o.rows), np.uint64(o.out)]  # fmt: skip
+    inputs = [np.uint64(o.inputs), np.int64(width)]
+    partial = np.uint64(o.room + image_bytes(layout, way, o.tokens))
+    if way.kernel == "wide":
+        function(layout, dtype, way, "image").kernel(
+            (form.column_tiles, grid[1] * way.groups, 1), (256, 1, 1),
+            (*inputs, np.uint64(o.room), np.int32(o.tokens), np.int32(form.column_tiles)), 0,
+            stream,
+        )  # fmt: skip
+        inputs = [np.uint64(o.room)]
+    args = [np.uint64(o.values), np.uint64(o.index), *inputs, np.uint64(o.bias), np.uint64(o.rows),
+            np.uint64(o.out)]  # fmt: skip
     if way.kernel != "few":
-        args.append(np.uint64(o.partial))
+        args.append(partial)
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
     kernel.kernel(grid, (32 * way.warps, 1, 1), tuple(args), shared_bytes(layout, way), stream)
     if way.splits > 1:
         function(layout, dtype, way, "add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
-            (np.uint64(o.partial), np.uint64(o.bias), np.uint64(o.out), np.int32(M),
+            (partial, np.uint64(o.bias), np.uint64(o.out), np.int32(M),
              np.int32(o.tokens), np.int32(way.splits)), 0, stream,
         )  # fmt: skip
 
 
-def unpack_into(layout, dtype, values, index, rows, columns, weight, stream):
-    """Launch the kernel that writes the dense weight (M, K); all arrays by their addresses."""
+def slices(layout, count):
+    """Tile rows in slices: pairs (first, number), and the rows of each but the last."""
     form = tiling(layout)
+    step = -(-form.row_tiles // count)
+    parts = [(a, min(step, form.row_tiles - a)) for a in range(0, form.row_tiles, step)]
+    return parts, step * LANE_ROWS * form.cells * layout.rows
+
+
+def unpack_into(layout, dtype, values, index, rows, columns, weight, stream, part=None):
+    """Launch the kernel that writes the dense weight (M, K); all arrays by their addresses.
+
+    With a ``part`` (first, number) those tile rows alone are written, where they lie in the weight.
+    """
+    form = tiling(layout)
+    first, count = part or (0, form.row_tiles)
     kernel = function(layout, dtype, UNPACK, "unpack")
     kernel.kernel(
-        (-(-form.column_tiles // 8), form.row_tiles, 1), (128, 1, 1),
+        (-(-form.column_tiles // 8), count, 1), (128, 1, 1),
         (np.uint64(values), np.uint64(index), np.uint64(rows), np.uint64(columns),
-         np.uint64(weight), np.int32(layout.shape[1]), np.int32(form.column_tiles)), 0, stream,
+         np.uint64(weight), np.int32(layout.shape[1]), np.int32(first),
+         np.int32(form.column_tiles)), 0, stream,
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 import cuobs
 from cuobs import files
-from cuobs.ops.cuda.packed_layout import MAX_TABLE, layout_defines, order
-from cuobs.ops.packed import VERSION, tiling
+from cuobs.ops.cuda.packed_layout import MAX_TABLE, layout_defines, order, rows_of
+from cuobs.ops.packed import LANE_ROWS, VERSION, tiling
 
 
 class Way(NamedTuple):
@@ -25,7 +25,7 @@ class Way(NamedTuple):
     Attributes
     ----------
     kernel : {"few", "many", "wide", "unpack"}
-        The last unpacks the whole weight for a dense product.
+        The last unpacks the weight for dense products.
     groups : int
         Tokens of a block of threads, in groups of 8.
     warps : int
@@ -39,7 +39,8 @@ class Way(NamedTuple):
     ahead : bool
         Whether the next tiles are loaded before the last ones are multiplied.
     splits : int
-        Blocks that share the columns of a tile row; another kernel adds their sums.
+        Blocks that share the columns of a tile row; another kernel adds their sums. Of "unpack",
+        slices of rows: what is unpacked is multiplied while it is in the cache.
     """
 
     kernel: str
@@ -60,7 +61,8 @@ FEW = {
     4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
 }
 # More tokens than this are not worth more than one reading of the packed weight.
-MANY_TOKENS = 256
+MANY_TOKENS = 512
+SLICES = (1, 2, 4, 8)
 MAX_STAGES = 9
 
 
@@ -88,12 +90,23 @@ def device(number):
 def ways(layout, tokens, device):
     """The ways that may serve so many tokens; the first is taken where none was measured."""
     groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 16)
-    found = list(FEW.get(groups, ()))
+    room = device.shared - 4 * MAX_TABLE
+    found = [way for way in FEW.get(groups, ()) if shared_bytes(layout, way) <= room]
     if groups >= 4 and tokens <= MANY_TOKENS:
         found += _split_ways(layout, groups, tokens, device)
-    if groups > 4:
-        found.append(UNPACK)
+    if groups > 4 or not found:
+        found += [UNPACK._replace(splits=n) for n in SLICES if n == 1 or sliced(layout)]
     return found
+
+
+@lru_cache(maxsize=256)
+def sliced(layout):
+    """Whether each tile row holds neighbouring rows, so that slices of them can be multiplied."""
+    height = LANE_ROWS * tiling(layout).cells * layout.rows
+    tiles = rows_of(layout).reshape(-1, height)
+    expected = np.arange(tiles.size).reshape(tiles.shape)
+    expected[expected >= layout.shape[0]] = -1
+    return np.array_equal(np.sort(tiles, axis=1), np.sort(expected, axis=1))
 
 
 def _split_ways(layout, groups, tokens, device):
@@ -106,7 +119,7 @@ def _split_ways(layout, groups, tokens, device):
     if not wide and groups > 8:
         return []
     found = []
-    for warps, resident in ((16, 1), (8, 2)) if wide else ((8, 1),):
+    for warps, resident in ((16, 1), (8, 2), (8, 1)) if wide else ((8, 1),):
         way = Way("wide" if wide else "many", groups, warps, 0, 1 if wide else 2, resident)
         room = (device.shared - 4 * MAX_TABLE) // resident - 2048
         stages = min(MAX_STAGES, room // _stage_bytes(layout, way))
@@ -130,8 +143,11 @@ def _stage_bytes(layout, way):
 
 def shared_bytes(layout, way):
     """Dynamic shared memory of a way; the wide kernel's begins on 1024 bytes."""
-    if way.kernel not in ("many", "wide"):
+    if way.kernel == "unpack":
         return 0
+    if way.kernel == "few":  # the sums of all its warps
+        slots = layout.rows * tiling(layout).cells
+        return way.warps * way.tiles * way.groups * slots * 2 * 32 * 4
     if way.kernel == "wide":
         return way.depth * _stage_bytes(layout, way) + 1024
     form = tiling(layout)
