@@ -84,7 +84,9 @@ def layer_shapes(source):
     return list(dict.fromkeys(shapes))
 
 
-def speedup(source, batches=BATCHES, dtype="float16", patterns=None, progress=None):
+def speedup(
+    source, batches=BATCHES, dtype="float16", patterns=None, search=True, progress=None
+):
     """Time each layer shape dense, by PyTorch's 2:4 and packed, on this GPU.
 
     Parameters
@@ -96,6 +98,8 @@ def speedup(source, batches=BATCHES, dtype="float16", patterns=None, progress=No
     dtype : {"float16", "bfloat16"}
     patterns : sequence of str or Pattern, optional
         Of the packed weights; the named ones by default.
+    search : bool
+        Whether cuSPARSELt searches over its algorithms too.
     progress : callable, optional
         Called with (done, total).
 
@@ -114,14 +118,14 @@ def speedup(source, batches=BATCHES, dtype="float16", patterns=None, progress=No
     patterns = [cuobs.pattern.parse(p) for p in patterns or cuobs.patterns()]
     shapes = layer_shapes(source)
     check_device()
-    searched = _searched(shapes, batches, dtype)
+    searched = _searched(shapes, batches, dtype) if search else {}
     found = []
     for done, shape in enumerate(shapes, 1):
         found += _time_shape(*shape, batches, getattr(torch, dtype), patterns)
         torch.cuda.empty_cache()
         if progress:
             progress(done, len(shapes))
-    for timing in found:
+    for timing in found if search else ():
         key = f"{timing.rows}x{timing.columns}x{timing.tokens}"
         result = searched.get(key, searched[""])
         if isinstance(result, float):
