@@ -385,3 +385,12 @@ def test_a_pattern_of_ones_own_is_known_by_its_name(monkeypatch):
         with pytest.raises(ValueError, match="^name: found "):
             cuobs.register_pattern(name, pattern)
     assert cuobs.register_pattern("thirds", "2:3", replace=True).keep == 2
+
+
+def test_layouts_are_shared_and_can_not_be_written_to():
+    layout = parse("2:4").compile(2, 8)
+    assert layout is parse("2:4").compile(2, 8)
+    for array in (layout.row_order, layout.column_order, layout.blocks, layout.candidates,
+                  layout.candidate_blocks):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0

@@ -82,3 +82,56 @@ def test_hessian_from_the_host(cp, rng, monkeypatch, dtype, rows):
     expected = X.astype("float64").T @ X + X[:5].astype("float64").T @ X[:5]
     np.testing.assert_allclose(arrays.to_numpy(h.matrix), expected, rtol=1e-11, atol=1e-11)
     assert h.tokens == 338
+
+
+@SINGLE
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["tensor", "fp32"])
+def test_gram_and_cross_gram_of_any_precision(xp, rng, dtype, kind, precision):
+    """Products of half precision are exact; the sums are those of `out`."""
+    if kind == "bfloat16":
+        kind = pytest.importorskip("ml_dtypes").bfloat16
+    X, Y = (rng.standard_normal((300, n)).astype(kind) for n in (40, 24))
+    x, y = X.astype(float), Y.astype(float)
+    rough = kind == "float32" and precision == "tensor" and xp is not np and dtype == "float32"
+    tolerance = 0.3 if rough else {"float32": 3e-3, "float64": 1e-10}[dtype]
+    total, cross = xp.eye(40, dtype=dtype), xp.ones((40, 24), dtype)
+    wide = xp.asarray(np.pad(X.view(np.uint16 if X.itemsize == 2 else np.uint32), ((0, 0), (3, 5))))
+    part = wide.view(X.dtype)[:, 3:43]
+    gram.add_gram(part, total, precision)
+    gram.add_cross_gram(part, xp.asarray(Y), cross, precision)
+    np.testing.assert_allclose(host(total), np.eye(40) + x.T @ x, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(host(cross), 1 + x.T @ y, rtol=0, atol=tolerance)
+
+
+def test_cross_gram_of_two_dtypes(xp, rng):
+    X, Y = rng.standard_normal((50, 6)).astype("float16"), rng.standard_normal((50, 4))
+    out = xp.zeros((6, 4))
+    gram.add_cross_gram(xp.asarray(X), xp.asarray(Y), out)
+    np.testing.assert_allclose(host(out), X.astype(float).T @ Y, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="Y: found 49 rows, expected 50"):
+        gram.add_cross_gram(xp.asarray(X), xp.asarray(Y[:49]), out)
+    with pytest.raises(ValueError, match=r"out: found shape \(6, 4\), expected \(6, 6\)"):
+        gram.add_cross_gram(xp.asarray(X), xp.asarray(X), out)
+    with pytest.raises(TypeError, match="X: found dtype int64"):
+        gram.add_gram(xp.ones((3, 4), "int64"), xp.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+def test_tensors_are_seen_where_they_lie(device, kind, request):
+    torch = pytest.importorskip("torch")
+    from cuobs import arrays, ops
+
+    if device == "cuda":
+        request.getfixturevalue("cp")
+    tensor = torch.arange(24.0, device=device).reshape(6, 4).to(getattr(torch, kind))
+    with arrays.stream_of(tensor):
+        view = ops.tensor_view(tensor.T)
+        assert view.shape == (4, 6) and str(view.dtype) == kind
+        out = arrays.namespace(view).zeros((6, 6), "float32")
+        ops.add_gram(view, out)
+        tensor[0, 0] = 5
+        assert float(host(view).astype("float32")[0, 0]) == 5
+    wide = torch.arange(24.0).reshape(6, 4)
+    np.testing.assert_array_equal(host(out), (wide @ wide.T).numpy())

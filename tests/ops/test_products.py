@@ -60,3 +60,62 @@ def test_gemm_on_tensor_cores(cp, rng, monkeypatch, exact, low, high):
     products.gemm(cp.asarray(A), cp.asarray(B), out, precision="tensor", exact=exact)
     error = np.abs(arrays.to_numpy(out) - A.astype("float64") @ B).max()
     assert low < error < high
+
+
+@SINGLE
+def test_gemm_of_any_strides(xp, rng, dtype, close):
+    """Rows that run backwards, are broadcast or skip columns are what they look like."""
+    base = rng.standard_normal((12, 12)).astype(dtype)
+    B = rng.standard_normal((6, 5)).astype(dtype)
+
+    def views(A):
+        yield A[::-1, ::-1][:4, :6]
+        yield A[::-2, :6][:4]
+        yield A[:4, ::2]
+        yield A[:8:2, ::-2]
+        yield A[:4, :6][:, ::-1]
+        yield A[::-1].T[:4, :6]
+        yield xp.broadcast_to(A[0, :6], (4, 6)) if A is on else np.broadcast_to(A[0, :6], (4, 6))
+        yield A[:6, :4].T
+
+    on = xp.asarray(base)
+    for A, expected in zip(views(on), views(base), strict=True):
+        for exact in False, True:
+            out = xp.zeros((4, 5), dtype)
+            products.gemm(A, xp.asarray(B), out, exact=exact)
+            close(out, expected.astype(float) @ B)
+            turned = xp.zeros((5, 4), dtype)
+            products.gemm(xp.asarray(B).T, A.T, turned)
+            close(turned, (expected.astype(float) @ B).T)
+
+
+@SINGLE
+def test_a_batch_that_is_broadcast(xp, rng, dtype, close):
+    A, B = rng.standard_normal((3, 4)), rng.standard_normal((5, 4, 2))
+    wide = xp.broadcast_to(xp.asarray(A, dtype), (5, 3, 4))
+    out = xp.empty((5, 3, 2), dtype)
+    products.gemm(wide, xp.asarray(B, dtype), out)
+    close(out, A @ B)
+    products.gemm(wide, xp.asarray(B, dtype)[::-1], out)
+    close(out, A @ B[::-1])
+
+
+def test_gemm_refuses_what_is_no_product(xp):
+    A, B, out = xp.zeros((2, 3)), xp.zeros((3, 4)), xp.zeros((2, 4))
+    for wrong in (B, A, out), (A, B, out[:1]), (A, B, out.T), (A[0], B, out), (A, B[:2], out):
+        with pytest.raises(ValueError, match="A, B, out: found shapes"):
+            products.gemm(*wrong)
+    with pytest.raises(TypeError, match="B: found dtype float32, expected float64"):
+        products.gemm(A, B.astype("float32"), out)
+    with pytest.raises(ValueError, match="precision: found 'tf32'"):
+        products.gemm(A, B, out, precision="tf32")
+
+
+@pytest.mark.gpu
+def test_gemm_refuses_where_it_can_not_write(cp):
+    A, B, wide = cp.zeros((2, 3)), cp.zeros((3, 4)), cp.zeros((4, 8))
+    for out in wide[:2, ::2], wide[:2, :4][:, ::-1], wide[:2, :4][::-1], wide.T[:2, :4]:
+        with pytest.raises(ValueError, match="out: found strides"):
+            products.gemm(A, B, out)
+    with pytest.raises(TypeError, match="out: found dtype float32"):
+        products.gemm(A, B, wide[:2, :4].astype("float32"))

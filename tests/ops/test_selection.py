@@ -157,3 +157,45 @@ def test_factor_scope_blocks(cp, rng, c, G, dtype):
     U = np.triu(rng.standard_normal((G * c, G * c))).astype(dtype)
     expected = selection.factor_scope_blocks(U, c)
     near(selection.factor_scope_blocks(cp.asarray(U), c), expected, dtype)
+
+
+@pytest.mark.parametrize("n", [4, 16, 17])
+def test_nan_counts_as_infinite(xp, rng, n):
+    """As many blocks are marked as a scope loses, whatever their scores are."""
+    scores = rng.standard_normal((n, 40, 30))
+    scores[rng.random(scores.shape) < 0.3] = np.nan
+    scores[:, :3] = np.nan
+    for n_pruned in {1, n // 2, n - 1}:
+        found = host(selection.prune_lowest(xp.asarray(scores), n_pruned))
+        assert (found.sum(0) == n_pruned).all()
+        ranked = np.argsort(np.where(np.isnan(scores), np.inf, scores), axis=0, kind="stable")
+        expected = np.zeros_like(found)
+        np.put_along_axis(expected, ranked[:n_pruned], True, axis=0)
+        np.testing.assert_array_equal(found, expected)
+
+
+@SINGLE
+@pytest.mark.parametrize("text", PATTERNS)
+def test_nan_breaks_no_pattern(xp, rng, dtype, text):
+    layout, _ = compiled(text)
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    w = rng.standard_normal((c, m, r, n)).astype(dtype)
+    w[rng.random(w.shape) < 0.3] = np.nan
+    w[:, 0] = np.nan
+    C = np.ascontiguousarray(np.broadcast_to(np.eye(c, dtype=dtype)[:, :, None], (c, c, n)))
+    with np.errstate(invalid="ignore"):
+        blocks, _, _ = selection.select(xp.asarray(w), xp.asarray(C), layout)
+    assert (host(blocks).sum(0) == layout.n_blocks - layout.keep).all()
+
+
+def test_selection_refuses_other_shapes(xp):
+    layout, _ = compiled("2:4")
+    w, C = xp.zeros((4, 8, 1, 3)), xp.zeros((4, 4, 3))
+    with pytest.raises(ValueError, match=r"w: found shape \(3, 8, 1, 3\), expected \(4, row"):
+        selection.select(w[:3], C, layout)
+    with pytest.raises(ValueError, match="C: found shape"):
+        selection.select(w, C[..., :2], layout)
+    with pytest.raises(TypeError, match="C: found dtype float32, expected float64"):
+        selection.select(w, C.astype("float32"), layout)
+    with pytest.raises(ValueError, match="out: found shape"):
+        selection.select_mask(w, C, layout, xp.zeros((8, 11), bool))
