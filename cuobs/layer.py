@@ -13,7 +13,7 @@ from cuobs.modules import weight_of
 from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
 from cuobs.problem import Problem
-from cuobs.refine import resolve
+from cuobs.refine import resolve, warn_unconverged
 from cuobs.result import Result
 
 
@@ -108,7 +108,7 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
     """Prune a `Layer` under an undamped Hessian on the namespace and of the dtype to compute in."""
     xp = arrays.namespace(H)
     began = time.perf_counter()
-    new, mask, cost = solve_layer(recipe, settings, layer, H)
+    new, mask, cost, converged = solve_layer(recipe, settings, layer, H)
     seconds = _since(began, xp)
     base = arrays.asarray(layer.weight, xp, settings.dtype)
     if cost is not None:
@@ -123,18 +123,20 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
         recipe=recipe,
         settings=dataclasses.replace(settings, device=arrays.device_name(xp), progress=None),
         cost=cost,
+        converged=converged,
     )
 
 
 def solve_layer(recipe, settings, layer, H):
-    """New weights in the precision of a `Layer`'s, mask, and costs or None, on H's namespace.
+    """New weights, mask, costs or None, and whether solves converged, on H's namespace.
 
-    The weights are verified to be finite and to obey the pattern.
+    The weights are in the precision of the `Layer`'s own, and verified to be finite and to obey
+    the pattern.
     """
     xp = arrays.namespace(H)
     layout = recipe.pattern.compile(*layer.weight.shape)
     goal = layer.weight if layer.target is None else layer.target
-    mask, new, cost = _apply(
+    mask, new, cost, converged = _apply(
         recipe, settings, arrays.asarray(goal, xp, settings.dtype), H, layout
     )
     new = arrays.round_to(xp.where(mask, new, 0), layer.W)
@@ -142,30 +144,33 @@ def solve_layer(recipe, settings, layer, H):
     found = verify(new, recipe.pattern)
     if not found:
         raise RuntimeError(f"{recipe.method} broke the pattern in {found.broken} scopes")
-    return new, mask, cost
+    return new, mask, cost, converged
 
 
 def _apply(recipe, settings, goal, H, layout):
-    """Mask, weights and costs, in the weight's own order, as a recipe's method finds them."""
+    """Mask, weights and costs in the weight's own order, and whether solves converged."""
     xp = arrays.namespace(H)
     problem = Problem.build(goal, H, layout, recipe.damp, settings)
     if recipe.exact:
         problem.check_definite()
     pruned = recipe.entry.function(problem, **recipe.options)
     problem.check_factored()
-    new = pruned.weight
+    new, converged = pruned.weight, pruned.converged
     if new is None and not recipe.exact:
         raise TypeError(
             f"method: found no weights from {recipe.method}, expected some, or resolves=True"
         )
     if recipe.exact:
-        new = resolve(problem, pruned.mask, new)
+        new, solved = resolve(problem, pruned.mask, new)
+        converged = converged and solved
+    if not converged:
+        warn_unconverged(settings.dtype)
     new = problem.unscaled(new)
     cost = pruned.cost
     if cost is not None:
         cost = cost[xp.asarray(np.argsort(layout.row_order.ravel()))].astype("float64")
         cost *= problem.cost_unit
-    return permute_back(pruned.mask, layout), permute_back(new, layout), cost
+    return permute_back(pruned.mask, layout), permute_back(new, layout), cost, converged
 
 
 def _since(began, xp):

@@ -32,11 +32,14 @@ class Pruned(NamedTuple):
         None leaves the weights to the exact re-solve.
     cost : array, shape (M,), or None
         The damped cost of each row that the method added up.
+    converged : bool
+        Whether all that was solved by iteration came to its end.
     """
 
     mask: object
     weight: object = None
     cost: object = None
+    converged: bool = True
 
 
 @dataclass

@@ -6,7 +6,7 @@ from cuobs.modules import weight_of
 from cuobs.pattern import Layout
 from cuobs.problem import Problem
 from cuobs.recipe import Recipe, Settings
-from cuobs.refine import resolve
+from cuobs.refine import resolve, warn_unconverged
 
 
 def prune(
@@ -142,7 +142,10 @@ def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="
         goal = arrays.asarray(weight if target is None else target, xp, dtype)
         problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp, settings)
         problem.check_definite()
-        new = problem.unscaled(resolve(problem, arrays.asarray(mask, xp)))
+        new, converged = resolve(problem, arrays.asarray(mask, xp))
+        if not converged:
+            warn_unconverged(dtype)
+        new = problem.unscaled(new)
         new = arrays.round_to(new, W)
         validation.holds(new, W)
         return arrays.hand_back(new, W)

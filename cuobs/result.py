@@ -34,6 +34,8 @@ class Result:
         The damped cost of each row, summed by the method as it went (true-obs, obs-ordered).
     tokens : int or None
         Rows of X that the Hessian is of, where that is known.
+    converged : bool
+        Whether all that was solved by iteration came to its end; a warning says so where not.
     """
 
     weight: object
@@ -46,6 +48,7 @@ class Result:
     settings: object
     cost: object = None
     tokens: int | None = None
+    converged: bool = True
 
     @property
     def method(self):

@@ -37,7 +37,7 @@ def obs_ordered(problem, group=None, order="largest"):
     left = np.arange(scopes)
     weight = xp.empty_like(W)
     mask = xp.empty(W.shape, bool)
-    cost = xp.zeros(M, "float64")
+    cost, converged = xp.zeros(M, "float64"), True
     while len(left):
         n = len(left)
         w = W.reshape(m, r, n, c).transpose(3, 0, 1, 2)
@@ -52,9 +52,10 @@ def obs_ordered(problem, group=None, order="largest"):
         C_group, cross = rows[:, columns], rows[:, others]
         # tf32 and float16 are too short for this tolerance.
         limit = tolerance**2 * (w * w / C_group.diagonal() * ~kept).sum(1)
-        multipliers = masked_cg(
+        multipliers, solved = masked_cg(
             C_group, w, ~kept, limit=limit, max_iterations=20 * len(columns), precision="fp32"
         )
+        converged = converged and solved
         deviation = matmul(multipliers, C_group, "fp32")
         cost += xp.einsum("mk,mk->m", multipliers, w)
         final = xp.asarray(_columns(left[chosen], c))
@@ -66,7 +67,7 @@ def obs_ordered(problem, group=None, order="largest"):
         eliminate(C, C_group, cross, problem.precision)
         left = left[rest]
         problem.settings.report(scopes - len(left), scopes)
-    return Pruned(mask, weight, cost)
+    return Pruned(mask, weight, cost, converged)
 
 
 def default_group(scopes):

@@ -91,7 +91,7 @@ def _prune_together(recipe, settings, weights, H, goals):
     with arrays.stream_of(W):
         layer = check_layer(W, goal, settings.dtype)
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
-        new, mask, _ = solve_layer(recipe, settings, layer, H)
+        new, mask, *_ = solve_layer(recipe, settings, layer, H)
         losses, stop = [], 0
         for count in counts:
             start, stop = stop, stop + count

@@ -37,6 +37,7 @@ from cuobs.ops.factors import (
     reversed_cholesky,
     upper_gram,
     upper_inverse,
+    upper_solve,
 )
 from cuobs.ops.gram import add_cross_gram, add_gram, mirror_upper
 from cuobs.ops.packed import pack, packed_matmul, tiling, unpack
@@ -93,4 +94,5 @@ __all__ = [
     "unpack",
     "upper_gram",
     "upper_inverse",
+    "upper_solve",
 ]

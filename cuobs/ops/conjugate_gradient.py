@@ -1,5 +1,7 @@
 """Conjugate gradients on the kept columns of all rows at once."""
 
+import math
+
 import numpy as np
 
 from cuobs.arrays import namespace
@@ -44,7 +46,9 @@ def masked_cg(
 
     Returns
     -------
-    array, shape (M, K)
+    X : array, shape (M, K)
+    converged : bool
+        Whether it stopped by `limit` or `settled`, and not for want of iterations or of numbers.
 
     References
     ----------
@@ -75,13 +79,16 @@ def masked_cg(
                 gained.fill(0)
                 energy -= gain
                 if not gain > CHECK_EVERY * settled * energy:
+                    converged = math.isfinite(gain)
                     break
             if progress:
                 progress(iteration)
         gemm(P, operand, Q, precision=precision)
         cg_step(Q, mask, X, residual, P, rr, limit, gained)
+    else:
+        converged = bool((rr <= limit).all())
     X /= scale
-    return X
+    return X, converged
 
 
 def _check_system(A, residual, mask, X, limit, precision):

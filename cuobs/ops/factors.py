@@ -7,7 +7,7 @@ import scipy.linalg
 
 from cuobs import blas
 from cuobs.arrays import namespace
-from cuobs.ops.checks import precise, real, square
+from cuobs.ops.checks import precise, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
 
 # Orders between which the CPU factors a matrix by one thread.
@@ -158,6 +158,18 @@ def upper_inverse(U, precision="fp32"):
     trtri = scipy.linalg.get_lapack_funcs("trtri", (U,))
     with _threads_for(U):
         return trtri(U)[0]
+
+
+def _check_upper_solve(U, B):
+    _check_matrix("U", U)
+    same_dtype("U", U, "B", B)
+    shaped("B", B, (len(U), *B.shape[1:]))
+
+
+@twinned(_check_upper_solve)
+def upper_solve(U, B):
+    """X with U X = B for an upper triangular U, shape (K, K), and B of shape (K,) or (K, n)."""
+    return scipy.linalg.solve_triangular(U, B, check_finite=False)
 
 
 @twinned(_check_upper)

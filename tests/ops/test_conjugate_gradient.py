@@ -25,12 +25,12 @@ def test_masked_cg(xp, rng, dtype, close, M, K):
         residual = B if X is None else B - X @ A
         given = [None if a is None else xp.asarray(a, dtype) for a in (A, residual, X)]
         before = [None if a is None else a.copy() for a in given]
-        found = conjugate_gradient.masked_cg(
+        found, converged = conjugate_gradient.masked_cg(
             *given[:2], xp.asarray(mask), given[2], limit=xp.asarray(limit, dtype),
             max_iterations=300,
         )
         close(found, expected)
-        assert not host(found)[~mask].any()
+        assert converged and not host(found)[~mask].any()
         assert all(a is None or (a == b).all() for a, b in zip(given, before, strict=True))
 
 
@@ -40,11 +40,12 @@ def test_masked_cg_stops(xp, rng):
     count = []
     args = xp.asarray(A), xp.asarray(B), xp.asarray(mask)
     limit = 1e-6 * (B**2 / A.diagonal()).sum(1)
-    found = conjugate_gradient.masked_cg(
+    found, converged = conjugate_gradient.masked_cg(
         *args, limit=xp.asarray(limit), max_iterations=300, progress=count.append)
     assert ((((B - host(found) @ A) ** 2) / A.diagonal()).sum(1) <= 1.01 * limit).all()
     assert count == list(range(0, count[-1] + 1, 2)) and count[-1] < 50  # a look every second one
-    few = conjugate_gradient.masked_cg(*args, limit=xp.zeros(4), max_iterations=2)
+    few, enough = conjugate_gradient.masked_cg(*args, limit=xp.zeros(4), max_iterations=2)
+    assert converged and not enough
     assert np.abs(host(few) @ A - B).max() > 1e-6
 
 
@@ -59,7 +60,7 @@ def test_masked_cg_stops_when_the_energy_has_settled(xp, rng):
         count[settled] = []
         X = host(conjugate_gradient.masked_cg(
             *map(xp.asarray, (A, residual, mask)), limit=xp.asarray(limit), max_iterations=500,
-            settled=settled, energy=energy, progress=count[settled].append))
+            settled=settled, energy=energy, progress=count[settled].append)[0])
         losses[settled] = np.einsum("mk,kl,ml", X - T, A, X - T, optimize=True)
     assert len(count[1e-3]) < len(count[0.0]) / 2
     assert losses[0.0] <= losses[1e-3] <= 1.02 * losses[0.0]
@@ -101,9 +102,12 @@ def test_masked_cg_on_a_device(cp, rng, M, K, dtype):
     mask = rng.random((M, K)) < 0.5
     mask[0] = False
     limit = ({"float32": 1e-5, "float64": 1e-13}[dtype] ** 2 * (B * B).sum(1)).astype(dtype)
-    expected = conjugate_gradient.masked_cg(A, B, mask, limit=limit, max_iterations=500)
+    expected, _ = conjugate_gradient.masked_cg(A, B, mask, limit=limit, max_iterations=500)
     given = map(cp.asarray, (A, B, mask))
-    found = conjugate_gradient.masked_cg(*given, limit=cp.asarray(limit), max_iterations=500)
+    found, converged = conjugate_gradient.masked_cg(
+        *given, limit=cp.asarray(limit), max_iterations=500
+    )
+    assert converged
     near(found, expected, dtype)
 
 
@@ -118,7 +122,7 @@ def test_masked_cg_on_tensor_cores(cp, rng, M, K):
         t[~kept] @ np.linalg.solve(np.linalg.inv(A)[np.ix_(~kept, ~kept)], t[~kept])
         for t, kept in zip(T, mask, strict=True)
     ])
-    found = conjugate_gradient.masked_cg(
+    found, _ = conjugate_gradient.masked_cg(
         cp.asarray(A * scale * scale[:, None], "float32"),
         cp.asarray(size * (T @ A) * scale, "float32"), cp.asarray(mask),
         limit=cp.zeros(M, "float32"), max_iterations=60, precision="tensor",

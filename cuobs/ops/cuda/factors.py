@@ -68,6 +68,12 @@ def upper_inverse(U, precision="fp32"):
     return U
 
 
+def upper_solve(U, B):
+    from cupyx.scipy.linalg import solve_triangular
+
+    return solve_triangular(U, B)
+
+
 def upper_gram(U, precision="fp32"):
     K = len(U)
     out = cupy.empty_like(U)
