@@ -5,6 +5,7 @@ import click
 from cuobs_cli import display
 
 import cuobs
+from cuobs.arrays import size_text
 
 DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the hidden states h behind a block, dense and pruned"
 
@@ -48,7 +49,7 @@ class View:
 
     def starting(self, report):
         """What will be done."""
-        from cuobs.models.report import size, target_text
+        from cuobs.models.report import target_text
 
         self.began = True
         settings = report.settings
@@ -57,7 +58,7 @@ class View:
         self.say(f"method       {settings['method']}, damp {settings['damp']:g}")
         self.say(f"pattern      {settings['pattern']}: {pattern.keeps}")
         self.say(f"target       {target_text(settings)}{dropped}")
-        self.say(f"memory       about {size(report.memory_predicted)} on {settings['device']}")
+        self.say(f"memory       about {size_text(report.memory_predicted)} on {settings['device']}")
         if settings["target"] != "pruned":
             self.say(DRIFT)
 
@@ -73,8 +74,6 @@ class View:
 
 def block_line(report, blocks):
     """A finished block in at most 80 columns."""
-    from cuobs.models.report import size
-
     block = report.blocks[-1]
     width = len(str(blocks))
     line = f"block {block.index + 1:{width}}/{blocks}"
@@ -89,7 +88,7 @@ def block_line(report, blocks):
     if block.drift is not None:
         line += f"  drift {block.drift:5.1%}"
     line += "  read back" if block.resumed else f"  {block.seconds:5.1f} s"
-    return f"{line}  {size(report.memory_peak)}"
+    return f"{line}  {size_text(report.memory_peak)}"
 
 
 def _next(block, blocks):

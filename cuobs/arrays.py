@@ -16,7 +16,7 @@ import numpy as np
 from cuobs import extras
 
 # What is public; the rest is for the package.
-__all__ = ["cupy_fault"]
+__all__ = ["cupy_fault", "size_text"]
 
 DEVICES = ("auto", "cpu", "cuda")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -295,7 +295,9 @@ def free_memory(xp):
 
 def size_text(n):
     """Bytes for people."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if n >= 2**30:
+        return f"{n / 2**30:.2f} GiB"
+    for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
         if n >= unit:
             return f"{n / unit:.3g} {name}"
     return f"{n} bytes"

@@ -241,6 +241,8 @@ def _with_ratios(rows):
     if reference := losses.get(REFERENCE):
         return [row._replace(ratio=row.loss / reference) for row in rows]
     return rows
+
+
 def text_table(header, rows):
     """Lines of cells under a header, the first column to the left and the others to the right."""
     lines, rule = _aligned(header, rows)

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from cuobs import models
+from cuobs.arrays import size_text
 from cuobs.models.prune import check_arguments, choose_device
-from cuobs.models.report import size
 
 TABLE = (
     "magnitude target=pruned",
@@ -99,7 +99,7 @@ def main():
         }
         print(
             f"{pattern:<7}  {run:<62}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
-            f"{seconds:7.1f}  {size(peak) if peak else '-':>9}",
+            f"{seconds:7.1f}  {size_text(peak) if peak else '-':>9}",
             flush=True,
         )
         if args.json:

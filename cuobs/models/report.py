@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import cuobs
 from cuobs import files
+from cuobs.arrays import size_text
 from cuobs.plotting import check_picture
 
 __all__ = [
@@ -14,7 +15,6 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "picture",
-    "size",
     "summary",
     "target_text",
 ]
@@ -201,7 +201,7 @@ def summary(report):
         ("zeros", f"{report.sparsity:.2%} of the weights in the blocks"),
         ("left as they are", f"{len(whole)} of {len(report.layers)} linears in the blocks"),
         ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", f"{size(report.memory_peak)} ({size(report.memory_predicted)} predicted)"),
+        ("peak memory", f"{size_text(report.memory_peak)} ({size_text(report.memory_predicted)} predicted)"),
     ]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {value}" for name, value in lines]
@@ -218,11 +218,6 @@ def target_text(settings):
 def _share(value):
     first, last = value
     return f"{first:g}" if first == last else f"{first:g} to {last:g}"
-
-
-def size(n):
-    """Bytes for people."""
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 
 def picture(report, path, force=False):

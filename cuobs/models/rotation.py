@@ -17,11 +17,11 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files, validation
+from cuobs.arrays import size_text
 from cuobs.models import folding, memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.checks import check_alone
 from cuobs.models.recipe import SCORES, STEPS
-from cuobs.models.report import size
 from cuobs.models.rotation_learning import RATE, Learned, learn
 from cuobs.models.structure import find_blocks, linears
 from cuobs.models.windows import check_windows
@@ -70,7 +70,7 @@ class RotationReport:
     def summary(self):
         """Names and values of what there is to say in a table."""
         heads = f", the values of {self.heads} heads" if self.heads else ""
-        untied = f"adds {size(self.untied)}" if self.untied else "was one already"
+        untied = f"adds {size_text(self.untied)}" if self.untied else "was one already"
         return [
             ("rotated", f"the residual stream{heads}, for {self.pattern}"),
             ("pruned share", f"{self.before:.4f} of the score before, {self.after:.4f} after"),

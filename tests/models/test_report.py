@@ -8,10 +8,11 @@ import pytest
 import torch
 from small_models import make_model
 
+from cuobs.arrays import size_text
 from cuobs.models import BlockReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
 from cuobs.models.prediction import Work, batches_to_hold, predict, stages_of
-from cuobs.models.report import picture, size, summary
+from cuobs.models.report import picture, summary
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def test_numbers_that_json_does_not_know(report):
 
 
 def test_size():
-    assert size(3 * 2**20) == "3 MiB"
-    assert size(5 * 2**29) == "2.50 GiB"
+    assert size_text(3 * 2**20) == "3 MiB"
+    assert size_text(5 * 2**29) == "2.50 GiB"
 
 
 @pytest.fixture
