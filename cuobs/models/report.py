@@ -185,6 +185,7 @@ def summary(report):
     """Lines of a table: perplexity before and after, loss, seconds, memory."""
     losses = [row.loss for row in report.layers if row.loss is not None]
     whole = [row.name for row in report.layers if row.loss is None]
+    peak, predicted = size_text(report.memory_peak), size_text(report.memory_predicted)
     lines = [
         ("method", report.settings["method"]),
         ("pattern", report.settings["pattern"]),
@@ -201,7 +202,7 @@ def summary(report):
         ("zeros", f"{report.sparsity:.2%} of the weights in the blocks"),
         ("left as they are", f"{len(whole)} of {len(report.layers)} linears in the blocks"),
         ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", f"{size_text(report.memory_peak)} ({size_text(report.memory_predicted)} predicted)"),
+        ("peak memory", f"{peak} ({predicted} predicted)"),
     ]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {value}" for name, value in lines]

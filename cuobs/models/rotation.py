@@ -76,7 +76,7 @@ class RotationReport:
             ("pruned share", f"{self.before:.4f} of the score before, {self.after:.4f} after"),
             ("logits", f"differ by {self.deviation:.1e} of their norm"),
             ("head of its own", untied),
-            ("rotation", f"{self.seconds:.1f} s, {size(self.memory_peak)} at most"),
+            ("rotation", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
         ]
 
     def lines(self):
