@@ -303,7 +303,8 @@ def parts_of(X):
 
 
 FORMS = {
-    "list": list, "tuple": tuple, "generator": iter, "map": lambda parts: map(np.asarray, parts),
+    "list": list, "tuple": tuple, "generator": iter,
+    "map": lambda parts: map(lambda part: part[:], parts),
     "as a hook gives them": lambda parts: [(part,) for part in parts],
     "as a data set gives them": lambda parts: ([part] for part in parts),
 }

@@ -447,3 +447,37 @@ def test_the_plan_of_the_published_size():
     )
     assert 256 * _bytes_per_row(run) < batches.GPU_BYTES
     assert 32 * _bytes_per_row(run) < 4 * 2**30
+
+
+@pytest.mark.gpu
+def test_more_blocks_than_a_scope_loses_stay_in_their_row(cp):
+    """A row's list takes what it has room for; the next row's is its own."""
+    layout = compiled("2:4")[0]
+    m, n = layout.row_groups, layout.column_groups
+    blocks = cp.ones((4, m, n), bool)
+    blocks[2:, 1::2] = False
+    scopes = cp.tile(cp.arange(n, dtype=np.int32), (m, 1))
+    w = cp.arange(4.0 * m * n).reshape(4, m, 1, n)
+    places, columns, weights, _ = true_obs_ops.take_pruned(
+        blocks, scopes, scopes, w, layout, cp.zeros((m, 1, n, 4), bool)
+    )
+    p = places.shape[1]
+    assert p == true_obs_ops.aligned(2 * n)
+    expected = [4 * k + i for k in range(n) for i in range(2)]
+    for row in places.get()[1::2]:
+        assert row.tolist() == expected + [-1] * (p - 2 * n)
+    for row in places.get()[::2]:
+        assert row.tolist() == list(range(p))
+    assert (columns == places).all()
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_grid_has_blocks(cp):
+    W, H = layers.random_layer(66000, 8)
+    layout = parse("2:4").compile(*W.shape)
+    masks = [
+        true_obs(Problem.build(cp.asarray(W, "float32"), cp.asarray(H, "float32"), layout, 0.01,
+                               Settings(device="cuda", batch_rows=rows)), group=1).mask
+        for rows in (4096, 66000)
+    ]
+    assert (masks[0] == masks[1]).all()

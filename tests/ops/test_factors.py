@@ -117,3 +117,25 @@ def test_tensor_cores_keep_the_triangular_inverse(cp, rng, monkeypatch):
     R = np.linalg.cholesky(A).T
     near_largest(factors.upper_inverse(cp.asarray(R, "float32"), "tensor"), np.linalg.inv(R), 1e-5)
     near_largest(factors.inverse(cp.asarray(A, "float32"), "tensor"), np.linalg.inv(A), 2e-3)
+
+
+@SINGLE
+@pytest.mark.parametrize("K, n", [(1, 1), (40, 7), (300, 33)])
+def test_upper_solve(xp, rng, dtype, close, K, n):
+    U = np.linalg.cholesky(definite(rng, K)).T
+    B = rng.standard_normal((n, K)).T
+    found = factors.upper_solve(xp.asarray(U, dtype), xp.asarray(B, dtype))
+    close(found, np.linalg.solve(U, B))
+    with pytest.raises(ValueError, match="B: found shape"):
+        factors.upper_solve(xp.asarray(U, dtype), xp.zeros((K + 1, n), dtype))
+
+
+def test_factors_refuse_other_arrays(xp):
+    with pytest.raises(ValueError, match=r"H: found shape \(2, 3\), expected a square matrix"):
+        factors.reversed_cholesky(xp.zeros((2, 3)))
+    with pytest.raises(TypeError, match="A: found dtype float16, expected float32 or float64"):
+        factors.cholesky(xp.eye(3, dtype="float16"))
+    with pytest.raises(ValueError, match="A: found shape"):
+        factors.cholesky_inverse(xp.eye(3))
+    with pytest.raises(ValueError, match="info: found int64"):
+        factors.cholesky_inverse(xp.eye(3)[None], xp.zeros(1, "int64"))

@@ -22,6 +22,7 @@ from op_cases import (
 
 from cuobs import arrays
 from cuobs.ops import factors, sweep
+from cuobs.ops.cuda import loader
 from cuobs.pattern import parse
 
 
@@ -148,3 +149,49 @@ def test_span_inverses_on_a_device(cp, rng, K, width, dtype):
     for a, b in zip(found, expected, strict=True):
         near(a[0], b[0], dtype, single=1e-3)
         near(a[1], b[1], dtype, single=1e-3)
+
+
+@pytest.mark.gpu
+@SINGLE
+@pytest.mark.parametrize("pattern", ["2:4", TALL, "coupled-2:4"])
+def test_a_sweep_that_fits_no_shared_memory(cp, rng, monkeypatch, dtype, pattern):
+    """The kernel declines where the device has too little, and the array form gives the same."""
+    r, c = scope_of(pattern)[0].shape
+    layout = layout_of(pattern, 9, 128 // c)
+    M, n = layout.shape
+    W = rng.standard_normal((M, n)).astype(dtype)
+    R = np.linalg.cholesky(definite(rng, n)).T
+    C, mask = definite(rng, n).astype(dtype), rng.random((M, n)) < 0.5
+    given = [cp.asarray(a, dtype) for a in (W, R / R.diagonal()[:, None], R.diagonal() ** 2)]
+
+    def run():
+        S, kept = cp.zeros((M, n), dtype), cp.empty((M, n), bool)
+        sweep.sparsegpt_block(given[0], S, *given[1:], layout, kept)
+        solved = sweep.scope_solutions(given[0], cp.asarray(C), cp.asarray(mask), layout)
+        return S.get(), kept.get(), solved.get()
+
+    launched = []
+    launch = loader.launch
+    monkeypatch.setattr(loader, "launch", lambda *args: launched.append(launch(*args)))
+    by_kernel = run()
+    assert len(launched) == 2
+    monkeypatch.setattr(loader, "largest_shared", lambda: 1024)
+    by_arrays = run()
+    assert len(launched) == 2
+    same = (by_kernel[1] == by_arrays[1]).reshape(-1, r * n).all(1).repeat(r)
+    assert same.all() if dtype == "float64" else same.mean() >= 0.7
+    near(by_arrays[0][same], by_kernel[0][same], dtype, single=2e-3, double=1e-9)
+    near(by_arrays[2], by_kernel[2], dtype, single=2e-3, double=1e-9)
+
+
+def test_sweeps_refuse_what_is_no_scope(xp):
+    layout, _ = compiled("2:4")
+    W, F, mask = xp.zeros((8, 12)), xp.eye(12), xp.zeros((8, 12), bool)
+    with pytest.raises(ValueError, match="W: found shape"):
+        sweep.sparsegpt_block(W[:, :10], W[:, :10], F[:10, :10], F[0, :10], layout, mask[:, :10])
+    with pytest.raises(TypeError, match="S: found dtype float32"):
+        sweep.sparsegpt_block(W, W.astype("float32"), F, F[0], layout, mask)
+    with pytest.raises(TypeError, match="mask: found dtype float64"):
+        sweep.scope_solutions(W, F, W, layout)
+    with pytest.raises(ValueError, match="mask: found shape"):
+        sweep.scope_solutions(W, F, mask[:4], layout)
