@@ -127,17 +127,18 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
     )
 
 
-def solve_layer(recipe, settings, layer, H):
+def solve_layer(recipe, settings, layer, H, pull=None):
     """New weights, mask, costs or None, and whether solves converged, on H's namespace.
 
     The weights are in the precision of the `Layer`'s own, and verified to be finite and to obey
-    the pattern.
+    the pattern. Where `pull` is given, an (M, K) array, the target is raised by pull Hλ⁻¹, with the
+    factor of Hλ that the method uses.
     """
     xp = arrays.namespace(H)
     layout = recipe.pattern.compile(*layer.weight.shape)
     goal = layer.weight if layer.target is None else layer.target
     mask, new, cost, converged = _apply(
-        recipe, settings, arrays.asarray(goal, xp, settings.dtype), H, layout
+        recipe, settings, arrays.asarray(goal, xp, settings.dtype), H, layout, pull
     )
     new = arrays.round_to(xp.where(mask, new, 0), layer.W)
     validation.holds(new, layer.W)
@@ -147,10 +148,12 @@ def solve_layer(recipe, settings, layer, H):
     return new, mask, cost, converged
 
 
-def _apply(recipe, settings, goal, H, layout):
+def _apply(recipe, settings, goal, H, layout, pull=None):
     """Mask, weights and costs in the weight's own order, and whether solves converged."""
     xp = arrays.namespace(H)
     problem = Problem.build(goal, H, layout, recipe.damp, settings)
+    if pull is not None:
+        problem.pull(pull)
     if recipe.exact:
         problem.check_definite()
     pruned = recipe.entry.function(problem, **recipe.options)

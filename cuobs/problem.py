@@ -102,6 +102,19 @@ class Problem:
             W /= weight_unit
         return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit)
 
+    def pull(self, right):
+        """Raise the target by right Hλ⁻¹, for an (M, K) array in the weight's own order.
+
+        Raises
+        ------
+        numpy.linalg.LinAlgError
+            H is not positive definite.
+        """
+        self.check_definite()
+        right = views.permute(right, self.layout) / (self.weight_unit * self.hessian_unit)
+        alive = self.diagonal != 0
+        self.W = self.W + factors.factor_solve(self.R, right.astype(self.dtype, copy=False)) * alive
+
     @property
     def xp(self):
         """The namespace, numpy or cupy."""

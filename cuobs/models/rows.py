@@ -11,7 +11,7 @@ from cuobs import arrays
 from cuobs.layer import check_layer, hessian_of, solve_layer
 from cuobs.loss import loss
 from cuobs.models.structure import oriented
-from cuobs.models.targets import target_weights
+from cuobs.models.targets import pulls, target_weights
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
@@ -61,12 +61,17 @@ def zeros(weight):
 
 def _prune_damped(recipe, settings, moments, dense_share, shares, weights, row):
     """New weights, masks and losses, and the damping under which the Hessian was definite."""
-    damp = recipe.damp
+    damp, H = recipe.damp, moments.hessian
+    goals = right = [None] * len(weights)
+    if H.is_cuda:  # the method's own factor, in float32, gives the targets
+        dtype = getattr(torch, settings.dtype)
+        right = pulls(weights, moments, dense_share, shares, dtype) or right
     while True:
         try:
-            goals = target_weights(weights, moments, damp, dense_share, shares)
+            if not H.is_cuda:
+                goals = target_weights(weights, moments, damp, dense_share, shares)
             own = replace(recipe, damp=damp)
-            return _prune_together(own, settings, weights, moments.hessian, goals), damp
+            return _prune_together(own, settings, weights, H, goals, right), damp
         except np.linalg.LinAlgError as error:
             damp = max(10 * damp, 1e-4)
             if damp > MAX_DAMP:
@@ -78,20 +83,21 @@ def _prune_damped(recipe, settings, moments, dense_share, shares, weights, row):
             raise ValueError(f"{row.name}: {error}") from error
 
 
-def _prune_together(recipe, settings, weights, H, goals):
+def _prune_together(recipe, settings, weights, H, goals, right):
     """(weight, mask, loss) of each linear: one call for all where scopes stay the same."""
     counts = tuple(len(W) for W in weights)
     if len(weights) > 1 and not stackable(recipe.pattern, counts, H.shape[0]):
         return [
             part
-            for W, goal in zip(weights, goals, strict=True)
-            for part in _prune_together(recipe, settings, [W], H, [goal])
+            for one in zip(weights, goals, right, strict=True)
+            for part in _prune_together(recipe, settings, one[:1], H, one[1:2], one[2:])
         ]
-    W, goal = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (weights, goals))
+    W, goal, pull = (_stacked(parts) for parts in (weights, goals, right))
     with arrays.stream_of(W):
         layer = check_layer(W, goal, settings.dtype)
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
-        new, mask, *_ = solve_layer(recipe, settings, layer, H)
+        pull = None if pull is None else arrays.receive(pull)
+        new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
         losses, stop = [], 0
         for count in counts:
             start, stop = stop, stop + count
@@ -99,6 +105,10 @@ def _prune_together(recipe, settings, weights, H, goals):
             losses.append(loss(base, new[start:stop].astype(base.dtype, copy=False), H))
         parts = [arrays.hand_back(a, W).split(counts) for a in (new, mask)]
     return list(zip(*parts, losses, strict=True))
+
+
+def _stacked(parts):
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cuobs import arrays
+from cuobs.arrays import tensor_view
 from cuobs.ops.gram import add_cross_gram, add_gram
 from cuobs.ops.products import gemm
 
@@ -67,13 +68,13 @@ class Moments:
         precision = "tensor" if Xh.element_size() == 2 else "fp32"
         # Whether the sums are finite is looked at afterwards.
         with arrays.stream_of(Xh), np.errstate(over="ignore", invalid="ignore"):
-            inputs = _array(Xh)
+            inputs = tensor_view(Xh)
             for name, x in away.items():
-                total = _array(getattr(self, name))
+                total = tensor_view(getattr(self, name))
                 if x is None:
                     add_gram(inputs, total, precision)
                 else:
-                    add_cross_gram(_array(x), inputs, total, precision)
+                    add_cross_gram(tensor_view(x), inputs, total, precision)
 
     def sums(self):
         """The sums that there are, for whoever adds them up over processes in place."""
@@ -89,28 +90,47 @@ class Moments:
             )
 
 
-def _array(tensor):
-    """A tensor as an array of NumPy or CuPy on the same data, bfloat16 included."""
-    if not (tensor.is_cuda and tensor.dtype == torch.bfloat16):
-        return arrays.receive(tensor)
-    import ml_dtypes
-
-    return arrays.receive(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
-
-
-def target_weights(weights, moments, damp, dense_share, residual_shares):
-    """The targets W* of linears that share their inputs.
+def pulls(weights, moments, dense_share, residual_shares, dtype):
+    """What is added to W Hλ on the right-hand side of the targets, (W* − W) Hλ.
 
     Parameters
     ----------
     weights : list of tensor, shape (M, K)
     moments : Moments
-    damp : float
-        λ as a share of the mean of Ĥ's diagonal.
     dense_share : float
         α.
     residual_shares : list of float
         β of each; where it is not 0, `moments.residual` is needed.
+    dtype : torch.dtype
+        float32 or float64.
+
+    Returns
+    -------
+    list of tensor, shape (M, K), or None
+        None where the targets are the weights themselves.
+    """
+    if not dense_share and not any(residual_shares):
+        return None
+    found = []
+    for W, residual_share in zip(weights, residual_shares, strict=True):
+        pull = torch.zeros_like(W, dtype=dtype)
+        if dense_share:
+            pull += dense_share * _product(W.to(dtype), moments.lost.to(dtype))
+        if residual_share:
+            pull += residual_share * moments.residual.to(dtype)
+        found.append(pull)
+    return found
+
+
+def target_weights(weights, moments, damp, dense_share, residual_shares):
+    """The targets W* of linears that share their inputs, solved for in float64.
+
+    Parameters
+    ----------
+    weights, moments, dense_share, residual_shares
+        As in `pulls`.
+    damp : float
+        λ as a share of the mean of Ĥ's diagonal.
 
     Returns
     -------
@@ -121,34 +141,25 @@ def target_weights(weights, moments, damp, dense_share, residual_shares):
     numpy.linalg.LinAlgError
         The damped Hessian is not positive definite.
     """
-    if not dense_share and not any(residual_shares):
+    changes = pulls(weights, moments, dense_share, residual_shares, torch.float64)
+    if changes is None:
         return [W.float() for W in weights]
-    # On a GPU the method that follows works on float32 as well.
-    dtype = torch.float32 if moments.hessian.is_cuda else torch.float64
-    changes = []
-    for W, residual_share in zip(weights, residual_shares, strict=True):
-        change = torch.zeros_like(W, dtype=dtype)
-        if dense_share:
-            change += dense_share * _product(W.to(dtype), moments.lost.to(dtype))
-        if residual_share:
-            change += residual_share * moments.residual.to(dtype)
-        changes.append(change)
-    H = moments.hessian.to(dtype, copy=True)
+    H = moments.hessian.double()
     diagonal = H.diagonal().clone()
-    H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.double().mean()).to(dtype))
+    H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.mean()))
     factor, info = torch.linalg.cholesky_ex(H)
     if info.item():
         raise np.linalg.LinAlgError("hessian: not positive definite even when damped")
-    changes = torch.cholesky_solve(torch.cat(changes).T, factor).T
+    changes = torch.cholesky_solve(torch.cat(changes).T.contiguous(), factor).T
     changes = changes.split([len(W) for W in weights])
-    return [(W.to(dtype) + change).float() for W, change in zip(weights, changes, strict=True)]
+    return [(W.double() + change).float() for W, change in zip(weights, changes, strict=True)]
 
 
 def _product(A, B):
-    """A B; on a GPU in tf32, which holds every digit of weights in half precision."""
+    """A B; on a GPU in tf32 where float32, which holds every digit of weights in half precision."""
     if not A.is_cuda:
         return A @ B
     with arrays.stream_of(A):
-        out = torch.empty(A.shape[0], B.shape[1], device=A.device)
-        gemm(_array(A), _array(B), _array(out), precision="tensor")
+        out = torch.empty(A.shape[0], B.shape[1], dtype=A.dtype, device=A.device)
+        gemm(tensor_view(A), tensor_view(B), tensor_view(out), precision="tensor")
     return out

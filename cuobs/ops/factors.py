@@ -178,6 +178,20 @@ def upper_gram(U, precision="fp32"):
     return U.T @ U
 
 
+def _check_factor_solve(R, B):
+    _check_matrix("R", R)
+    same_dtype("R", R, "B", B)
+    if B.ndim != 2 or B.shape[1] != len(R):
+        raise ValueError(f"B: found shape {B.shape}, expected rows of {len(R)}")
+
+
+@twinned(_check_factor_solve)
+def factor_solve(R, B):
+    """X with X R Rᵀ = B, for a reversed factor R, shape (K, K), and B of shape (M, K)."""
+    half = scipy.linalg.solve_triangular(R, B.T, check_finite=False)
+    return scipy.linalg.solve_triangular(R, half, trans=1, check_finite=False).T
+
+
 def inverse(A, precision="fp32"):
     """Inverse of one symmetric positive definite matrix, shape (K, K).
 

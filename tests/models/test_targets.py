@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from cuobs.layer import check_layer, solve_layer
 from cuobs.models.targets import Moments, target_weights
+from cuobs.recipe import Recipe, Settings
 
 N, M, K = 200, 12, 16
 
@@ -105,3 +107,24 @@ def test_half_precision_is_widened():
     moments.update(Xh)
     assert moments.hessian.dtype == torch.float32
     assert float(moments.hessian[0, 0]) == 64 * 300.0**2
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "coupled-2:4", "block16-row8"])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_a_pull_is_the_target_by_the_methods_own_factor(pattern, scale):
+    """(W* − W) Hλ on the right-hand side gives what W* itself gives, dead columns apart."""
+    rng = np.random.default_rng(0)
+    K = 64
+    W, X = rng.standard_normal((32, K)), scale * rng.standard_normal((500, K))
+    X[:, 5] = 0
+    H, pull = X.T @ X, scale**2 * 50 * rng.standard_normal((32, K))
+    damped = H + 0.01 * np.diag(H).mean() * np.eye(K)
+    damped[5, 5] = 1
+    target = W + np.linalg.solve(damped, pull.T).T
+    recipe, settings = Recipe(pattern, "sparsegpt"), Settings("cpu", "float64")
+    found = [
+        solve_layer(recipe, settings, check_layer(W, goal, "float64"), H, right)
+        for goal, right in ((target, None), (None, pull))
+    ]
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6, atol=1e-9)
+    assert (found[0][1] == found[1][1]).all() and not found[1][0][:, 5].any()

@@ -139,3 +139,22 @@ def test_factors_refuse_other_arrays(xp):
         factors.cholesky_inverse(xp.eye(3))
     with pytest.raises(ValueError, match="info: found int64"):
         factors.cholesky_inverse(xp.eye(3)[None], xp.zeros(1, "int64"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("M, K", [(3, 5), (40, 200)])
+def test_factor_solve(xp, rng, dtype, M, K):
+    X = rng.standard_normal((2 * K, K))
+    H, B = X.T @ X / K + np.eye(K), rng.standard_normal((M, K))
+    R = factors.reversed_cholesky(xp.asarray(H, dtype))
+    given = xp.asarray(B, dtype)
+    found = arrays.to_numpy(factors.factor_solve(R, given))
+    expected = np.linalg.solve(H, B.T).T
+    tolerance = 1e-12 if dtype == "float64" else 1e-4
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    assert (arrays.to_numpy(given) == B.astype(dtype)).all()
+
+
+def test_factor_solve_checks_shapes(xp):
+    with pytest.raises(ValueError, match="B: found shape"):
+        factors.factor_solve(xp.eye(4), xp.ones((2, 3)))
