@@ -88,6 +88,8 @@ trust = options.option(
 @options.option("--batch-tokens", type=int, metavar="N", group=options.HOW,
                 help="Tokens in a block at once.")
 @options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
+@options.option("--dry-run", is_flag=True, group=options.HOW,
+                help="Say what would be pruned, and what it would take; read no weights.")
 @options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
                 group=options.OUTPUT,
                 help="Perplexity on a text or tokens, before and after, in windows as long, and "
@@ -109,7 +111,7 @@ def prune_model(
     src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
     packed, plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate,
     distill_rate, distill_calibration,
-    batch_tokens, resume, **target,
+    batch_tokens, resume, dry_run, **target,
 ):  # fmt: skip
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
@@ -134,7 +136,7 @@ def prune_model(
             samples=samples, sequence_length=sequence_length, seed=seed,
             attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
             packed=packed, shard_size=shard_size, save_dtype=save_dtype,
-            trust_remote_code=trust_remote_code, resume=resume,
+            trust_remote_code=trust_remote_code, resume=resume, dry_run=dry_run,
             say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
             distill_calibration=distill_calibration, batch_tokens=batch_tokens, **arguments,
         )  # fmt: skip
@@ -143,10 +145,12 @@ def prune_model(
         if view.began:
             click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
         raise
-    if plot:
-        reports.picture(report, plot)
     if as_json:
         click.echo(report.to_json(), nl=False)
+    if dry_run:
+        return
+    if plot:
+        reports.picture(report, plot)
     for line in ("", *reports.summary(report)):
         view.say(line)
     for path in filter(None, (dst, plot)):

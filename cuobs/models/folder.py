@@ -41,6 +41,7 @@ def prune_folder(
     shard_size="5GB",
     save_dtype=None,
     trust_remote_code=False,
+    dry_run=False,
     device="auto",
     say=None,
     progress=None,
@@ -89,6 +90,9 @@ def prune_folder(
         half precision unless its matrices are held in float32.
     trust_remote_code : bool
         Run the code that SRC holds, where its model needs it.
+    dry_run : bool
+        Check all that can be checked without weights, say which linears are pruned and why others
+        are not, predict memory and time, and stop there; nothing is written.
     device : {"auto", "cpu", "cuda"}
     say : callable, optional
         Called with lines of text: the protocol, what will be done, and what was found.
@@ -128,7 +132,8 @@ def prune_folder(
         view.say(f"resume       found no unfinished run in {dst}: a new one begins")
     from cuobs.models import pipeline
 
-    return pipeline.prune(run, view, {"drop_first_token": drop_first_token, **options})
+    step = pipeline.plan if dry_run else pipeline.prune
+    return step(run, view, {"drop_first_token": drop_first_token, **options})
 
 
 class Evaluation(NamedTuple):

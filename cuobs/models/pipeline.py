@@ -2,26 +2,28 @@
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from cuobs.config import to_toml
-from cuobs.models import loading
+from cuobs.models import dry_run, loading
 from cuobs.models.calibration import load_tokens
 from cuobs.models.card import CARD, model_card
 from cuobs.models.checkpoint import masks_file
 from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.folding import untied_config
-from cuobs.models.mixture import Reader, gather
+from cuobs.models.mixture import Reader, gather, self_written
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
-from cuobs.models.prune import check_arguments, choose_device, prune_model
+from cuobs.models.prune import batch_of, check_arguments, choose_device, prune_model
 from cuobs.models.recovery import agreements, recover
 from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.warming import Warming
+from cuobs.models.windows import check_windows
 
 # Windows that the model wrote for a run, while it goes on.
 WRITTEN = ".cuobs_written.npz"
@@ -109,6 +111,31 @@ def prune(run, view, options):
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in texts}
     _write(run, model, names, report, save_dtype, recipe)
+    return report
+
+
+def plan(run, view, options):
+    """Say what `prune` would do and take, without reading weights; a report without blocks."""
+    if run.source.gguf is not None:
+        raise ValueError(
+            f"{run.source.name}: found a GGUF, expected the folder of a checkpoint with dry_run"
+        )
+    if own := [spec for spec in run.calibration if self_written(spec) is not None]:
+        raise ValueError(
+            f"calibration: found {own[0]}, which the model has to write, expected texts or "
+            "tokens.npz:key with dry_run"
+        )
+    recipe, place = check_arguments(device=run.device, **{**options, "distill": 0})
+    model = loading.empty_model(run.source.folder, run.trust_remote_code)
+    model.to(loading.weights_dtype(stored_tensors(run.source)))
+    mixture, mask, texts = _read_all(replace(run, distill_calibration=()), model, 0, place, view)
+    for line in _protocol_lines(run, mixture, texts):
+        view.say(line)
+    windows = check_windows(model, mixture.pruning, mask, recipe.drop_first_token)
+    batch = batch_of(options.get("batch_tokens"), windows, place)
+    protocol = _protocol(run, mixture, texts)
+    report = dry_run.plan(model, windows, recipe, place, batch, protocol, view.say)
+    view.starting(report)
     return report
 
 

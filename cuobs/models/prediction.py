@@ -13,6 +13,14 @@ from cuobs.models.tuning import STEP_WINDOWS
 
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
+# Operations of a method in terms of K³ and of rows K²; those of forwards and sums are added.
+OPERATIONS = {
+    "magnitude": (0, 0), "wanda": (0, 0), "obs-local": (1, 1), "sparsegpt": (1 / 3, 2),
+    "admm": (6, 180),
+}  # fmt: skip
+OPERATIONS_OF_OTHERS = (2, 4)
+# Share of a large product's rate that a block reaches over all.
+REACHED = 0.4
 # Share of the memory that is free which forwards that wait inside a block may fill up to.
 HOLDING = {"cpu": 0.5, "cuda": 0.85}
 
@@ -197,28 +205,87 @@ def work_of(model, blocks, windows, batch, recipe, device):
         plan = probe(block, *streams.first_window(0))
         modules = linears(block)
         shapes = [[oriented(modules[name]).shape for name in g.names] for g in plan.groups]
-        groups = [(some[0][1], sum(rows for rows, _ in some)) for some in shapes]
-        (hidden,), length = entry.hidden, windows.tokens.shape[1]
-        element = hidden.element_size()
+        groups, stages = [_group(some) for some in shapes], None
         if device.type == "cuda":
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
-        else:
-            stages = stages_of(groups, length, hidden.shape[2], element)
     finally:
         block.to(home)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
     here = home.type == device.type
+    return _work(model, block, groups, stages, windows, batch, recipe, device, width, element, here)
+
+
+def work_from_shapes(model, blocks, windows, batch, recipe, device):
+    """The same of a model on the meta device, which will be loaded into the host's memory.
+
+    Linears one after the other that take as many columns are a group, which ends with one that
+    gives as many outputs as the hidden states have.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    shapes = [[]]
+    for module in linears(blocks[0]).values():
+        shape = oriented(module).shape
+        if shapes[-1] and (shapes[-1][-1][1] != shape[1] or shapes[-1][-1][0] == width):
+            shapes.append([])
+        shapes[-1].append(shape)
+    element = next(blocks.parameters()).element_size()
+    here = device.type == "cpu"
+    return _work(
+        model, blocks[0], [_group(some) for some in shapes], None, windows, batch, recipe, device,
+        width, element, here,
+    )  # fmt: skip
+
+
+def _group(shapes):
+    """Columns and rows in all of linears that share their inputs."""
+    return shapes[0][1], sum(rows for rows, _ in shapes)
+
+
+def _work(
+    model, block, groups, stages, windows, batch, recipe, device, width, element, here
+):  # fmt: skip
+    count, length = windows.tokens.shape
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu":
+        size = max(memory.resident(), LIBRARIES + size)
     return Work(
-        groups, stages, len(windows.tokens), length, hidden.shape[2], batch, element,
+        groups, stages or stages_of(groups, length, width, element), count, length, width, batch,
+        element,
         block=sum(p.numel() * p.element_size() for p in block.parameters()),
-        model=max(memory.resident(), LIBRARIES + size) if device.type == "cpu"
-        else size if here else 0,
+        model=size if here else 0,
         follows=recipe.follows,
         mixed=recipe.target != "pruned",
         method=recipe.config.recipe.method,
         tune=STEP_WINDOWS if recipe.tune else 0,
     )  # fmt: skip
+
+
+def seconds_a_block(work, held, rate):
+    """About what a block takes, by the operations that it needs and how many a second there are.
+
+    Parameters
+    ----------
+    work : Work
+    held : int
+        Batches whose forwards wait inside a block.
+    rate : float
+        Floating-point operations a second of a large product.
+
+    Returns
+    -------
+    float
+    """
+    tokens, streams = work.windows * work.length, 2 if work.follows else 1
+    weights = sum(K * rows for K, rows in work.groups)
+    again = 2 - held / work.batches
+    operations = 2 * weights * tokens * streams * again
+    for K, rows in work.groups:
+        operations += tokens * K * K * (3 if work.mixed else 1)
+        cubes, products = OPERATIONS.get(work.method, OPERATIONS_OF_OTHERS)
+        operations += cubes * K**3 + products * rows * K**2
+    operations += work.tune and 12 * weights * tokens
+    return operations / (REACHED * rate)
 
 
 def hold(work, device):

@@ -149,13 +149,8 @@ def prune_model(
     dense = copy.deepcopy(model) if recipe.distill else None
     for index, inner in layers.recipes:
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
-    batch = max(1, (batch_tokens or BATCH_TOKENS[device.type]) // windows.tokens.shape[1])
-    report = ModelReport(
-        settings={**recipe.described(), "device": device.type, "batch_windows": batch},
-        protocol={"windows": len(windows.tokens), "length": windows.tokens.shape[1],
-                  **(protocol or {})},
-        left=layers.outside,
-    )  # fmt: skip
+    batch = batch_of(batch_tokens, windows, device)
+    report = report_of(recipe, layers, windows, batch, device, protocol)
     weights = [oriented(module) for module in linears(blocks[0]).values()]
     warming = Warming(
         recipe.config.recipe, recipe.config.settings, [tuple(W.shape) for W in weights],
@@ -211,6 +206,21 @@ def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
         score=recipe.rotate_score, permute=recipe.rotate_permute,
         damp=recipe.config.recipe.damp, device=device, stream=stream,
         stored=folder and os.path.join(folder, BLOCKS, ROTATION), progress=progress,
+    )  # fmt: skip
+
+
+def batch_of(batch_tokens, windows, device):
+    """Windows that run through a block at once."""
+    return max(1, (batch_tokens or BATCH_TOKENS[device.type]) // windows.tokens.shape[1])
+
+
+def report_of(recipe, layers, windows, batch, device, protocol):
+    """A `ModelReport` of what will be done, without blocks."""
+    return ModelReport(
+        settings={**recipe.described(), "device": device.type, "batch_windows": batch},
+        protocol={"windows": len(windows.tokens), "length": windows.tokens.shape[1],
+                  **(protocol or {})},
+        left=layers.outside,
     )  # fmt: skip
 
 

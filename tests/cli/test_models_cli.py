@@ -56,6 +56,54 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
         assert f"perplexity  {expected}" in result.output
 
 
+def test_a_dry_run_reads_and_writes_nothing(cuobs, source, tokens_file, tmp_path, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("cuobs.models.loading.load_model", read)
+    monkeypatch.setattr("safetensors.safe_open", read)
+    command = (
+        "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
+        "--device", "cpu", "--dry-run",
+    )  # fmt: skip
+    result = cuobs(*command, "--skip", "layers.1.*k_proj")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "  self_attn.k_proj  16 x 32  left as it is: skipped" in lines
+    assert "  mlp.down_proj     32 x 64  2:4" in lines
+    assert "lm_head  left as it is: outside the blocks" in lines
+    assert [line for line in lines if line.startswith("model.layers")] == [
+        "model.layers.0", "model.layers.1", "model.layers.2",
+    ]  # fmt: skip
+    assert re.search(r"time         about .* s a block, .* s for 3", result.output)
+    assert re.search(r"memory       about \d+ MiB on cpu", result.output)
+    assert "model.layers.0 to 2" in cuobs(*command).output
+    assert not (tmp_path / "out").exists()
+    result = cuobs(*command, "--skip", "qproj")
+    assert result.exit_code == 2 and "skip: found no linear" in result.output
+
+
+def test_a_config_may_name_single_layers(cuobs, source, tokens_file, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        '[recipe]\nmethod = "wanda"\n[layers]\nskip = ["*.layers.0.*"]\n'
+        '"*.down_proj" = {pattern = "4:8", method = "magnitude"}\n'
+    )
+    command = (
+        "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
+        "--device", "cpu", "--config", tmp_path / "recipe.toml",
+    )  # fmt: skip
+    result = cuobs(*command)
+    assert result.exit_code == 0, result.output
+    weights = load_model(tmp_path / "out").state_dict()
+    for inner, pattern in (("down_proj", "4:8"), ("up_proj", "2:4")):
+        assert verify(weights[f"model.layers.1.mlp.{inner}.weight"], pattern)
+        assert not verify(weights[f"model.layers.0.mlp.{inner}.weight"], pattern)
+    assert not verify(weights["model.layers.1.mlp.down_proj.weight"], "2:4")
+    (tmp_path / "wrong.toml").write_text('[layers]\n"*.w2" = {pattern = "4:8"}\n')
+    result = cuobs(*command[:2], tmp_path / "other", *command[3:-1], tmp_path / "wrong.toml")
+    assert result.exit_code == 2 and "layers: found no linear whose name '*.w2'" in result.output
+
+
 def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, monkeypatch):
     command = ("prune-model", source, tmp_path / "out", "--calibration",
                f"{tokens_file}:calibration", "--device", "cpu", "--resume")  # fmt: skip

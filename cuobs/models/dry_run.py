@@ -1,0 +1,83 @@
+"""What pruning a model's folder will do and take, told without its weights."""
+
+import time
+from itertools import groupby
+
+import torch
+
+from cuobs.models.layers import choose_layers
+from cuobs.models.prediction import hold, predict, seconds_a_block, work_from_shapes
+from cuobs.models.prune import report_of
+from cuobs.models.structure import check_plain, find_blocks, linears, oriented
+
+# Order of the matrices whose product shows how fast a device is, and how often it is taken.
+ORDER, TIMES = {"cpu": 1024, "cuda": 8192}, 3
+
+
+def plan(model, windows, recipe, device, batch, protocol, say):
+    """Say what would be done to a model; a `ModelReport` that holds no blocks.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        On the meta device, in the dtype of its weights.
+    windows : Windows
+    recipe : ModelRecipe
+    device : torch.device
+    batch : int
+        Windows that run at once.
+    protocol : dict
+    say : callable
+        Called with lines of text.
+    """
+    prefix, blocks = find_blocks(model)
+    layers = choose_layers(model, prefix, blocks, recipe)
+    for index, inner in layers.recipes:
+        module = linears(blocks[index])[inner]
+        check_plain(f"{prefix}.{index}.{inner}", module, materialised=False)
+    for line in describe(layers, blocks):
+        say(line)
+    report = report_of(recipe, layers, windows, batch, device, protocol)
+    work = work_from_shapes(model, blocks, windows, batch, recipe, device)
+    held = hold(work, device)
+    report.memory_predicted = predict(work, device, held)
+    each = seconds_a_block(work, held, _rate(device, next(model.parameters()).dtype))
+    say(f"time         about {each:.3g} s a block, {each * len(blocks):.3g} s for {len(blocks)}")
+    return report
+
+
+def describe(layers, blocks):
+    """Lines of text: the linears, block by block, where blocks that are alike share lines."""
+    rows = [
+        (index, tuple(_rows(layers, index, block))) for index, block in enumerate(blocks)
+    ]
+    for alike, some in groupby(rows, key=lambda row: row[1]):
+        indices = [index for index, _ in some]
+        last = f" to {indices[-1]}" if len(indices) > 1 else ""
+        yield f"{layers.prefix}.{indices[0]}{last}"
+        width = max(len(name) for name, *_ in alike)
+        for name, (outputs, inputs), what in alike:
+            yield f"  {name:<{width}}  {outputs} x {inputs}  {what}"
+    for name in layers.outside:
+        yield f"{name}  left as it is: outside the blocks"
+
+
+def _rows(layers, index, block):
+    for inner, module in linears(block).items():
+        own = layers.recipes.get((index, inner))
+        what = f"left as it is: {layers.left[index, inner]}" if own is None else own.pattern.label
+        yield inner, tuple(oriented(module).shape), what
+
+
+def _rate(device, dtype):
+    """Floating-point operations a second of a large product."""
+    n = ORDER[device.type]
+    A = torch.ones(n, n, dtype=dtype, device=device)
+    found = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        A @ A
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(2 * n**3 / (time.perf_counter() - began))
+    return max(found)
