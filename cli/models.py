@@ -218,9 +218,13 @@ def eval_model(folder, text, sequence_length, against, device, trust_remote_code
                 show_default="1, 8, 32", help="Written side by side; may be repeated.")
 @options.option("--new-tokens", default=128, type=int, metavar="N", group=GENERATE,
                 help="Steps that are timed.")
+@options.option("--compile", "compiled", is_flag=True, group=GENERATE,
+                help="Compile the blocks with torch.compile, dense and packed.")
 @options.output("--plot", metavar="F.png", help="Draw the gain against the tokens.")
 @options.force
-def speedup(source, patterns, batches, dtype, generate, sequences, new_tokens, plot, force):
+def speedup(
+    source, patterns, batches, dtype, generate, sequences, new_tokens, compiled, plot, force
+):  # fmt: skip
     """Time layer shapes of the model in DIR, or one shape, dense and packed on this GPU.
 
     In CUDA graphs, over four weights in turn; beside them PyTorch's own 2:4.
@@ -232,7 +236,7 @@ def speedup(source, patterns, batches, dtype, generate, sequences, new_tokens, p
         files.check_output(plot, force)
     found = load()
     if generate:
-        _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype or "bfloat16")
+        _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype, compiled)
         return
     from cuobs.models import timing
 
@@ -259,11 +263,14 @@ def speedup(source, patterns, batches, dtype, generate, sequences, new_tokens, p
         click.echo(f"written  {plot}")
 
 
-def _generate(source, patterns, sequences, new_tokens, dtype):
+def _generate(source, patterns, sequences, new_tokens, dtype, compiled):
     from cuobs.models.generation import SEQUENCES, generation
 
     for pattern in patterns:
-        rows = generation(source, pattern, sequences or SEQUENCES, new_tokens, dtype, click.echo)
+        rows = generation(
+            source, pattern, sequences or SEQUENCES, new_tokens, dtype or "bfloat16", compiled,
+            click.echo,
+        )  # fmt: skip
         first = rows[0]
         click.echo(
             f"weights      {first.dense_bytes / 2**30:.2f} GiB dense, "

@@ -6,6 +6,7 @@ One step of decoding, with a cache of fixed size, is recorded as a CUDA graph an
 import inspect
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,8 +51,9 @@ class Generation:
 
 @torch.no_grad()
 def generation(
-    source, pattern="2:4", sequences=SEQUENCES, new_tokens=128, dtype="bfloat16", say=None
-):
+    source, pattern="2:4", sequences=SEQUENCES, new_tokens=128, dtype="bfloat16", compiled=False,
+    say=None,
+):  # fmt: skip
     """Measure decoding with a static cache and a CUDA graph, dense and packed.
 
     Parameters
@@ -64,6 +66,8 @@ def generation(
     new_tokens : int
         Steps that are timed.
     dtype : {"float16", "bfloat16"}
+    compiled : bool
+        Compile the blocks with `torch.compile`, dense and packed, before they are recorded.
     say : callable, optional
         Called with lines of text.
 
@@ -80,10 +84,12 @@ def generation(
             "out for the time")  # fmt: skip
     length = PROMPT + new_tokens + 8
     dense_bytes = _bytes(model)
-    dense = [_tokens_a_second(model, n, length, new_tokens) for n in sequences]
+    blocks = find_blocks(model)[1] if compiled else ()
+    measure = partial(_tokens_a_second, model, length, new_tokens, blocks)
+    dense = [measure(n) for n in sequences]
     pack_model(model, pattern)
     torch.cuda.empty_cache()
-    packed = [_tokens_a_second(model, n, length, new_tokens) for n in sequences]
+    packed = [measure(n) for n in sequences]
     return [
         Generation(n, a, b, dense_bytes, _bytes(model))
         for n, a, b in zip(sequences, dense, packed, strict=True)
@@ -162,7 +168,12 @@ class Decoder:
         self.position.add_(1)
 
 
-def _tokens_a_second(model, sequences, length, new_tokens):
+def _tokens_a_second(model, length, new_tokens, compiled, sequences):
+    """Of a model whose ``compiled`` blocks are compiled first."""
+    if compiled:
+        torch.compiler.reset()
+    for block in compiled:
+        block.compile(dynamic=False)
     decoder = Decoder(model, sequences, length)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

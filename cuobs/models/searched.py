@@ -22,7 +22,9 @@ def main(plan):
         first = torch._cslt_compress(W)
         weights = [first, *(first.clone() for _ in range(WEIGHTS - 1))]
         for tokens in plan["batches"]:
-            x = torch.randn(tokens, columns, dtype=dtype, device="cuda").T
+            # As PyTorch pads them.
+            padded = -(-tokens // 16) * 16
+            x = torch.randn(padded, columns, dtype=dtype, device="cuda").T
             found = torch._cslt_sparse_mm_search(first, x, transpose_result=True)
             torch.cuda.synchronize()
             seconds = graph_seconds([

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_models import make_model
+from small_models import make_model, make_source
 
 import cuobs
 from cuobs.models.generation import Decoder, generation
@@ -105,8 +105,10 @@ def test_times_on_a_device():
 
 @pytest.mark.gpu
 @needs_device
-def test_generation_on_a_device(source):
-    found = generation(source, sequences=(1, 4), new_tokens=8)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generation_on_a_device(compiled, tmp_path):
+    source = make_source(tmp_path / "source", hidden_size=128, intermediate_size=256)
+    found = generation(source, sequences=(1, 4), new_tokens=8, compiled=compiled)
     assert [row.sequences for row in found] == [1, 4]
     assert all(row.dense > 0 and row.packed > 0 for row in found)
     assert found[0].packed_bytes < found[0].dense_bytes

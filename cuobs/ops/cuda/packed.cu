@@ -36,6 +36,8 @@
 // and those of a kernel: GROUPS, TILES, WARPS, AHEAD (tiles of columns that a warp has under way),
 // STAGES, WHOLE.
 
+#include "unrolled.cuh"
+
 constexpr int SLOTS = CELLS * ROWS;  // rows of a lane
 constexpr int PAIRS = COLUMNS / 2;   // pairs of columns of a lane
 constexpr int PIECES = COLUMNS / 8;  // 16-byte pieces of a lane's inputs
@@ -107,41 +109,42 @@ __device__ __forceinline__ void fill_table(unsigned* table) {
 __device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v)[4 * LOADS],
                                        const unsigned (&word)[WORDS], const int shift,
                                        unsigned (&a)[SLOTS * PAIRS]) {
-    constexpr int first[SCOPES + 1] = FIRST;
-    constexpr int steps[] = STEPS;
 #pragma unroll
     for (int i = 0; i < SLOTS * PAIRS; i++) a[i] = 0;
+    auto scope = [&](auto place) {
+        constexpr int first[SCOPES + 1] = FIRST;
+        constexpr int q = decltype(place)::value / SCOPES, s = decltype(place)::value % SCOPES;
+        constexpr int bit = decltype(place)::value * BITS;
+        const unsigned mask = word[bit / 32] >> (bit % 32 + shift) & ((1u << BITS) - 1);
+        unsigned selector[SELECTORS];
 #pragma unroll
-    for (int q = 0; q < CELLS; q++) {
-#pragma unroll
-        for (int s = 0; s < SCOPES; s++) {
-            const int bit = (q * SCOPES + s) * BITS;
-            const unsigned mask = word[bit / 32] >> (bit % 32 + shift) & ((1u << BITS) - 1);
-            unsigned selector[SELECTORS];
-#pragma unroll
-            for (int k = 0; k < SELECTORS; k++) selector[k] = table[mask * SELECTORS + k];
-#pragma unroll
-            for (int k = first[s]; k < first[s + 1]; k++) {
-                const int to = steps[3 * k], from = steps[3 * k + 1], which = steps[3 * k + 2];
-                a[q * ROWS * PAIRS + to] |= __byte_perm(
-                    v[q * REGISTERS + from], 0, selector[which / 2] >> which % 2 * 16);
-            }
-        }
-    }
+        for (int k = 0; k < SELECTORS; k++) selector[k] = table[mask * SELECTORS + k];
+        auto take = [&](auto step) {
+            constexpr int steps[] = STEPS;
+            constexpr int k = 3 * decltype(step)::value;
+            constexpr int to = q * ROWS * PAIRS + steps[k], from = q * REGISTERS + steps[k + 1];
+            constexpr int which = steps[k + 2];
+            a[to] |= __byte_perm(v[from], 0, selector[which / 2] >> which % 2 * 16);
+        };
+        for_each<first[s], first[s + 1]>(take);
+    };
+    for_each<0, CELLS * SCOPES>(scope);
 }
 
 // Add what an expanded tile gives for 8 tokens, whose inputs are x.
 __device__ __forceinline__ void add_products(float (&sum)[SLOTS / 2][4],
                                              const unsigned (&a)[SLOTS * PAIRS],
                                              const unsigned (&x)[PAIRS]) {
-    constexpr int order[PAIRS] = ORDER;
-#pragma unroll
-    for (int p = 0; p < PAIRS; p += 2)
+    auto product = [&](auto place) {
+        constexpr int order[PAIRS] = ORDER;
+        constexpr int p = 2 * decltype(place)::value;
 #pragma unroll
         for (int m = 0; m < SLOTS / 2; m++)
             multiply(sum[m], a[2 * m * PAIRS + p], a[(2 * m + 1) * PAIRS + p],
                      a[2 * m * PAIRS + p + 1], a[(2 * m + 1) * PAIRS + p + 1], x[order[p]],
                      x[order[p + 1]]);
+    };
+    for_each<0, PAIRS / 2>(product);
 }
 
 // The row of the weight in a lane's slot.
@@ -590,7 +593,6 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
 #if WHOLE
     __shared__ uint4 buffer[WARPS][SLOTS * 8 * ROW_BYTES / 16];
 #endif
-    constexpr int order[PAIRS] = ORDER;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
     const int j0 = (blockIdx.x * WARPS + warp) * AHEAD, tile = first + blockIdx.y;
@@ -625,8 +627,11 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             unsigned natural[PAIRS];
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) natural[order[i]] = a[slot * PAIRS + i];
+            auto place = [&](auto pair) {
+                constexpr int order[PAIRS] = ORDER, i = decltype(pair)::value;
+                natural[order[i]] = a[slot * PAIRS + i];
+            };
+            for_each<0, PAIRS>(place);
             char* row = mine + (slot * 8 + lane / 4) * ROW_BYTES + lane % 4 * 2 * COLUMNS;
 #pragma unroll
             for (int h = 0; h < PIECES; h++)
