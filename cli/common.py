@@ -8,6 +8,9 @@ from cuobs_cli import options
 import cuobs
 from cuobs import files
 
+# Where a context keeps the whole command, for reports.
+COMMAND = "cuobs.command"
+
 
 def layer_arguments(command):
     """W, X and --hessian, of which one of the last two is needed."""

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import shlex
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import click
+from cuobs_cli.common import COMMAND
 
 import cuobs
 
@@ -35,6 +37,7 @@ COMMANDS = {
     "eval-model": "models:eval_model",
     "write-calibration": "distilling:write_calibration",
     "speedup": "models:speedup",
+    "report": "reporting:report",
 }
 
 
@@ -107,6 +110,7 @@ class Commands(click.Group):
 
     def parse_args(self, ctx, args):
         """Read the options before the command, plugins among them."""
+        ctx.meta[COMMAND] = shlex.join(["cuobs", *map(str, args)])
         with one_sentence():
             return super().parse_args(ctx, args)
 

@@ -5,6 +5,7 @@ import sys
 
 import click
 from cuobs_cli import common, options
+from cuobs_cli.common import COMMAND
 from cuobs_cli.view import View
 
 import cuobs
@@ -12,6 +13,11 @@ from cuobs import files, plotting
 
 TARGETS = ("mixed", "pruned", "dense")
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
+# Options that `prune_folder` takes as they are, whatever is done to the model.
+FOLDER = (
+    "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",
+    "save_dtype", "trust_remote_code", "resume", "batch_tokens", "distill_calibration", "dry_run",
+)  # fmt: skip
 CALIBRATION, TARGET = "Calibration", "Target and tuning"
 ROTATION, DISTILLATION, GENERATE = "Rotation", "Distillation", "End to end"
 SCORES = ("activations", "compensated")
@@ -107,38 +113,23 @@ trust = options.option(
 @options.quiet
 @options.as_json
 @trust
-def prune_model(
-    src, dst, config, calibration, samples, sequence_length, seed, attention_mask, evaluate, masks,
-    packed, plot, shard_size, save_dtype, quiet, as_json, trust_remote_code, tune_rate,
-    distill_rate, distill_calibration,
-    batch_tokens, resume, dry_run, **target,
-):  # fmt: skip
+def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **given):
     """Prune the linear layers of the causal language model in the folder SRC (or a .gguf) into DST.
 
     Block by block, each fed by what is pruned so far. DST holds all that SRC does, as plain dense
     safetensors with exact zeros, which open wherever SRC's do.
     """
-    arguments = _arguments(config, {
-        **target, "tune_rate": tune_rate, "distill_rate": distill_rate,
-    })  # fmt: skip
+    folder = {name: given.pop(name) for name in FOLDER}
+    arguments = _arguments(config, given)
     if plot:
-        plotting.check_picture(plot)
-        if os.path.exists(plot):
-            raise FileExistsError(f"--plot: found {plot}, expected a new path")
-        files.check_output(plot)
+        _check_plot(plot)
     models = load(quiet or as_json)
-    from cuobs.models import report as reports
-
     view = View(quiet or as_json)
     try:
         report = models.prune_folder(
-            src, dst, calibration,
-            samples=samples, sequence_length=sequence_length, seed=seed,
-            attention_mask=attention_mask, evaluate=evaluate, save_masks=masks,
-            packed=packed, shard_size=shard_size, save_dtype=save_dtype,
-            trust_remote_code=trust_remote_code, resume=resume, dry_run=dry_run,
-            say=view.say, progress=view.progress, starting=view.starting, on_block=view.block,
-            distill_calibration=distill_calibration, batch_tokens=batch_tokens, **arguments,
+            src, dst, calibration, save_masks=masks, say=view.say, progress=view.progress,
+            starting=view.starting, on_block=view.block,
+            command=click.get_current_context().meta.get(COMMAND), **folder, **arguments,
         )  # fmt: skip
     except (KeyboardInterrupt, OSError, MemoryError):
         view.close()
@@ -147,11 +138,23 @@ def prune_model(
         raise
     if as_json:
         click.echo(report.to_json(), nl=False)
-    if dry_run:
-        return
+    if not folder["dry_run"]:
+        _show(report, view, dst, plot)
+
+
+def _check_plot(path):
+    plotting.check_picture(path)
+    if os.path.exists(path):
+        raise FileExistsError(f"--plot: found {path}, expected a new path")
+    files.check_output(path)
+
+
+def _show(report, view, dst, plot):
+    from cuobs.models.report import picture, summary
+
     if plot:
-        reports.picture(report, plot)
-    for line in ("", *reports.summary(report)):
+        picture(report, plot)
+    for line in ("", *summary(report)):
         view.say(line)
     for path in filter(None, (dst, plot)):
         view.say(f"written  {path}")

@@ -49,6 +49,7 @@ def prune_folder(
     drop_first_token=True,
     distill_calibration=(),
     on_block=None,
+    command=None,
     **options,
 ):
     """Prune the model of a folder (or a GGUF) into another folder.
@@ -103,6 +104,8 @@ def prune_folder(
     distill_calibration : str or list of str
         What serves distillation alone, in the forms of ``calibration``, all windows of it. A pass
         then sees the windows that pruned twice.
+    command : str, optional
+        What was asked for on the command line, for the report.
     drop_first_token, on_block, **options
         Of `prune_model`.
 
@@ -110,6 +113,8 @@ def prune_folder(
     -------
     ModelReport
     """
+    if options.get("batch_tokens") is not None:
+        validation.integer("batch_tokens", options["batch_tokens"])
     settings = {"device": device, "drop_first_token": drop_first_token, **options}
     recipe = read_arguments({k: value for k, value in settings.items() if k != "batch_tokens"})
     calibration, distill_calibration = listed(calibration), listed(distill_calibration)
@@ -124,7 +129,7 @@ def prune_folder(
     run = Run(
         source, dst, calibration, tuple(evaluate), samples, sequence_length, seed, attention_mask,
         resume, save_masks, packed, shard_bytes, save_dtype, trust_remote_code, device,
-        distill_calibration,
+        distill_calibration, command,
     )  # fmt: skip
     nothing = lambda *_: None  # noqa: E731
     view = View(say or nothing, progress, starting or nothing, on_block or nothing)

@@ -200,6 +200,7 @@ def _protocol(run, mixture, texts):
         "length": mixture.pruning.shape[1],
         "seed": run.seed if mixture.drawn else None,
         "evaluated": {name: list(part.shape) for name, part in texts.items()},
+        "command": run.command,
     }
 
 

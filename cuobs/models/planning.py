@@ -46,6 +46,7 @@ class Run:
     trust_remote_code: bool
     device: str
     distill_calibration: list = ()
+    command: str | None = None
 
 
 class View(NamedTuple):

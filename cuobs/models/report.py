@@ -3,11 +3,12 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import cuobs
 from cuobs import files
 from cuobs.arrays import size_text
+from cuobs.models.source import REPORT, unfinished
 from cuobs.plotting import check_picture
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "picture",
+    "read_report",
     "summary",
     "target_text",
 ]
@@ -179,6 +181,39 @@ def _finite(value):
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    @classmethod
+    def from_json(cls, text):
+        """The inverse of `to_json`; what is not known is left out."""
+        content = json.loads(text)
+        known = {key: content[key] for key in (f.name for f in fields(cls)) if key in content}
+        known["blocks"] = [BlockReport.from_dict(block) for block in content["blocks"]]
+        known["perplexity"] = {
+            name: tuple(math.nan if value is None else value for value in pair)
+            for name, pair in content["perplexity"].items()
+        }
+        return cls(**known)
+
+
+def read_report(folder):
+    """The report of a pruned model's folder.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There is none, or it is damaged.
+    """
+    path = os.path.join(folder, REPORT)
+    if not os.path.isfile(path):
+        what = "an unfinished run" if unfinished(folder) else f"no {REPORT}"
+        raise FileNotFoundError(
+            f"{folder}: found {what}, expected a folder that 'cuobs prune-model' wrote"
+        )
+    with open(path, "rb") as file:
+        try:
+            return ModelReport.from_json(file.read())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path}: found no report of pruning, expected one") from None
 
 
 def summary(report):

@@ -1,13 +1,13 @@
 """Whether the files of a pruned model obey its patterns and its masks; PyTorch is not needed."""
 
-import json
 import os
 from typing import NamedTuple
 
 import numpy as np
 
 from cuobs import files, validation
-from cuobs.models.source import MASKS, REPORT, find_source, stored_tensors
+from cuobs.models.report import read_report
+from cuobs.models.source import MASKS, find_source, stored_tensors
 from cuobs.pattern import Verification, parse, verify
 
 __all__ = ["LayerVerification", "verify_folder"]
@@ -57,48 +57,27 @@ def verify_folder(folder, pattern=None):
     """
     source = find_source(folder)
     stored = stored_tensors(source)
-    report = _report(source)
+    report = read_report(source.folder)
     masks = _masks(source)
     result = []
-    for row in report["rows"]:
-        wanted = parse(pattern or _pattern(row, report["settings"]))
-        name = f"{row['name']}.weight"
-        shape = tuple(row["shape"])
-        if row.get("transposed"):
-            shape = shape[::-1]
+    for row in (row for row in report.layers if row.loss is not None):
+        wanted = parse(pattern or _pattern(row, report.settings))
+        name = f"{row.name}.weight"
+        shape = row.shape[::-1] if row.transposed else row.shape
         if name not in stored or stored[name].shape != shape:
-            result.append(LayerVerification(row["name"], wanted, None, None))
+            result.append(LayerVerification(row.name, wanted, None, None))
             continue
         with validation.naming(name):
             weight = files.load(f"{source.path(stored[name].file)}:{name}")
-            found = verify(weight.T if row.get("transposed") else weight, wanted)
-        outside = masks and _outside(weight, masks.get(row["name"]))
-        result.append(LayerVerification(row["name"], wanted, found, outside))
+            found = verify(weight.T if row.transposed else weight, wanted)
+        outside = masks and _outside(weight, masks.get(row.name))
+        result.append(LayerVerification(row.name, wanted, found, outside))
     return result
-
-
-def _report(source):
-    """The rows of the layers that were pruned, and the settings of all of them."""
-    path = source.path(REPORT)
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{source.name}: found no {REPORT}, expected a folder that 'cuobs prune-model' wrote"
-        )
-    with open(path, "rb") as file:
-        try:
-            content = json.load(file)
-            rows = [row for block in content["blocks"] for row in block["layers"]]
-            return {
-                "settings": content["settings"],
-                "rows": [row for row in rows if row["loss"] is not None],
-            }
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}: found no report of pruning, expected one") from None
 
 
 def _pattern(row, settings):
     """The pattern of a layer in a form that is known without the plugin that may have named it."""
-    own = row.get("pattern") or settings["pattern"]
+    own = row.pattern or settings["pattern"]
     if own != settings["pattern"]:
         return own
     try:
