@@ -231,13 +231,28 @@ def _worst(report):
 
 
 def _perplexity(report):
-    shapes = report.protocol.get("evaluated", {})
+    """Each text in a row: what the model said of it before and after."""
+    shapes, before = report.protocol.get("evaluated", {}), report.perplexity_pruned
+    header = ["text", "windows", "dense", "pruned", "times the dense"]
+    if before:
+        header[3:4] = ["pruned", "distilled"]
+    if report.agreement:
+        header += ["divergence", "same likeliest token"]
     rows = []
-    for name, (dense, pruned) in report.perplexity.items():
-        windows = f"{shapes[name][0]} of {shapes[name][1]} tokens" if name in shapes else ""
-        rows.append((name, windows, f"{dense:.2f}", f"{pruned:.2f}", f"{pruned / dense:.3f}"))
-    header = ("text", "windows", "dense", "pruned", "times the dense")
-    return rows and _table(header, rows, numbers=(2, 3, 4))
+    for name, (dense, after) in report.perplexity.items():
+        row = [name, f"{shapes[name][0]} of {shapes[name][1]} tokens" if name in shapes else ""]
+        values = [dense, *([before.get(name)] if before else []), after]
+        row += [*(_number(value, ".2f") for value in values), _number(after / dense, ".3f")]
+        if report.agreement:
+            found = report.agreement.get(name, {})
+            row += [_number(found.get("divergence"), ".4f"), _number(found.get("same_top"), ".1%")]
+        rows.append(row)
+    return rows and _table(header, rows, numbers=range(2, len(header)))
+
+
+def _number(value, form):
+    """A number in a form; nothing where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def _table(header, rows, numbers=()):

@@ -173,15 +173,6 @@ class ModelReport:
         del content["masks"]
         return json.dumps(_finite(content), indent=2) + "\n"
 
-
-def _finite(value):
-    """A value for JSON, which has no number for infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
     @classmethod
     def from_json(cls, text):
         """The inverse of `to_json`; what is not known is left out."""
@@ -193,6 +184,15 @@ def _finite(value):
             for name, pair in content["perplexity"].items()
         }
         return cls(**known)
+
+
+def _finite(value):
+    """A value for JSON, which has no number for infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_report(folder):

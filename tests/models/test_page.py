@@ -87,6 +87,15 @@ def test_what_it_shows():
     assert len(darkest) == 1  # the largest loss
 
 
+def test_distilled_models_and_agreement():
+    report = make_report()
+    report.perplexity_pruned = {"t": 14.25}
+    report.agreement = {"t": {"divergence": 0.1234, "same_top": 0.875}}
+    text = " ".join(parse(report_page(report, "x")).text)
+    for part in ("distilled", "14.25", "0.1234", "87.5%"):
+        assert part in text
+
+
 def test_nothing_is_loaded_and_nothing_runs():
     page = report_page(make_report(), "x")
     assert not re.search(r"<(script|link|img|iframe)|url\(|@import|https?:|\son\w+=", page)
@@ -113,6 +122,7 @@ def test_everything_is_escaped():
     {"blocks": []},
     {"perplexity": {}},
     {"perplexity": {"t": (math.nan, math.inf)}},
+    {"agreement": {"t": {"divergence": None, "same_top": 0.5}}, "perplexity_pruned": {"t": None}},
 ])  # fmt: skip
 def test_what_may_be_missing(change):
     report = make_report()
