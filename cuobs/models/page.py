@@ -3,7 +3,8 @@
 from html import escape
 
 import cuobs
-from cuobs.models.report import size, target_text
+from cuobs.arrays import size_text
+from cuobs.models.report import target_text
 from cuobs.pattern import parse
 
 WORST = 10
@@ -109,7 +110,7 @@ def _tiles(report):
         (f"{report.sparsity:.2%}", "of the weights in the blocks are zero"),
         (
             _duration(report.seconds),
-            f"on {report.settings.get('device', '?')}, {size(report.memory_peak)} at most",
+            f"on {report.settings.get('device', '?')}, {size_text(report.memory_peak)} at most",
         ),
     ]
     inner = "".join(f"<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>"
