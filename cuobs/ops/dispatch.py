@@ -6,9 +6,12 @@ module of the same name in the package ``cuda`` beside it: that of ``cuobs.ops.g
 """
 
 import functools
+import inspect
 from importlib import import_module
 
 import numpy as np
+
+from cuobs.arrays import find_cupy
 
 
 def twinned(check=None):
@@ -26,6 +29,8 @@ def twinned(check=None):
     """
 
     def decorate(function):
+        name = next(iter(inspect.signature(function).parameters))
+
         @functools.cache
         def twin():
             package, _, module = function.__module__.rpartition(".")
@@ -33,15 +38,26 @@ def twinned(check=None):
 
         @functools.wraps(function)
         def op(*args, **kwargs):
+            first = args[0] if args else kwargs.get(name)
+            on_device = not isinstance(first, np.ndarray)
+            if on_device and not _is_cupy(first):
+                raise TypeError(
+                    f"{name}: found {type(first).__name__}, expected an array of NumPy or CuPy"
+                )
             if check:
                 check(*args, **kwargs)
-            first = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(first, np.ndarray):
+            if on_device:
                 result = twin()(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
             return function(*args, **kwargs)
 
+        op.twin = twin
         return op
 
     return decorate
+
+
+def _is_cupy(array):
+    cupy = find_cupy()
+    return cupy is not None and isinstance(array, cupy.ndarray)
