@@ -299,7 +299,7 @@ def _protocol(report):
         if values:
             yield name, ", ".join(values)
     if report.rotation:
-        yield "rotated before", "yes"
+        yield from report.rotation.summary()
 
 
 def _plain(value):

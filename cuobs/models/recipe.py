@@ -77,6 +77,9 @@ class ModelRecipe:
             rate = getattr(self, name)
             if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
                 raise ValueError(f"{name}: found {rate!r}, expected a positive number")
+        for name in ("drop_first_token", "rotate", "rotate_permute"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: found {value!r}, expected true or false")
         validation.integer("rotate_steps", self.rotate_steps, low=0)
         validation.name_of("rotate_score", self.rotate_score, SCORES)
         _check_skip(self.skip)

@@ -15,6 +15,7 @@ __all__ = [
     "BlockReport",
     "LayerReport",
     "ModelReport",
+    "RotationReport",
     "picture",
     "read_report",
     "summary",
@@ -104,6 +105,63 @@ class BlockReport:
 
 
 @dataclass
+class RotationReport:
+    """What rotating a model did.
+
+    Attributes
+    ----------
+    pattern : str
+    steps : int
+    score : str
+    permuted : bool
+        Whether the inner columns were dealt out to the scopes, and the stream's scopes ordered.
+    before, after : float
+        Share of the score that the pattern prunes, by the size of the layers.
+    heads : int
+        Key-value heads whose values were rotated.
+    deviation : float
+        ‖z' − z‖ / ‖z‖ of the logits on some tokens, in the model's own dtype.
+    untied : int
+        Bytes that a head of its own adds to the model.
+    learning, seconds : float
+        Of learning alone, moments included; and of everything.
+    memory_peak : int
+        Bytes on the device (on the CPU: of the process).
+    """
+
+    pattern: str
+    steps: int
+    score: str
+    permuted: bool
+    before: float
+    after: float
+    heads: int
+    deviation: float
+    untied: int
+    learning: float
+    seconds: float
+    memory_peak: int
+
+    def summary(self):
+        """Names and values of what there is to say in a table."""
+        heads = f", the values of {self.heads} heads" if self.heads else ""
+        untied = f"adds {size_text(self.untied)}" if self.untied else "was one already"
+        return [
+            ("rotated", f"the residual stream{heads}, for {self.pattern}"),
+            ("pruned share", f"{self.before:.4f} of the score before, {self.after:.4f} after"),
+            ("logits", f"differ by {self.deviation:.1e} of their norm"),
+            ("head of its own", untied),
+            ("rotation", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
+        ]
+
+    def lines(self):
+        """The same as lines of a table."""
+        rows = self.summary()
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+@dataclass
 class ModelReport:
     """A pruned model.
 
@@ -183,6 +241,8 @@ class ModelReport:
             name: tuple(math.nan if value is None else value for value in pair)
             for name, pair in content["perplexity"].items()
         }
+        if known.get("rotation"):
+            known["rotation"] = RotationReport(**known["rotation"])
         return cls(**known)
 
 

@@ -10,7 +10,7 @@ from small_models import make_source, make_tokens, same
 
 import cuobs
 from cuobs.models import perplexity, prune_folder, rotate_folder
-from cuobs.models.report import summary
+from cuobs.models.report import ModelReport, summary
 
 
 @pytest.fixture
@@ -115,6 +115,8 @@ def test_pruning_begins_with_it(tmp_path, calibration):
     assert before == found["plain"].perplexity.popitem()[1][0]  # that of the source, as it is
     written = json.loads((tmp_path / "rotated" / "cuobs_report.json").read_text())
     assert written["rotation"]["untied"] == rotation.untied
+    again = ModelReport.from_json((tmp_path / "rotated" / "cuobs_report.json").read_text())
+    assert again.rotation == rotation
     assert written["settings"]["rotate"] and written["settings"]["rotate_steps"] == 10
     lines = "\n".join(summary(found["rotated"]))
     assert "pruned share" in lines and "head of its own" in lines
@@ -183,3 +185,5 @@ def test_pruning_refuses_before_any_work(tmp_path, calibration):
     for arguments in ({"rotate_steps": -1}, {"rotate_score": "size"}):
         with pytest.raises(ValueError, match=f"{min(arguments)}: found"):
             prune_folder(src, tmp_path / "dst", calibration, rotate=True, **arguments)
+    with pytest.raises(TypeError, match="rotate: found 'yes', expected true or false"):
+        prune_folder(src, tmp_path / "dst", calibration, rotate="yes")
