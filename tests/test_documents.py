@@ -18,7 +18,7 @@ from extras import MODEL
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.rst", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.rst"))]
 # Pages whose snippets need the extra ``model``.
-MODEL_PAGES = ("docs/models.rst",)
+MODEL_PAGES = ("docs/models.rst", "docs/packed.rst")
 # Commands that need a GPU, or take longer than a test may.
 NOT_RUN = re.compile(r"cuobs (speedup|compare examples)")
 # Commands that write the folder that they name last.

@@ -279,7 +279,7 @@ def _measure(layout, dtype, tokens, number, found, trial):
     return best
 
 
-def _seconds(trial, way, repeats=5):
+def _seconds(trial, way, repeats=15):
     """The median time of a product, with nothing of it in the L2 cache."""
     import cupy
 
