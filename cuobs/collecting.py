@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian
-from cuobs.modules import check_parameter, is_linear, is_module, weight_of
+from cuobs.modules import is_linear, is_module, weight_of
 from cuobs.pruning import prune
 
 __all__ = ["Hessians", "collect", "prune_linear"]
@@ -50,11 +50,22 @@ def prune_linear(layer, X=None, *, hessian=None, **options):
     >>> bool(cuobs.verify(layer, "2:4"))
     True
     """
-    check_parameter(layer, "layer")
+    _check_linear(layer)
     weight = weight_of(layer, "layer").data
     result = prune(weight, X, hessian=hessian, **options)
     weight.copy_(result.weight)
     return dataclasses.replace(result, weight=weight)
+
+
+def _check_linear(layer):
+    """Refuse what is no linear layer, or one whose weight can't be changed in place."""
+    if not is_module(layer):
+        raise TypeError(f"layer: found {type(layer).__name__}, expected an nn.Linear or a Conv1D")
+    from cuobs.torch.parameters import fault_of
+
+    weight_of(layer, "layer")
+    if fault := fault_of(layer):
+        raise ValueError(f"layer: found it {fault[0]}, expected a plain parameter: {fault[1]}")
 
 
 @contextlib.contextmanager

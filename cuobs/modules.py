@@ -2,7 +2,7 @@
 
 import sys
 
-__all__ = ["check_parameter", "is_linear", "is_module", "is_transposed", "weight_of"]
+__all__ = ["is_linear", "is_module", "is_transposed", "weight_of"]
 
 
 def is_module(thing):
@@ -37,23 +37,3 @@ def weight_of(thing, name):
             "an array, an nn.Linear or a Conv1D"
         )
     return thing.weight.T if is_transposed(thing) else thing.weight
-
-
-def check_parameter(layer, name):
-    """Refuse a layer that is no linear one, or whose weight is computed from something else.
-
-    Raises
-    ------
-    TypeError, ValueError
-    """
-    if not is_module(layer):
-        raise TypeError(
-            f"{name}: found {type(layer).__name__}, expected an nn.Linear or a Conv1D"
-        )
-    weight_of(layer, name)
-    if layer._parameters.get("weight") is None:
-        others = ", ".join(n for n, _ in layer.named_parameters() if n != "bias")
-        raise ValueError(
-            f"{name}: found a weight that is made of {others or 'others'}, expected a plain "
-            "parameter (make the pruning or parametrisation permanent first)"
-        )

@@ -1,9 +1,8 @@
 """The exact re-solve: the best weights for a mask."""
 
-import warnings
-
 import numpy as np
 
+from cuobs import validation
 from cuobs.batches import run_batches
 from cuobs.ops.conjugate_gradient import masked_cg
 from cuobs.ops.factors import upper_solve
@@ -60,10 +59,9 @@ def resolve(problem, mask, start=None):
 
 def warn_unconverged(dtype):
     """Say that weights may lose more than they need to."""
-    warnings.warn(
+    validation.warn(
         "hessian: found one on which conjugate gradients did not converge to the best weights in "
-        f"{dtype}, expected a larger damp (0.01 is usual) or dtype='float64'",
-        stacklevel=3,
+        f"{dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
     )
 
 

@@ -1,8 +1,22 @@
 """What a model is made of, found by its structure and not by names."""
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
+
+from cuobs.modules import is_linear, is_transposed
+from cuobs.torch.parameters import fault_of
+
+__all__ = [
+    "check_plain",
+    "find_blocks",
+    "is_linear",
+    "is_transposed",
+    "linears",
+    "oriented",
+    "refuse_adapters",
+    "refuse_mixture",
+    "shared_weights",
+    "text_body",
+]
 
 # What a refusal of experts ends in.
 DENSE = (
@@ -63,16 +77,6 @@ def linears(module):
     return {name: m for name, m in module.named_modules() if is_linear(m)}
 
 
-def is_linear(module):
-    """Whether a module is a linear layer."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
-def is_transposed(module):
-    """Whether a linear holds its weight as (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def oriented(module, weight=None):
     """The weight of a linear (or one of its shape) as (outputs, inputs), a view."""
     weight = module.weight.data if weight is None else weight
@@ -116,44 +120,10 @@ def check_plain(name, module, materialised=True):
     materialised : bool
         Whether the weight has to be there.
     """
-    fault = _fault(module, materialised)
+    fault = fault_of(module, materialised)
     if fault:
         found, way_out = fault
         raise ValueError(f"model: found {name} {found}, expected a plain parameter: {way_out}")
-
-
-def _fault(module, materialised):
-    """What is wrong with the weight of a linear and the way out, or None."""
-    if hasattr(module, "weight_orig"):
-        return (
-            "under a mask of torch.nn.utils.prune",
-            "make it permanent first, torch.nn.utils.prune.remove(module, 'weight')",
-        )
-    if parametrize.is_parametrized(module, "weight"):
-        return (
-            "under a parametrization",
-            "take it off first, torch.nn.utils.parametrize.remove_parametrizations(module, "
-            "'weight')",
-        )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return (
-            "with a weight that is computed from others (as weight_norm does)",
-            "take that off first, torch.nn.utils.remove_weight_norm(module)",
-        )
-    if type(weight) not in (nn.Parameter, torch.Tensor):
-        return (
-            f"with a weight of type {type(weight).__name__}",
-            "load the model whole, neither quantized nor distributed",
-        )
-    if materialised and weight.is_meta:
-        return (
-            "on the meta device, as offloaded weights are",
-            "load the model whole, without device_map and without offloading",
-        )
-    if weight.is_inference():
-        return "made inside torch.inference_mode", "load the model outside of it"
-    return None
 
 
 def refuse_adapters(name, block):
