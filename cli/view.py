@@ -58,13 +58,20 @@ class View:
         self.say(f"method       {settings['method']}, damp {settings['damp']:g}")
         self.say(f"pattern      {settings['pattern']}: {pattern.keeps}")
         self.say(f"target       {target_text(settings)}{dropped}")
+        if settings.get("rotate"):
+            self.say(f"rotation     {settings['rotate_steps']} steps; a tied head is untied")
         self.say(f"memory       about {size_text(report.memory_predicted)} on {settings['device']}")
         if settings["target"] != "pruned":
             self.say(DRIFT)
 
     def block(self, report, blocks):
         """A block that is finished: the layer that loses most, and what the rest takes."""
-        block = report.blocks[-1]
+        block, rotation = report.blocks[-1], report.rotation
+        if rotation is not None and len(report.blocks) == 1:
+            self.say(
+                f"rotated      {rotation.before:.4f} of the score was pruned, {rotation.after:.4f} "
+                f"now, {rotation.seconds:.1f} s"
+            )
         for row in block.layers:
             if row.note:
                 self.say(f"  {row.name}: {row.note}")

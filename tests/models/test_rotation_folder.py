@@ -91,6 +91,11 @@ def test_command_line(tmp_path, calibration):
     assert logits(open_plainly(tmp_path / "dst")).shape == (3, 24, 97)
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "expected a new or empty folder" in again.output
+    pruned = ["prune-model", str(src), str(tmp_path / "pruned"), *arguments[3:], "--rotate"]
+    result = CliRunner().invoke(main, [*pruned, "--rotate-steps", "2", "--method", "wanda"])
+    assert result.exit_code == 0, result.output
+    lines = ("rotation     2 steps; a tied head is untied", "rotated      0.", "head of its own  ")
+    assert all(line in result.output for line in lines)
     make_source(tmp_path / "other", "opt")
     arguments[1:3] = [str(tmp_path / "other"), str(tmp_path / "third")]
     refused = CliRunner().invoke(main, arguments)
