@@ -1,8 +1,10 @@
 """Open the model and the tokenizer of a checkpoint: nothing is fetched, no code of it is run."""
 
 import json
+import math
 import os
-from functools import reduce
+from collections import Counter
+from functools import lru_cache, reduce
 
 import torch
 
@@ -63,6 +65,7 @@ def load_model(src, trust_remote_code=False):
             "all weights"
         )
     if source.gguf is not None:
+        _check_gguf(source, model)
         # The weights are floats now; a config that still names GGUF would be refused.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
@@ -139,14 +142,41 @@ def gguf_dtype(source):
     kinds : list of str
         What the matrices are held in.
     """
-    from gguf import GGUFReader
-
-    kinds = {t.tensor_type.name for t in GGUFReader(source.path(source.gguf)).tensors
-             if len(t.shape) > 1}  # fmt: skip
+    kinds = {kind for _, kind, shape in _gguf_tensors(source) if len(shape) > 1}
     plain = {name: DTYPES[name] for name in kinds if name in FLOATS}
     if kinds == plain.keys() and plain:
         return reduce(torch.promote_types, plain.values()), sorted(kinds)
     return torch.float16 if "F16" in kinds else torch.bfloat16, sorted(kinds)
+
+
+def _gguf_tensors(source):
+    """Name, kind and shape of each tensor of a GGUF."""
+    path = source.path(source.gguf)
+    return _read_gguf(path, os.path.getmtime(path))
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(path, changed):
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    return [(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in tensors]
+
+
+def _check_gguf(source, model):
+    """Refuse a GGUF with tensors that transformers has not read: they would be lost."""
+    own = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    sizes = Counter(tensor.numel() for tensor in own.values())
+    unread = []
+    for name, _, shape in _gguf_tensors(source):
+        sizes[math.prod(shape)] -= 1
+        if sizes[math.prod(shape)] < 0 and not name.startswith("rope_"):  # of the config's own
+            unread.append(name)
+    if unread:
+        raise ValueError(
+            f"{source.name}: found {len(unread)} tensors that transformers does not read, "
+            f"{unread[-1]} among them, expected a model that it reads whole"
+        )
 
 
 def as_checkpoint(model):

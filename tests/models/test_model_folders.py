@@ -612,10 +612,10 @@ def test_a_source_without_a_tokenizer_reads_no_text(tmp_path):
         )
 
 
-def test_gguf(tmp_path, calibration):
+def write_gguf(path, kinds=("F32",), more=None):
+    """A tiny Llama, its matrices in one kind after the other; the tensors that it was made of."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    path = tmp_path / "tiny.gguf"
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -643,13 +643,21 @@ def test_gguf(tmp_path, calibration):
             }.items()
         }  # fmt: skip
     tensors = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
+    tensors |= more or {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        kind = gguf.GGMLQuantizationType[kinds[i % len(kinds)] if tensor.ndim > 1 else "F32"]
+        data = gguf.quants.quantize(tensor, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return tensors
 
+
+def test_gguf(tmp_path, calibration):
+    path = tmp_path / "tiny.gguf"
+    tensors = write_gguf(path)
     alone = tmp_path / "alone"
     alone.mkdir()
     os.link(path, alone / "tiny.gguf")
@@ -668,3 +676,33 @@ def test_gguf(tmp_path, calibration):
     # re-solved, but still much like what it was
     assert np.corrcoef(down[kept], tensors["blk.0.ffn_down"][kept])[0, 1] > 0.8
     assert len(linears(model)) == 15
+
+
+@pytest.mark.parametrize("kinds, expected", [
+    (["F32"], "float32"), (["F16"], "float16"), (["BF16"], "bfloat16"), (["Q8_0"], "bfloat16"),
+    (["Q8_0", "F16"], "float16"), (["F32", "BF16"], "float32"), (["Q4_0", "F32"], "bfloat16"),
+])  # fmt: skip
+def test_gguf_is_not_written_in_more_bytes_than_it_needs(tmp_path, calibration, kinds, expected):
+    path, out, lines = tmp_path / "tiny.gguf", tmp_path / "out", []
+    write_gguf(path, kinds)
+    prune_folder(path, out, calibration, device="cpu", method="wanda", say=lines.append)
+    assert {t.dtype for t in weights_in(out).values()} == {getattr(torch, expected)}
+    assert any(f"{', '.join(sorted(kinds))} in tiny.gguf, written in {expected}" in line
+               for line in lines)  # fmt: skip
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert opened.dtype == getattr(torch, expected)
+
+
+def test_gguf_in_another_dtype(tmp_path, calibration):
+    path, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    write_gguf(path, ["Q8_0"])
+    prune_folder(path, out, calibration, device="cpu", method="wanda", save_dtype="float32")
+    assert {t.dtype for t in weights_in(out).values()} == {torch.float32}
+
+
+def test_gguf_with_tensors_that_are_not_read(tmp_path, calibration):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, more={"nextn.eh_proj": np.zeros((32, 48), np.float32)})
+    with pytest.raises(ValueError, match="1 tensors that transformers does not read, nextn.eh_pro"):
+        prune_folder(path, tmp_path / "out", calibration, device="cpu")
+    assert not (tmp_path / "out").exists()
