@@ -203,5 +203,29 @@ def _check_skip(skip):
         )
     try:
         re.compile(skip or "")
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"skip: found {skip!r}, no regular expression ({error})") from None
+    if _repeats_repeats(skip or ""):
+        raise ValueError(
+            f"skip: found {skip!r}, which repeats something that is itself repeated or of several "
+            "forms and may take for ever, expected one without that, or globs in a config"
+        )
+
+
+def _repeats_repeats(expression):
+    """Whether a group under an open repeat, as (a+)* is, has a repeat or forms of its own."""
+    tokens = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,\d*\}|.", expression, re.DOTALL)
+    outer, inside, closed = [], False, False
+    for token in tokens:
+        repeats = token in ("*", "+") or len(token) > 2 and token[0] == "{"
+        if repeats and closed:
+            return True
+        closed = False
+        if token == "(":
+            outer.append(inside)
+            inside = False
+        elif token == ")" and outer:
+            closed, inside = inside, outer.pop() or inside
+        elif repeats or token == "|":
+            inside = True
+    return False

@@ -13,6 +13,7 @@ from small_models import make_model, make_tokens, same, weights_of
 import cuobs
 from cuobs.models import prune_model
 from cuobs.models.blocks import capture, run
+from cuobs.models.recipe import ModelRecipe
 from cuobs.models.structure import find_blocks, linears, oriented
 
 
@@ -515,3 +516,26 @@ def test_bad_arguments(tokens, change, match):
     with pytest.raises((ValueError, TypeError), match=match):
         prune_model(model, tokens, device="cpu", **change)
     assert same(before, weights_of(model))
+
+
+REPEATED = [
+    r"(a+)+$", r"(a*)*", r"((a+)b)*x", r"((x)|(y)z)+", r"(?:a|aa)+$", r"(\w+\.)+x", r"(a+){2,}",
+    r"(a+)*?", r"x|((.*)y)+",
+]
+HARMLESS = [
+    r"k_proj|layers\.0\.", r"(q|k)_proj", r"layers\.(0|1)\.mlp", r"layers\.\d+\.(up|down)",
+    r"(ab)+", r"[(a+)]+", r"\(a+\)+", r"(a+)?b", r".*down.*", r"(a{2})+", r"[]+*(]+", r"(\.\d)+",
+    "",
+]
+
+
+@pytest.mark.parametrize("skip", REPEATED)
+def test_expressions_that_may_take_for_ever_are_refused(skip):
+    """Before anything is matched: on a long name one of these goes on for years."""
+    with pytest.raises(ValueError, match="skip: found .*may take for ever"):
+        ModelRecipe(skip=skip)
+
+
+@pytest.mark.parametrize("skip", HARMLESS)
+def test_other_expressions_are_taken(skip):
+    assert ModelRecipe(skip=skip).skip == skip
