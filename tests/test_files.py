@@ -166,7 +166,7 @@ def test_without_the_extra_it_is_said_what_to_install(monkeypatch, W):
     files.save("a.safetensors", W)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    message = r"pip install 'cuobs\[safetensors\]'"
+    message = r"pip install '\.\[safetensors\]'"
     with pytest.raises(ImportError, match=message):
         files.load("a.safetensors")
     with pytest.raises(ImportError, match=message):
