@@ -324,7 +324,7 @@ def _inside(thing):
     """The array that tells where something is."""
     while isinstance(thing, list | tuple) and thing:
         thing = thing[0]
-    return getattr(thing, "matrix", thing)
+    return getattr(thing, "held", thing)
 
 
 def _is_cuda(array):

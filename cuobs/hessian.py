@@ -73,6 +73,11 @@ class Hessian:
         return matrix
 
     @property
+    def held(self):
+        """The array of the sum, None before anything was added."""
+        return self._state[0]
+
+    @property
     def tokens(self):
         """Rows of X seen so far; None where a file that was loaded does not say."""
         return self._state[1]

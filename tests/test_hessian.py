@@ -1,5 +1,6 @@
 """The Hessian: pieces, files, parts, and what is refused."""
 
+import tracemalloc
 import warnings
 from functools import partial
 
@@ -183,6 +184,23 @@ def test_an_interrupted_update_changes_nothing(monkeypatch, error, calls, before
     h.update(X[before:])
     np.testing.assert_allclose(h.matrix, X.T @ X, rtol=0, atol=1e-12)
     assert h.tokens == len(X)
+
+
+@pytest.mark.parametrize("form", [lambda X: X, lambda X: [X[:50], X[50:]]])
+def test_the_first_update_holds_one_sum(form):
+    """The sum itself and the product that is added to it; no zeros beside them."""
+    K, size = 700, 700 * 700 * 8
+    X = form(activations(100, K))
+    tracemalloc.start()
+    try:
+        h = Hessian(K, dtype="float64")
+        h.update(X)
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * size
+        other = Hessian(K, dtype="float64").merge(h)
+        assert tracemalloc.get_traced_memory()[0] < 2.5 * size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(other.matrix, h.matrix)
 
 
 def test_memory_that_runs_out_changes_nothing(monkeypatch):
