@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -85,9 +86,18 @@ def one_sentence():
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        if _another_says_it():
+            raise click.exceptions.Exit(BAD_INPUT) from error
         failure = click.ClickException(sentence(error))
         failure.exit_code = BAD_INPUT
         raise failure from error
+
+
+def _another_says_it():
+    """Whether this is one of several processes of torchrun and not yet apart from the first."""
+    distributed = sys.modules.get("torch.distributed")
+    apart = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return os.environ.get("RANK", "0") != "0" and not apart
 
 
 def _show_warning(message, *_, **__):

@@ -74,7 +74,8 @@ def admm(problem, schedule="default"):
     # B as tensor cores take it, where they do; the pass that reads B writes it too.
     B_operand = tensor_operand(B, precision)
     written = None if B_operand is B else B_operand
-    n_pruned = mask.size - int(xp.count_nonzero(mask))
+    settings = problem.settings
+    n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
     rho, growth = SCHEDULES[schedule]
     inverted = 0.0
     for step in range(MAX_STEPS):
@@ -84,8 +85,9 @@ def admm(problem, schedule="default"):
         ridge_right_side(D, V, G, rho, right, B, written)
         gemm(B_operand, H_operand, right, alpha=-1, beta=1, precision=precision)
         gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
-        share = project_update(B, V, D, mask, rho, layout) / n_pruned
-        problem.settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
+        changed = project_update(B, V, D, mask, rho, layout)
+        share = settings.over_all_rows(changed) / n_pruned
+        settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
             break
         rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]

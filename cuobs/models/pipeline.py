@@ -18,7 +18,9 @@ from cuobs.models.folding import untied_config
 from cuobs.models.mixture import Reader, gather, self_written
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
+from cuobs.models.planning import View
 from cuobs.models.prune import batch_of, check_arguments, choose_device, prune_model
+from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, recover
 from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
@@ -43,6 +45,14 @@ def prune(run, view, options):
     -------
     ModelReport
     """
+    with joined(run.device) as ranks:
+        if not ranks.leads:
+            nothing = lambda *_: None  # noqa: E731
+            view = View(nothing, None, nothing, nothing)
+        return _prune(run, view, options, ranks)
+
+
+def _prune(run, view, options, ranks):
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
     warming = _warm(source, recipe, place)
@@ -55,7 +65,7 @@ def prune(run, view, options):
     mixture, mask, texts = _read_all(run, model, recipe.distill, place, view)
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
-    measure = partial(_measure, model, texts, place, view)
+    measure = partial(_measure, model, texts, place, view, ranks)
     warming.finish()
     before = {}
 
@@ -103,6 +113,8 @@ def prune(run, view, options):
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = model.get_output_embeddings().weight.nbytes
         after = measure("distilled" if recipe.distill else "pruned")
+        if not ranks.leads:
+            return report
         report.agreement = agreements(model, dense, texts, place, view.say, view.progress)
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
@@ -211,15 +223,25 @@ def _protocol_lines(run, mixture, texts):
         yield f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap"
 
 
-def _measure(model, texts, place, view, stage):
+def _measure(model, texts, place, view, ranks, stage):
     """The perplexity on each text."""
     found = {}
     for name, part in texts.items():
         label = f"perplexity, {name}, {stage}"
         progress = view.progress and partial(view.progress, label)
-        found[name] = perplexity(model, part, place, progress)
+        found[name] = _perplexity(model, part, place, progress, ranks)
         view.say(f"{label}: {found[name]:.2f}")
     return found
+
+
+def _perplexity(model, windows, place, progress, ranks):
+    """The perplexity on windows that processes share."""
+    if ranks.size == 1:
+        return perplexity(model, windows, place, progress)
+    own = windows[ranks.share(len(windows))]
+    found = math.log(perplexity(model, own, place, progress)) if len(own) else 0.0
+    mean = ranks.total(len(own) * found, place) / len(windows)
+    return math.inf if mean > 700 else math.exp(mean)
 
 
 def written_dtype(source, save_dtype):

@@ -58,6 +58,10 @@ class View(NamedTuple):
     on_block: Callable
 
 
+def _rank():
+    return int(os.environ.get("RANK", 0))
+
+
 def check_folders(
     src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
     shard_size, save_dtype,
@@ -85,7 +89,8 @@ def check_folders(
     if save_dtype is not None:
         validation.name_of("save_dtype", save_dtype, SAVE_DTYPES)
     source = find_source(src)
-    check_destination(source, dst, resume)
+    if _rank() == 0:  # the first process makes what the others would find
+        check_destination(source, dst, resume)
     check_model(source)
     calibration = listed(calibration)
     length = check_sources(source, calibration, samples, sequence_length)

@@ -3,19 +3,21 @@
 import copy
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import cuobs
 from cuobs import validation
 from cuobs.models import checkpoint, memory
+from cuobs.models import ranks as processes
 from cuobs.models.blocks import capture, evaluating, plain_torch
 from cuobs.models.checks import check_alone, check_by_window
 from cuobs.models.folding import examine
 from cuobs.models.groups import probe
 from cuobs.models.layers import choose_layers
 from cuobs.models.prediction import hold, predict, work_of
+from cuobs.models.ranks import Ranks
 from cuobs.models.recipe import read_arguments
 from cuobs.models.recovery import recover
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
@@ -143,7 +145,9 @@ def prune_model(
     recipe, device = check_arguments(batch_tokens=batch_tokens, **options)
     if resume and checkpoint_folder is None:
         raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
+    ranks = processes.current()
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
+    mine = check_shares(recipe, windows, ranks)
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
     dense = copy.deepcopy(model) if recipe.distill else None
@@ -162,9 +166,11 @@ def prune_model(
         if checkpoint_folder is not None:
             identity = _identity(report, windows, blocks)
             identity["model"] = checkpoint.fingerprint(model, blocks)
-            checkpoint.begin(checkpoint_folder, identity, resume)
+            if ranks.leads:
+                checkpoint.begin(checkpoint_folder, identity, resume)
+            ranks.agree(None)  # the folder is there
         warming.finish()
-        work = work_of(model, blocks, windows, batch, recipe, device)
+        work = work_of(model, blocks, mine, batch, recipe, device)
         held = hold(work, device)
         report.memory_predicted = predict(work, device, held)
         if starting:
@@ -175,10 +181,10 @@ def prune_model(
             )
         memory.reset(device)
         began = time.perf_counter()
-        streams = _enter(model, blocks, windows, batch, recipe.follows, held, device)
+        streams = _enter(model, blocks, mine, batch, recipe.follows, held, device)
         masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
-            job = Job(recipe, layers, source, report, device, checkpoint_folder, masked)
+            job = Job(recipe, layers, source, report, device, checkpoint_folder, masked, ranks)
             for index in range(len(blocks)):
                 report.blocks.append(_prune_block(job, streams, index))
                 report.seconds = time.perf_counter() - began
@@ -207,6 +213,23 @@ def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
         damp=recipe.config.recipe.damp, device=device, stream=stream,
         stored=folder and os.path.join(folder, BLOCKS, ROTATION), progress=progress,
     )  # fmt: skip
+
+
+def check_shares(recipe, windows, ranks):
+    """This process's windows."""
+    if ranks.size == 1:
+        return windows
+    for name in ("tune", "rotate", "distill"):
+        if getattr(recipe, name):
+            raise ValueError(
+                f"{name}: found it with {ranks.size} processes, expected a single one with it"
+            )
+    if len(windows.tokens) < ranks.size:
+        raise ValueError(
+            f"tokens: found {len(windows.tokens)} windows for {ranks.size} processes, expected at "
+            "least one for each"
+        )
+    return windows.part(ranks.share(len(windows.tokens)))
 
 
 def batch_of(batch_tokens, windows, device):
@@ -267,8 +290,8 @@ class Job:
     folder : path or None
         Where finished blocks are kept.
     keep_masks : bool
-    reduce : callable
-        Called with tensors that hold sums over this process's windows; makes them those over all.
+    ranks : Ranks
+        The processes that share windows and rows.
     """
 
     recipe: object
@@ -278,7 +301,7 @@ class Job:
     device: torch.device
     folder: object = None
     keep_masks: bool = False
-    reduce: object = lambda *sums: None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def name(self, index, inner=""):
         """The name of a block, or of a linear in it."""
@@ -315,7 +338,7 @@ def _prune_block(job, streams, index):
         stored = checkpoint.load_block(job.folder, index, job.name(index), block, before)
     if index == 0:
         check_by_window(block, streams.pruned[0], streams.calls[0][0], streams.room)
-    plan = None if stored else probe(block, *streams.first_window(index))
+    plan = None if stored else job.ranks.agree(probe(block, *streams.first_window(index)))
     residual = job.recipe.shares(job.depth(index))[1] > 0
     with Passage(streams, index, block, dense, plan, residual) as passage:
         found, masks = stored or _prune_groups(job, index, block, passage)
@@ -337,7 +360,7 @@ def _prune_block(job, streams, index):
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
         found.seconds = time.perf_counter() - began
-        if job.folder is not None:
+        if job.folder is not None and job.ranks.leads:
             checkpoint.save_block(job.folder, index, job.name(index), block, masks, found, before)
     if job.keep_masks:
         job.report.masks.update({job.name(index, n): m.cpu() for n, m in masks.items()})
@@ -366,13 +389,13 @@ def _prune_groups(job, index, block, passage):
         moments = Moments()
         writes = any(shares[n] for n in names)
         passage.inputs(place, bool(dense_share), writes, moments.update)
-        job.reduce(*moments.sums())
+        job.ranks.add_up(*moments.sums())
         moments.check_finite(job.name(index, group.names[0]))
         memory.make_room(job.device)
         for recipe, members in _by_recipe(job, index, names).items():
             masks |= prune_rows(
                 recipe, job.recipe.config.settings, moments, dense_share,
-                {n: (modules[n], rows[n], shares[n]) for n in members},
+                {n: (modules[n], rows[n], shares[n]) for n in members}, job.ranks,
             )  # fmt: skip
         memory.make_room(job.device)
     return BlockReport(index, list(rows.values())), masks
@@ -388,7 +411,7 @@ def _by_recipe(job, index, names):
 
 def _share(job, sums):
     """The root of a share whose two sums are over this process's windows."""
-    job.reduce(sums)
+    job.ranks.add_up(sums)
     return float((sums[0] / sums[1]).sqrt())
 
 

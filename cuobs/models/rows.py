@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -15,9 +15,16 @@ from cuobs.models.targets import pulls, target_weights
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
+# Methods that prune a row without a look at others, or add up over all of them where they do look.
+BY_ROW = (
+    "magnitude", "wanda", "obs-local", "obs-full", "obs-split", "obs-interleaved", "sparsegpt",
+    "true-obs", "admm",
+)  # fmt: skip
+# What the rows of a process may be a multiple of.
+UNITS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def prune_rows(recipe, settings, moments, dense_share, members):
+def prune_rows(recipe, settings, moments, dense_share, members, ranks):
     """Prune linears that share their inputs, in place, and complete their reports.
 
     Parameters
@@ -28,6 +35,8 @@ def prune_rows(recipe, settings, moments, dense_share, members):
     dense_share : float
     members : dict
         By name, a linear, its `LayerReport` and its residual share.
+    ranks : Ranks
+        The processes that share the rows.
 
     Returns
     -------
@@ -37,7 +46,9 @@ def prune_rows(recipe, settings, moments, dense_share, members):
     began = time.perf_counter()
     modules, rows, shares = zip(*members.values(), strict=True)
     weights = [oriented(m).contiguous() for m in modules]
-    results, damp = _prune_damped(recipe, settings, moments, dense_share, shares, weights, rows[0])
+    results, damp = _prune_damped(
+        recipe, settings, moments, dense_share, shares, weights, rows[0].name, ranks
+    )
     masks = {}
     for name, module, row, share, (new, mask, lost) in zip(
         members, modules, rows, shares, results, strict=True
@@ -59,7 +70,7 @@ def zeros(weight):
     return 1 - int(torch.count_nonzero(weight)) / weight.numel()
 
 
-def _prune_damped(recipe, settings, moments, dense_share, shares, weights, row):
+def _prune_damped(recipe, settings, moments, dense_share, shares, weights, name, ranks):
     """New weights, masks and losses, and the damping under which the Hessian was definite."""
     damp, H = recipe.damp, moments.hessian
     goals = right = [None] * len(weights)
@@ -71,40 +82,71 @@ def _prune_damped(recipe, settings, moments, dense_share, shares, weights, row):
             if not H.is_cuda:
                 goals = target_weights(weights, moments, damp, dense_share, shares)
             own = replace(recipe, damp=damp)
-            return _prune_together(own, settings, weights, H, goals, right), damp
+            return _prune_together(own, settings, weights, H, goals, right, ranks), damp
         except np.linalg.LinAlgError as error:
             damp = max(10 * damp, 1e-4)
             if damp > MAX_DAMP:
                 raise ValueError(
-                    f"model: found that the Hessian of {row.name} stays singular up to damp="
+                    f"model: found that the Hessian of {name} stays singular up to damp="
                     f"{damp / 10:g} ({error}), expected activations that differ"
                 ) from None
         except ValueError as error:
-            raise ValueError(f"{row.name}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
 
 
-def _prune_together(recipe, settings, weights, H, goals, right):
+def _prune_together(recipe, settings, weights, H, goals, right, ranks):
     """(weight, mask, loss) of each linear: one call for all where scopes stay the same."""
     counts = tuple(len(W) for W in weights)
     if len(weights) > 1 and not stackable(recipe.pattern, counts, H.shape[0]):
         return [
             part
             for one in zip(weights, goals, right, strict=True)
-            for part in _prune_together(recipe, settings, one[:1], H, one[1:2], one[2:])
+            for part in _prune_together(recipe, settings, one[:1], H, one[1:2], one[2:], ranks)
         ]
     W, goal, pull = (_stacked(parts) for parts in (weights, goals, right))
     with arrays.stream_of(W):
-        layer = check_layer(W, goal, settings.dtype)
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
-        pull = None if pull is None else arrays.receive(pull)
-        new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
-        losses, stop = [], 0
-        for count in counts:
-            start, stop = stop, stop + count
-            base = arrays.asarray(layer.weight[start:stop], arrays.namespace(H), settings.dtype)
-            losses.append(loss(base, new[start:stop].astype(base.dtype, copy=False), H))
-        parts = [arrays.hand_back(a, W).split(counts) for a in (new, mask)]
-    return list(zip(*parts, losses, strict=True))
+        new, mask = _solve_shared(recipe, settings, W, goal, pull, H, ranks)
+        xp = arrays.namespace(H)
+        pairs = zip(W.split(counts), new.split(counts), strict=True)
+        losses = [
+            loss(*(arrays.asarray(arrays.receive(A), xp, settings.dtype) for A in pair), H)
+            for pair in pairs
+        ]
+    return list(zip(new.split(counts), mask.split(counts), losses, strict=True))
+
+
+def _solve_shared(recipe, settings, W, goal, pull, H, ranks):
+    """New weight and mask, shape (M, K); where processes share the rows, each solves its own."""
+    counts, own = None, slice(None)
+    if ranks.size > 1 and recipe.method in BY_ROW and recipe.options.get("order") != "shared":
+        counts = _row_counts(recipe.pattern, *W.shape, ranks.size)
+    if counts is not None:
+        start = sum(counts[: ranks.rank])
+        own = slice(start, start + counts[ranks.rank])
+        settings = replace(settings, add_up=partial(ranks.total, device=W.device))
+    layer = check_layer(W[own], None if goal is None else goal[own], settings.dtype)
+    right = None if pull is None else arrays.receive(pull[own])
+    new, mask, *_ = solve_layer(recipe, settings, layer, H, right)
+    new, mask = (arrays.hand_back(array, W) for array in (new, mask))
+    if counts is None:
+        return new, mask
+    whole, masks = torch.empty_like(W), torch.empty(W.shape, dtype=torch.bool, device=W.device)
+    for all_rows, mine in (whole, new), (masks, mask):
+        all_rows[own] = mine
+        ranks.collect(all_rows, counts)
+    return whole, masks
+
+
+def _row_counts(pattern, rows, K, size):
+    """So many rows for each process that no scope is torn apart; None where that can't be."""
+    for unit in UNITS:
+        whole, rest = divmod(rows, unit)
+        edges = [whole * rank // size * unit for rank in range(size)] + [rows]
+        counts = tuple(stop - start for start, stop in zip(edges, edges[1:], strict=False))
+        if not rest and 0 not in counts and stackable(pattern, counts, K):
+            return counts
+    return None
 
 
 def _stacked(parts):
@@ -116,9 +158,9 @@ def stackable(pattern, counts, K):
     """Whether weights set one below the other have the scopes that each has alone."""
     try:
         stacked = pattern.compile(sum(counts), K)
+        alone = [pattern.compile(count, K) for count in counts]
     except ValueError:
         return False
-    alone = [pattern.compile(count, K) for count in counts]
     starts = np.cumsum([0, *counts[:-1]])
     rows = [layout.row_order + start for layout, start in zip(alone, starts, strict=True)]
     if any(layout.rows != stacked.rows for layout in alone):

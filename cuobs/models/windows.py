@@ -26,6 +26,11 @@ class Windows:
     mask: torch.Tensor
     keep: torch.Tensor
 
+    def part(self, chosen):
+        """Some of the windows, by a slice."""
+        mask = None if self.mask is None else self.mask[chosen]
+        return Windows(self.tokens[chosen], mask, self.keep[chosen])
+
     def digest(self):
         """A fingerprint."""
         found = hashlib.sha256()

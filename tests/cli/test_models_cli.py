@@ -56,6 +56,13 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
         assert f"perplexity  {expected}" in result.output
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_of_several_processes_says_what_all_find(cuobs, source, rank, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    result = cuobs("prune-model", source, "out", "--calibration", "no.npz:t", "--method", "sparse")
+    assert result.exit_code == 2 and bool(result.output) == (rank == 0)
+
+
 def test_a_dry_run_reads_and_writes_nothing(cuobs, source, tokens_file, tmp_path, monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("weights are read")

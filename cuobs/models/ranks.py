@@ -1,0 +1,102 @@
+"""Several processes that prune one model, each with its share of the windows and of the rows."""
+
+import contextlib
+import datetime
+import os
+
+import torch
+from torch import distributed
+
+# The exit code of a process that leaves it to another to say what went wrong.
+SILENT = 2
+# A process may wait for another that evaluates or writes; torchrun ends all where one dies.
+PATIENCE = datetime.timedelta(days=7)
+
+
+class Ranks:
+    """The processes of a run; one that is alone has nobody to talk to.
+
+    Attributes
+    ----------
+    rank : int
+        The number of this process, from 0.
+    size : int
+        How many there are.
+    """
+
+    def __init__(self, rank=0, size=1):
+        self.rank, self.size = rank, size
+
+    @property
+    def leads(self):
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, count):
+        """The range of this process's things out of so many."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def add_up(self, *sums):
+        """Make tensors that hold sums over this process's windows those over all, in place."""
+        if self.size > 1:
+            for tensor in sums:
+                distributed.all_reduce(tensor)
+
+    def total(self, number, device):
+        """The sum of a number over all processes."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(float(number), dtype=torch.float64, device=device)
+        distributed.all_reduce(tensor)
+        return float(tensor)
+
+    def collect(self, tensor, counts):
+        """Complete a tensor of which each process has its own rows, so many of them, in place."""
+        for rank, part in enumerate(tensor.split(counts)):
+            part = part.view(torch.uint8) if part.dtype == torch.bool else part
+            distributed.broadcast(part, rank)
+
+    def agree(self, value):
+        """What the first process has, for all."""
+        if self.size == 1:
+            return value
+        found = [value]
+        distributed.broadcast_object_list(found)
+        return found[0]
+
+
+def current():
+    """The processes of PyTorch's default group, or this one alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Ranks(distributed.get_rank(), distributed.get_world_size())
+    return Ranks()
+
+
+@contextlib.contextmanager
+def joined(device):
+    """Join the processes that torchrun has started, if it has; their `Ranks`.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        On GPUs each process of a host takes its own, and sums go by NCCL; else by gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        yield current()
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+    )
+    try:
+        yield current()
+    except Exception:
+        # The first that fails says why; those that fail after it, for it or for the same, do not.
+        with contextlib.suppress(RuntimeError):
+            if store.add("failed", 1) > 1:
+                raise SystemExit(SILENT) from None
+        raise
+    distributed.destroy_process_group()

@@ -1,0 +1,121 @@
+"""Several processes that prune one model, as torchrun starts them; over gloo, on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from small_models import make_source, make_tokens
+
+from cuobs import verify
+from cuobs.models import load_model, prune_folder
+from cuobs.models.ranks import Ranks
+from cuobs.models.rows import _row_counts
+from cuobs.pattern import parse
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a source and tokens."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "source").mkdir()
+    make_source(folder / "source")
+    np.savez(folder / "tokens.npz", t=make_tokens(9), text=make_tokens(3, seed=1))
+    return folder
+
+
+def torchrun(place, dst, *options, processes=2, wait=True):
+    """`cuobs prune-model` under torchrun; the finished process."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", "-m", "cuobs", "prune-model", place / "source", dst,
+        "--calibration", f"{place}/tokens.npz:t", "--device", "cpu", *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [str(part) for part in command], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def losses(folder):
+    report = json.loads((folder / "cuobs_report.json").read_text())
+    return [row["loss"] for block in report["blocks"] for row in block["layers"]], report
+
+
+def test_two_processes_give_what_one_gives(place):
+    one = prune_folder(
+        place / "source", place / "one", f"{place}/tokens.npz:t", device="cpu",
+        evaluate=[f"{place}/tokens.npz:text"],
+    )  # fmt: skip
+    found = torchrun(place, place / "two", "--eval", f"{place}/tokens.npz:text")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("block 3/3") == 1  # one speaks for both
+    mine, report = losses(place / "two")
+    assert mine == pytest.approx([row.loss for row in one.layers], rel=1e-3)
+    assert report["protocol"]["windows"] == 9
+    for name, pair in report["perplexity"].items():
+        assert pair == pytest.approx(one.perplexity[name], rel=1e-3)
+    dense, pruned = (load_model(place / name).state_dict() for name in ("source", "two"))
+    for name, tensor in pruned.items():
+        if "proj" in name:
+            assert verify(tensor, "2:4")
+        else:
+            assert torch.equal(tensor, dense[name])
+
+
+def test_what_is_wrong_is_said_once(place):
+    found = torchrun(place, place / "bad", "--tune", 1)
+    assert found.returncode and found.stderr.count("tune: found it with 2 processes") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_process_ends_all_and_one_goes_on(place):
+    dst = place / "killed"
+    process = torchrun(place, dst, wait=False)
+    blocks = dst / "cuobs_blocks"
+    until = time.monotonic() + 120
+    while not (blocks / "00000.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    report = prune_folder(
+        place / "source", dst, f"{place}/tokens.npz:t", device="cpu", resume=True
+    )
+    assert report.blocks[0].resumed
+    if (place / "two").exists():
+        assert [r.loss for r in report.layers] == pytest.approx(losses(place / "two")[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "pattern, rows, size, counts",
+    [
+        ("2:4", 10, 3, (3, 3, 4)),
+        ("block16-row8", 64, 2, (32, 32)),
+        ("block16-row8", 48, 2, (16, 32)),
+        ("block16-row8", 16, 2, None),
+        ("2:4", 1, 2, None),
+    ],
+)
+def test_rows_are_shared_by_whole_scopes(pattern, rows, size, counts):
+    assert _row_counts(parse(pattern), rows, 64, size) == counts
+
+
+def test_one_process_talks_to_nobody():
+    ranks, tensor = Ranks(), torch.ones(3)
+    ranks.add_up(tensor)
+    assert ranks.leads and ranks.total(2, "cpu") == 2 and ranks.agree("a") == "a"
+    assert ranks.share(5) == slice(0, 5) and tensor.sum() == 3
+    shares = [Ranks(rank, 3).share(8) for rank in range(3)]
+    assert [s.stop - s.start for s in shares] == [2, 3, 3] and shares[-1].stop == 8
