@@ -267,9 +267,6 @@ class Settings:
         Bytes, or a size like "8GiB", that the computation may hold in all.
     progress : callable, optional
         Called with (done, total) as the work goes.
-    add_up : callable, optional
-        Gives the sum over all rows of a number that is one over these, where processes share the
-        rows of a weight.
 
     Examples
     --------
@@ -285,7 +282,6 @@ class Settings:
     batch_rows: int | None = None
     memory_limit: int | None = None
     progress: object = field(default=None, compare=False)
-    add_up: object = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         for option in SETTING_OPTIONS:
@@ -301,8 +297,8 @@ class Settings:
             self.progress(done, total)
 
     def over_all_rows(self, number):
-        """The sum over all rows of a number that is one over those at hand."""
-        return self.add_up(number) if self.add_up else number
+        """The sum over all rows of a number that is one over those at hand: here, all of them."""
+        return number
 
     def namespace(self, *given):
         """The namespace to compute on, NumPy or CuPy, for arrays that were given."""

@@ -1,7 +1,7 @@
 """Prune linears that share their inputs, by the sums of their group."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -12,6 +12,7 @@ from cuobs.layer import check_layer, hessian_of, solve_layer
 from cuobs.loss import loss
 from cuobs.models.structure import oriented
 from cuobs.models.targets import pulls, target_weights
+from cuobs.recipe import Settings
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
@@ -22,6 +23,23 @@ BY_ROW = (
 )  # fmt: skip
 # What the rows of a process may be a multiple of.
 UNITS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class SharedRows(Settings):
+    """Settings of a process that has some rows of a weight, and can ask for sums over all.
+
+    Attributes
+    ----------
+    total : callable
+        The sum of a number over all processes.
+    """
+
+    total: object = field(default=None, compare=False, repr=False)
+
+    def over_all_rows(self, number):
+        """The sum over all rows of a number that is one over those at hand."""
+        return self.total(number)
 
 
 def prune_rows(recipe, settings, moments, dense_share, members, ranks):
@@ -124,7 +142,8 @@ def _solve_shared(recipe, settings, W, goal, pull, H, ranks):
     if counts is not None:
         start = sum(counts[: ranks.rank])
         own = slice(start, start + counts[ranks.rank])
-        settings = replace(settings, add_up=partial(ranks.total, device=W.device))
+        same = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+        settings = SharedRows(**same, total=partial(ranks.total, device=W.device))
     layer = check_layer(W[own], None if goal is None else goal[own], settings.dtype)
     right = None if pull is None else arrays.receive(pull[own])
     new, mask, *_ = solve_layer(recipe, settings, layer, H, right)
