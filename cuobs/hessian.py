@@ -135,8 +135,7 @@ class Hessian:
         """
         total, done, size = self._zeros(), 0, 0.0
         least, tiny = least_square(self._dtype), True
-        quiet = np.errstate(over="ignore", invalid="ignore")
-        with quiet:
+        with np.errstate(over="ignore", invalid="ignore"):
             for piece in pieces:
                 add_gram(piece, total, self._precision)
                 tiny = tiny and float(total.diagonal().max()) < least
@@ -190,7 +189,8 @@ class Hessian:
             raise ValueError(f"other: found K={other.K}, expected K={self.K}")
         with arrays.stream_of(self, other), np.errstate(over="ignore"):
             total = self._xp.array(arrays.asarray(other.matrix, self._xp), self._dtype)
-        if not math.isfinite(self._add_held(total)):
+            largest = self._add_held(total)
+        if not math.isfinite(largest):
             raise ValueError(
                 f"other: found a sum that overflows {self._dtype} with this one, expected parts of "
                 "smaller activations"
