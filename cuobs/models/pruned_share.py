@@ -14,9 +14,9 @@ class Scopes:
     """
 
     def __init__(self, layout, device):
-        R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+        m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
         self.layout = layout
-        self.shape, self.keep, self.n_blocks = (R, r, G, c), layout.keep, layout.n_blocks
+        self.shape, self.keep, self.n_blocks = (m, r, n, c), layout.keep, layout.n_blocks
         order = np.argsort(layout.blocks.ravel(), kind="stable")
         columns = layout.column_order
         if r == 1:  # then a block's elements can lie side by side from the start
@@ -26,22 +26,22 @@ class Scopes:
         self.order = _places(order, device)
 
     def gather(self, S):
-        """Elements by scope and block: (L, M, K) to (L, R, G, blocks, elements)."""
-        R, r, G, c = self.shape
+        """Elements by scope and block: (L, M, K) to (L, m, n, blocks, elements)."""
+        m, r, n, c = self.shape
         S = _take(S, 1, self.rows, 0)
-        S = _take(S, 2, self.columns, 0).reshape(-1, R, r, G, c)
+        S = _take(S, 2, self.columns, 0).reshape(-1, m, r, n, c)
         if r > 1:
-            S = _take(S.transpose(2, 3).reshape(-1, R, G, r * c), 3, self.order, 0)
-        return S.reshape(-1, R, G, self.n_blocks, r * c // self.n_blocks)
+            S = _take(S.transpose(2, 3).reshape(-1, m, n, r * c), 3, self.order, 0)
+        return S.reshape(-1, m, n, self.n_blocks, r * c // self.n_blocks)
 
     def scatter(self, chosen):
-        """The inverse, of what is the same in a block: (L, R, G, blocks) to (L, M, K)."""
-        R, r, G, c = self.shape
+        """The inverse, of what is the same in a block: (L, m, n, blocks) to (L, M, K)."""
+        m, r, n, c = self.shape
         L = len(chosen)
         size = r * c // self.n_blocks
-        E = chosen[..., None].expand(*chosen.shape, size).reshape(L, R, G, r * c)
+        E = chosen[..., None].expand(*chosen.shape, size).reshape(L, m, n, r * c)
         E = _take(E, 3, self.order, 1)
-        E = E.reshape(L, R, G, r, c).transpose(2, 3).reshape(L, R * r, G * c)
+        E = E.reshape(L, m, n, r, c).transpose(2, 3).reshape(L, m * r, n * c)
         return _take(_take(E, 1, self.rows, 1), 2, self.columns, 1)
 
 
