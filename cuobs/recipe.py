@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cuobs import arrays, layer, validation
+from cuobs.ops.checks import PRECISIONS
 from cuobs.pattern import Pattern, parse
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "float64")
-PRECISIONS = ("tensor", "fp32")
 # A smaller limit is a size without its unit.
 LEAST_MEMORY = 2**16
 

@@ -41,7 +41,7 @@ def cholesky(A, info=None):
     Parameters
     ----------
     A : array, shape (K, K)
-        float32 or float64, as in all that follow. Its lower triangle is read.
+        Symmetric; of float32 or float64, as in all that follow.
     info : array of int32, shape (1,), optional
         Instead of raising, note here a pivot that is not positive, for `check_factored`. A GPU is
         then not waited for.

@@ -1,10 +1,12 @@
 """ADMM's passes."""
 
+import layers
 import numpy as np
 import pytest
 from layers import host
 from op_cases import EVERY, PATTERNS, SHAPE, SINGLE, by_scope, compiled, layout_of, near
 
+import cuobs
 from cuobs import arrays
 from cuobs.algorithms import admm_ops
 from cuobs.ops import projection
@@ -96,3 +98,34 @@ def test_ridge_right_side_by_a_kernel(cp, rng, shape, with_B, dtype):
     admm_ops.ridge_right_side(*map(cp.asarray, (D, V, G)), 0.3, found,
                                 None if B is None else cp.asarray(B))
     near(found, expected, dtype, single=1e-6, double=1e-14)
+
+
+def test_passes_refuse_what_is_not_row_after_row(xp):
+    layout = compiled("2:4")[0]
+    M, K = layout.shape
+    whole, mask = xp.zeros((M, K)), xp.zeros((M, K), bool)
+    turned = xp.zeros((K, M)).T
+    for B, V, D, kept in (
+        (turned, whole, whole, mask),
+        (whole, turned, whole, mask),
+        (whole, whole, turned, mask),
+        (whole, whole, whole, xp.zeros((K, M), bool).T),
+    ):
+        with pytest.raises(ValueError, match="found strides .*, expected row after row"):
+            admm_ops.project_update(B, V, D, kept, 0.5, layout)
+    with pytest.raises(TypeError, match="V: found dtype float32, expected float64"):
+        admm_ops.project_update(whole, whole.astype("float32"), whole, mask, 0.5, layout)
+    with pytest.raises(ValueError, match="G: found shape"):
+        admm_ops.ridge_right_side(whole, whole, whole[:1], 0.5, whole)
+
+
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "true-obs", "obs-local"])
+def test_weights_that_lie_column_after_column(xp, method):
+    W, H = layers.random_layer(8, 32)
+    W = xp.asarray(W)
+    device = "cpu" if xp is np else "cuda"
+    found, expected = (
+        cuobs.prune(weight, hessian=H, method=method, dtype="float64", device=device)
+        for weight in (xp.asfortranarray(W), W)
+    )
+    assert (found.mask == expected.mask).all() and (found.weight == expected.weight).all()
