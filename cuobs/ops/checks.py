@@ -44,6 +44,12 @@ def contiguous(name, array):
         raise ValueError(f"{name}: found strides {array.strides}, expected row after row")
 
 
+def rows_in_a_piece(name, matrix):
+    """Refuse a matrix whose rows are no runs of memory."""
+    if matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize:
+        raise ValueError(f"{name}: found strides {matrix.strides}, expected contiguous rows")
+
+
 def precise(precision):
     """Refuse an unknown precision."""
     if precision not in PRECISIONS:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cuobs.arrays import dtype_of
-from cuobs.ops.checks import precise, real, shaped, square
+from cuobs.ops.checks import precise, real, rows_in_a_piece, shaped, square
 from cuobs.ops.dispatch import twinned
 
 
@@ -11,6 +11,7 @@ def _check_add_gram(X, out, precision="tensor"):
     _check_activations("X", X)
     square("out", out)
     shaped("out", out, (X.shape[1],) * 2)
+    rows_in_a_piece("out", out)
     real("out", out)
     precise(precision)
 
@@ -39,6 +40,7 @@ def _check_add_cross_gram(X, Y, out, precision="tensor"):
     _check_activations("X", X)
     _check_activations("Y", Y)
     shaped("out", out, (X.shape[1], Y.shape[1]))
+    rows_in_a_piece("out", out)
     if len(X) != len(Y):
         raise ValueError(f"Y: found {len(Y)} rows, expected {len(X)}, those of X")
     real("out", out)
@@ -64,6 +66,7 @@ def add_cross_gram(X, Y, out, precision="tensor"):
 
 def _check_mirror_upper(A):
     square("A", A)
+    rows_in_a_piece("A", A)
     real("A", A)
 
 

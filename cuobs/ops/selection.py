@@ -7,7 +7,7 @@ c columns; what is known of the blocks of a scope has shape (blocks, m, n).
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops.checks import boolean, real, same_dtype, square
+from cuobs.ops.checks import boolean, real, rows_in_a_piece, same_dtype, square
 from cuobs.ops.dispatch import twinned
 
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
@@ -274,8 +274,7 @@ def _check_select_mask(w, C, layout, out):
     c, m, r, n = w.shape
     if out.shape != (m * r, n * c):
         raise ValueError(f"out: found shape {out.shape}, expected {(m * r, n * c)}")
-    if out.shape[1] > 1 and out.strides[1] != 1:
-        raise ValueError(f"out: found strides {out.strides}, expected contiguous rows")
+    rows_in_a_piece("out", out)
 
 
 @twinned(_check_select_mask)

@@ -1,7 +1,15 @@
 """Left-to-right sweeps over the scopes of a weight."""
 
 from cuobs.arrays import namespace
-from cuobs.ops.checks import boolean, precise, real, same_dtype, shaped, square
+from cuobs.ops.checks import (
+    boolean,
+    precise,
+    real,
+    rows_in_a_piece,
+    same_dtype,
+    shaped,
+    square,
+)
 from cuobs.ops.dispatch import twinned
 from cuobs.ops.factors import upper_inverse
 from cuobs.ops.products import gemm, matmul
@@ -60,6 +68,8 @@ def _check_scopes(W, C, mask, c):
     shaped("W", W, (len(W), len(C)))
     shaped("mask", mask, W.shape)
     boolean("mask", mask)
+    for name, array in ("W", W), ("C", C), ("mask", mask):
+        rows_in_a_piece(name, array)
     if len(C) % c:
         raise ValueError(f"W: found {len(C)} columns, expected whole scopes of {c}")
 
@@ -107,6 +117,8 @@ def _check_sparsegpt_block(W, S, F, scale, layout, mask):
         shaped(name, array, W.shape)
     for name, array in ("S", S), ("F", F), ("scale", scale):
         same_dtype("W", W, name, array)
+    for name, array in ("W", W), ("S", S), ("F", F), ("mask", mask):
+        rows_in_a_piece(name, array)
     if len(W) % r or len(F) % c:
         raise ValueError(f"W: found shape {W.shape}, expected whole scopes of {r} x {c}")
 

@@ -113,6 +113,11 @@ def test_cross_gram_of_two_dtypes(xp, rng):
         gram.add_cross_gram(xp.asarray(X), xp.asarray(Y[:49]), out)
     with pytest.raises(ValueError, match=r"out: found shape \(6, 4\), expected \(6, 6\)"):
         gram.add_cross_gram(xp.asarray(X), xp.asarray(X), out)
+    for wrong in xp.zeros((4, 6)).T, xp.zeros((6, 8))[:, ::2]:
+        with pytest.raises(ValueError, match="out: found strides .*, expected contiguous rows"):
+            gram.add_cross_gram(xp.asarray(X), xp.asarray(Y), wrong)
+    with pytest.raises(ValueError, match="A: found strides"):
+        gram.mirror_upper(xp.zeros((4, 4)).T)
     with pytest.raises(TypeError, match="X: found dtype int64"):
         gram.add_gram(xp.ones((3, 4), "int64"), xp.zeros((4, 4)))
 
