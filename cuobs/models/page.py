@@ -282,8 +282,9 @@ def _settings(report):
     yield "target", target_text(settings)
     for name in ("target", "dense_share", "residual_share"):
         settings.pop(name, None)
+    off = tuple(f"{name}_" for name in ("tune", "distill", "rotate") if not settings.get(name))
     for name, value in settings.items():
-        if value not in (None, {}, [], ""):
+        if value not in (None, {}, [], "") and not name.startswith(off):
             yield name.replace("_", " "), _plain(value)
 
 

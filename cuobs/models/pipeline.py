@@ -22,7 +22,7 @@ from cuobs.models.planning import View
 from cuobs.models.prune import batch_of, check_arguments, choose_device, prune_model
 from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, recover
-from cuobs.models.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
+from cuobs.models.source import HIDDEN, HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.warming import Warming
 from cuobs.models.windows import check_windows
@@ -304,7 +304,7 @@ def what_is_written(source, model, names, save_dtype):
         )
     if files := [name for name in source.carried if name.endswith(HOLDERS)]:
         yield f"carried over {_some(files)}, as they are"
-    for why in dict.fromkeys(source.left_out.values()):
+    for why in dict.fromkeys(why for why in source.left_out.values() if why != HIDDEN):
         yield f"left out     {_some([n for n, w in source.left_out.items() if w == why])}: {why}"
 
 

@@ -19,6 +19,8 @@ from cuobs.models.pipeline import (
 from cuobs.models.planning import check_folders
 from cuobs.models.prune import choose_device
 from cuobs.models.rotation import WINDOWS, check_arguments, rotate
+from cuobs.models.source import MASKS
+from cuobs.models.source import REPORT as PRUNED
 
 REPORT = "cuobs_rotation.json"
 
@@ -98,7 +100,7 @@ def rotate_folder(
         changed, config, extra = loading.as_checkpoint(model)
     extra[REPORT] = json.dumps({"cuobs": cuobs.__version__, **asdict(report)}, indent=2) + "\n"
     finish(
-        source, dst, changed, config=config, extra=extra, save_dtype=save_dtype,
-        shard_size=shard_bytes,
+        source, dst, changed, config=config, extra=extra, without=(PRUNED, MASKS),
+        save_dtype=save_dtype, shard_size=shard_bytes,
     )  # fmt: skip
     return report

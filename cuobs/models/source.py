@@ -33,6 +33,9 @@ OTHER_FORMS = (
     ".msgpack.index.json",
 )  # fmt: skip
 
+# Why files whose names begin with a dot are left out: they belong to the place, not to the model.
+HIDDEN = "hidden"
+
 # What a config says of weights that are not plain floats, and files that say so beside it.
 COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 # The quantization of a config that says which linears are packed.
@@ -288,7 +291,8 @@ def _weight_files(src, folder):
 
 def _sort_files(src, folder, weights):
     """The files beside the weights: those that are carried over, and why others are not."""
-    carried, left_out, main = [], {}, None
+    carried, main = [], None
+    left_out = {name: HIDDEN for name in sorted(os.listdir(folder)) if name.startswith(".")}
     for name in _walk(src, folder):
         path = os.path.join(folder, name)
         base = os.path.basename(name)

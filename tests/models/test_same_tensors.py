@@ -277,15 +277,17 @@ def test_further_files_with_weights(source, tmp_path, calibration):
     save_file(dense, source / "mtp.safetensors")
     for name in ("model.onnx", "tf_model.h5", "consolidated.safetensors", "x.gguf"):
         (source / name).write_bytes(b"dense")
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs")
     lines = []
     report = prune_folder(source, tmp_path / "out", calibration, **FAST, say=lines.append)
     out = tmp_path / "out"
     for name in ("1_Dense/model.safetensors", "1_Dense/pytorch_model.bin", "mtp.safetensors"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
-    left = {"model.onnx", "tf_model.h5", "consolidated.safetensors", "x.gguf"}
+    left = {"model.onnx", "tf_model.h5", "consolidated.safetensors", "x.gguf", ".gitattributes"}
     assert left | {"model.fp32.safetensors"} == report.left_out.keys()
     assert not any((out / name).exists() for name in report.left_out)
     assert any("left out     model.fp32.safetensors: the same tensors again" in s for s in lines)
+    assert not any("gitattributes" in s for s in lines)  # in the report alone
     assert any(s.startswith("carried over mtp.safetensors, 1_Dense/model") for s in lines)
 
 
