@@ -7,6 +7,8 @@ from cuobs.arrays import size_text
 from cuobs.models.report import target_text
 from cuobs.pattern import parse
 
+__all__ = ["report_page"]
+
 WORST = 10
 # Steps of colour from no loss to the largest, and the width of one in the legend.
 STEPS, SWATCH = 9, 18
