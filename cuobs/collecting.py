@@ -147,6 +147,7 @@ class Hessians(Mapping):
     def __init__(self, names, dtype, precision):
         self._held = dict.fromkeys(names)
         self._how = {"dtype": dtype, "precision": precision}
+        Hessian(1, device="cpu", **self._how)  # refuses what it does not know, before any forward
         # Layers side by side, as those of an attention, read one tensor: its sum is made once.
         self._last = None
 
@@ -187,8 +188,9 @@ class Hessians(Mapping):
         return add
 
     def _sum(self, X):
+        # Tensors of inference mode do not tell whether they were changed in place.
         version = None if X.is_inference() else X._version
-        if self._last is not None:
+        if self._last is not None and version is not None:
             tensor, last, part = self._last
             if tensor() is X and last == version:
                 return part
