@@ -5,6 +5,7 @@ its result back in the kind that came with `hand_back`.
 """
 
 import contextlib
+import numbers
 import os
 import re
 import sys
@@ -118,7 +119,8 @@ def receive(array, name="array"):
 def typed(array, name="array"):
     """An array as it is where it names its dtype, else (a list, a mere protocol) as `receive`."""
     array = _plain(array, name)
-    return array if hasattr(array, "dtype") else receive(array, name)
+    whole = all(hasattr(array, attribute) for attribute in ("dtype", "shape", "ndim"))
+    return array if whole else receive(array, name)
 
 
 def _plain(array, name):
@@ -305,10 +307,12 @@ def size_text(n):
 
 def parse_size(text):
     """Bytes from a number or from a text like "8GiB" or "500 MB"."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
+    found = str(text) if isinstance(text, str | numbers.Real) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", found, re.IGNORECASE)
+    if not match or not 0 < float(match[1]) < float("inf"):
+        found = repr(text) if len(found) in range(1, 60) else type(text).__name__
         raise ValueError(
-            f"memory_limit: found {text!r}, expected bytes, or a size like '8GiB'"
+            f"memory_limit: found {found}, expected bytes, or a size like '8GiB'"
         )
     number, prefix, binary = match.groups()
     power = " KMGT".index(prefix.upper() or " ")

@@ -121,7 +121,9 @@ def _find(model, names):
     """The linear layers whose names match a glob or one of several, by name."""
     if not is_module(model):
         raise TypeError(f"model: found {type(model).__name__}, expected a module of PyTorch")
-    globs = [names] if isinstance(names, str) else list(names)
+    globs = [names] if isinstance(names, str) else names
+    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"names: found {validation.shown(names)}, expected a glob or a list")
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     if not linears:
         raise ValueError(f"model: found no linear layer in {type(model).__name__}, expected some")

@@ -164,7 +164,11 @@ def compare(
     """
     if methods is None:
         methods = recipe.methods()
-    names = [methods] if isinstance(methods, str) else list(methods)
+    try:
+        names = [methods] if isinstance(methods, str) else list(methods)
+    except TypeError:
+        found = type(methods).__name__
+        raise TypeError(f"methods: found {found}, expected a name or several") from None
     settings = Settings(
         **{key: options.pop(key) for key in SETTINGS if key in options}, progress=progress
     )

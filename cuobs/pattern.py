@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from cuobs.arrays import namespace, receive
+from cuobs.arrays import FLOATS, dtype_of, namespace, receive
 from cuobs.modules import weight_of
 
 # Scopes with more masks than this are pruned by separable block scores instead of trying them all.
@@ -319,6 +319,8 @@ def verify(W, pattern):
     """
     W = receive(weight_of(W, "W"), "W")
     xp = namespace(W)
+    if dtype_of(W) not in FLOATS and W.dtype.kind not in "iub":
+        raise TypeError(f"W: found dtype {W.dtype}, expected numbers")
     if W.ndim != 2:
         raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")
     layout = parse(pattern).compile(*W.shape)

@@ -116,10 +116,10 @@ def holds(array, like):
 
 def name_of(kind, name, known):
     """Refuse an unknown name, saying which known one is nearest."""
-    if name in known:
-        return
     if not isinstance(name, str):
         raise TypeError(f"{kind}: found {type(name).__name__}, expected a name")
+    if name in known:
+        return
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     raise ValueError(
         f"{kind}: found {name!r}, expected one of {', '.join(known)} (nearest: {nearest[0]})"
@@ -135,7 +135,7 @@ def integer(name, value, low=1, high=None):
         or (high is not None and value > high)
     ):
         upper = "" if high is None else f" to {high}"
-        raise ValueError(f"{name}: found {value!r}, expected an integer from {low}{upper}")
+        raise ValueError(f"{name}: found {shown(value)}, expected an integer from {low}{upper}")
     return int(value)
 
 
@@ -152,7 +152,7 @@ def number(name, value, low=-math.inf, high=math.inf):
             else f"that is at least {low:g}" if low > -math.inf
             else "that is finite"
         )
-        raise ValueError(f"{name}: found {_shown(value)}, expected a number {limits}")
+        raise ValueError(f"{name}: found {shown(value)}, expected a number {limits}")
     return found
 
 
@@ -161,9 +161,9 @@ def damping(value):
     return number("damp", value, 0, MAX_DAMP)
 
 
-def _shown(value):
-    """A value as a message shows it: not all digits of one that has hundreds."""
-    text = repr(value)
+def shown(value):
+    """A value as a message shows it: on one line, and not all digits of one that has hundreds."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
 
 
