@@ -13,12 +13,12 @@ def inputs_of(model, name, tokens):
     """What a layer is given, by a hook of the test's own."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach().clone())
+        lambda module, args: seen.append(args[0].detach().double().cpu().clone())
     )
     with torch.no_grad():
         model(tokens)
     hook.remove()
-    return torch.cat([x.flatten(0, -2) for x in seen]).double().numpy()
+    return torch.cat([x.flatten(0, -2) for x in seen]).numpy()
 
 
 def hooks_of(model):
@@ -212,3 +212,27 @@ def test_what_fails_leaves_the_layer_as_it_was():
         with pytest.raises(ValueError):
             cuobs.prune_linear(layer, **arguments)
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_device(dtype):
+    """Hessians stay where the activations are; on another stream of PyTorch as well."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make_model("llama").to("cuda", dtype)
+    tokens = torch.as_tensor(make_tokens(8, 16), device="cuda")
+    X = inputs_of(model, "model.layers.1.mlp.down_proj", tokens)
+    for stream in torch.cuda.current_stream(), torch.cuda.Stream():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            with cuobs.collect(model, "*.down_proj") as hessians:
+                for window in tokens:
+                    model(window[None])
+            hessian = hessians["model.layers.1.mlp.down_proj"]
+            assert repr(hessian) == f"Hessian(K={hessian.K}, tokens=128, float32 on cuda)"
+            np.testing.assert_allclose(hessian.matrix.get(), X.T @ X, rtol=0.02, atol=0.02)
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    result = cuobs.prune_linear(layer, hessian=hessian, method="sparsegpt")
+    assert result.device == "cuda" and layer.weight.is_cuda and layer.weight.dtype == dtype
+    assert cuobs.verify(layer, "2:4") and torch.equal(result.weight, layer.weight)
