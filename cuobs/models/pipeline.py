@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,7 +52,49 @@ def prune(run, view, options):
         return _prune(run, view, options, ranks)
 
 
-def _prune(run, view, options, ranks):
+@dataclass
+class _Job:
+    """What the steps of a run share.
+
+    Attributes
+    ----------
+    run : cuobs.models.planning.Run
+    view : cuobs.models.planning.View
+    ranks : Ranks
+    recipe : ModelRecipe
+    place : torch.device
+    model : transformers.PreTrainedModel
+    names : dict of str to str
+        See `names_in_files`.
+    mixture : Mixture
+        The windows to learn from, and which of their tokens are padding.
+    mask : ndarray or None
+    texts : dict of str to ndarray
+        The windows of each text that is measured.
+    """
+
+    run: object
+    view: object
+    ranks: object
+    recipe: object
+    place: torch.device
+    model: torch.nn.Module
+    names: dict
+    mixture: object
+    mask: object
+    texts: dict
+
+    def measure(self, stage):
+        """The perplexity on each text."""
+        return _measure(self.model, self.texts, self.place, self.view, self.ranks, stage)
+
+    def progress(self, label):
+        """Who is told how far a step is, or None."""
+        return self.view.progress and partial(self.view.progress, label)
+
+
+def _open(run, view, options, ranks):
+    """Read the model and all texts, and say what they are; a `_Job`."""
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
     warming = _warm(source, recipe, place)
@@ -65,65 +107,78 @@ def _prune(run, view, options, ranks):
     mixture, mask, texts = _read_all(run, model, recipe.distill, place, view)
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
-    measure = partial(_measure, model, texts, place, view, ranks)
     warming.finish()
-    before = {}
+    return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts)
 
-    def starting(report):
-        report.left = [_file_name(name, names) for name in report.left]
-        view.starting(report)
-        before.update(measure("dense"))
-        if bad := [name for name, value in before.items() if math.isnan(value)]:
-            raise ValueError(
-                f"model: found that its perplexity on {bad[0]} is no number, expected finite "
-                "weights; a wider dtype may hold its activations"
-            )
 
-    def on_block(report, blocks):
-        for row in report.blocks[-1].layers:
-            row.transposed = is_transposed(model.get_submodule(row.name))
-            if row.loss is not None:
-                row.pattern = recipe.of(row.name).pattern.label
-            row.name = _file_name(row.name, names)
-        view.on_block(report, blocks)
-
+def _prune(run, view, options, ranks):
+    job, before = _open(run, view, options, ranks), {}
     try:
         report = prune_model(
-            model, mixture.pruning, attention_mask=mask, checkpoint_folder=run.dst,
-            resume=run.resume, protocol=_protocol(run, mixture, texts),
-            keep_masks=run.save_masks or recipe.distill > 0, device=run.device, starting=starting,
-            rotating=view.progress and partial(view.progress, "rotation"), on_block=on_block,
-            **{**options, "distill": 0},
+            job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
+            resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
+            keep_masks=run.save_masks or job.recipe.distill > 0, device=run.device,
+            starting=partial(_starting, job, before), rotating=job.progress("rotation"),
+            on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
         dense = None
-        if recipe.distill or texts:
-            dense = loading.load_model(source, run.trust_remote_code)
-        if recipe.distill:
-            report.perplexity_pruned = measure("pruned")
-            report.settings |= {"distill": recipe.distill, "distill_rate": recipe.distill_rate}
-            report.distillation = recover(
-                model, dense, report.masks, mixture.distilling, mask, mixture.times,
-                passes=recipe.distill, rate=recipe.distill_rate, seed=run.seed, device=place,
-                folder=run.dst, say=view.say,
-                progress=view.progress and partial(view.progress, "distillation"),
-            )  # fmt: skip
-        save_dtype = written_dtype(source, run.save_dtype)
+        if job.recipe.distill or job.texts:
+            dense = loading.load_model(run.source, run.trust_remote_code)
+        if job.recipe.distill:
+            _distill(job, dense, report)
+        save_dtype = written_dtype(run.source, run.save_dtype)
         if save_dtype is not None:
-            model.to(save_dtype)  # what is measured is what is written
+            job.model.to(save_dtype)  # what is measured is what is written
         if report.rotation is not None and report.rotation.untied:
-            report.rotation.untied = model.get_output_embeddings().weight.nbytes
-        after = measure("distilled" if recipe.distill else "pruned")
+            report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
+        after = job.measure("distilled" if job.recipe.distill else "pruned")
         if not ranks.leads:
             return report
-        report.agreement = agreements(model, dense, texts, place, view.say, view.progress)
+        report.agreement = agreements(
+            job.model, dense, job.texts, job.place, view.say, view.progress
+        )
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
             "memory: found the device full, expected fewer samples, shorter windows or fewer "
             "batch_tokens"
         ) from None
-    report.perplexity = {name: (before[name], after[name]) for name in texts}
-    _write(run, model, names, report, save_dtype, recipe)
+    report.perplexity = {name: (before[name], after[name]) for name in job.texts}
+    _write(run, job.model, job.names, report, save_dtype, job.recipe)
     return report
+
+
+def _starting(job, before, report):
+    """Show what will be done, and measure the dense model into ``before``."""
+    report.left = [_file_name(name, job.names) for name in report.left]
+    job.view.starting(report)
+    before.update(job.measure("dense"))
+    if bad := [name for name, value in before.items() if math.isnan(value)]:
+        raise ValueError(
+            f"model: found that its perplexity on {bad[0]} is no number, expected finite weights; "
+            "a wider dtype may hold its activations"
+        )
+
+
+def _on_block(job, report, blocks):
+    """Call the layers of a finished block as their tensors in the files, and show it."""
+    for row in report.blocks[-1].layers:
+        row.transposed = is_transposed(job.model.get_submodule(row.name))
+        if row.loss is not None:
+            row.pattern = job.recipe.of(row.name).pattern.label
+        row.name = _file_name(row.name, job.names)
+    job.view.on_block(report, blocks)
+
+
+def _distill(job, dense, report):
+    """Let all kept weights learn together what the dense model says."""
+    run, recipe = job.run, job.recipe
+    report.perplexity_pruned = job.measure("pruned")
+    report.settings |= {"distill": recipe.distill, "distill_rate": recipe.distill_rate}
+    report.distillation = recover(
+        job.model, dense, report.masks, job.mixture.distilling, job.mask, job.mixture.times,
+        passes=recipe.distill, rate=recipe.distill_rate, seed=run.seed, device=job.place,
+        folder=run.dst, say=job.view.say, progress=job.progress("distillation"),
+    )  # fmt: skip
 
 
 def plan(run, view, options):
