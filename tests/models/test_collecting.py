@@ -231,7 +231,8 @@ def test_on_a_device(dtype):
                     model(window[None])
             hessian = hessians["model.layers.1.mlp.down_proj"]
             assert repr(hessian) == f"Hessian(K={hessian.K}, tokens=128, float32 on cuda)"
-            np.testing.assert_allclose(hessian.matrix.get(), X.T @ X, rtol=0.02, atol=0.02)
+            off = np.linalg.norm(hessian.matrix.get() - X.T @ X)
+            assert off < (1e-3 if dtype == torch.float32 else 2e-2) * np.linalg.norm(X.T @ X)
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     result = cuobs.prune_linear(layer, hessian=hessian, method="sparsegpt")
     assert result.device == "cuda" and layer.weight.is_cuda and layer.weight.dtype == dtype
