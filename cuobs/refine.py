@@ -20,7 +20,7 @@ ITERATIONS = {"float32": 40, "float64": 500}
 # Of rows spread over the weight, the share of their loss by which they may be away from the best
 # weights as far as `excess` can tell; it overestimates, by 2 to 10 times on layers of models.
 SAMPLE, CERTAIN = 32, 0.04
-# A second descent goes on until an iteration gains this much less.
+# Further descents go on until an iteration gains this much less.
 FURTHER = 1e-2
 
 
@@ -50,11 +50,14 @@ def resolve(problem, mask, start=None):
         return _factor_rows(problem, mask), True
     X = xp.where(mask, target if start is None else start, 0)
     X, converged = _descend(problem, mask, X, SETTLED[dtype], problem.precision)
-    if dtype == "float32" and excess(problem, mask, X) > CERTAIN:
-        # From the true residual, in which no rounding has added up.
-        X, converged = _descend(problem, mask, X, FURTHER * SETTLED[dtype], "fp32")
-        converged = converged and excess(problem, mask, X) <= CERTAIN
-    return X, converged
+    if dtype == "float64":
+        return X, converged
+    # Again from the true residual, in which no rounding has added up; with all digits at last.
+    for precision in dict.fromkeys((problem.precision, "fp32")):
+        if excess(problem, mask, X) <= CERTAIN:
+            return X, converged
+        X, converged = _descend(problem, mask, X, FURTHER * SETTLED[dtype], precision)
+    return X, converged and excess(problem, mask, X) <= CERTAIN
 
 
 def warn_unconverged(dtype):
