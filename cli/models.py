@@ -150,11 +150,11 @@ def _check_plot(path):
 
 
 def _show(report, view, dst, plot):
-    from cuobs.models.report import picture, summary
+    from cuobs.models.report import outcome, picture, summary
 
     if plot:
         picture(report, plot)
-    for line in ("", *summary(report)):
+    for line in ("", *summary(report), "", *outcome(report)):
         view.say(line)
     for path in filter(None, (dst, plot)):
         view.say(f"written  {path}")

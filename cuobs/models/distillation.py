@@ -79,6 +79,15 @@ class DistillationReport:
     memory_predicted: int = 0
     memory_peak: int = 0
 
+    def summary(self):
+        """Rows of a table: names and values."""
+        before, after = self.divergence[0], self.divergence[self.kept]
+        kept = f"pass {self.kept} of {self.settings['passes']}" if self.kept else "none of it kept"
+        return [
+            ("distillation", f"KL {before:.4f} before, {after:.4f} after ({kept})"),
+            ("", f"{self.seconds:.1f} s, {arrays.size_text(self.memory_peak)} at most"),
+        ]
+
 
 def distill(
     model,
@@ -90,6 +99,7 @@ def distill(
     times=None,
     passes=2,
     rate=3e-4,
+    step_windows=STEP_WINDOWS,
     seed=0,
     device=None,
     checkpointing=None,
@@ -126,6 +136,8 @@ def distill(
     passes : int
         0 changes nothing.
     rate : float
+    step_windows : int
+        Windows of a step; fewer make more steps of few windows.
     seed : int
         Of the order in which windows are seen.
     device : torch.device or str, optional
@@ -155,16 +167,16 @@ def distill(
     ValueError, TypeError
         An argument is wrong, or the state is that of another run.
     """
-    check_arguments(passes=passes, rate=rate, seed=seed)
+    check_arguments(passes, rate, step_windows, seed)
     # By name, so that a run that goes on finds the same order.
     weights, masks = masked_weights(model, dict(sorted(masks.items())))
-    settings = {"passes": passes, "rate": rate, "seed": seed, "step_windows": STEP_WINDOWS}
+    settings = {"passes": passes, "rate": rate, "seed": seed, "step_windows": step_windows}
     report = DistillationReport(settings)
     if not passes or not len(tokens) or not weights:
         return report
     tokens, mask, times = _check_tokens(model, tokens, attention_mask, times)
     learned, aside = set_aside(len(tokens))
-    steps = [_order(learned, times, seed, number) for number in range(passes)]
+    steps = [_order(learned, times, step_windows, [seed, number]) for number in range(passes)]
     report.windows, report.aside = len(learned), len(aside)
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
@@ -186,7 +198,7 @@ def distill(
         held.enter_context(_learning_alone(model, weights.values()))
         held.enter_context(repeatable(device))
         pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
-        room, again, report.memory_predicted = _plan(pair, checkpointing)
+        room, again, report.memory_predicted = _plan(pair, step_windows, checkpointing)
         held.enter_context(_forward_again(model, again))
         pair.record(room.windows)
         if starting:
@@ -197,9 +209,10 @@ def distill(
     return report
 
 
-def check_arguments(*, passes=2, rate=3e-4, seed=0):
+def check_arguments(passes, rate, step_windows, seed):
     """Refuse arguments of `distill` that are wrong whatever the model is."""
     validation.integer("passes", passes, low=0)
+    validation.integer("step_windows", step_windows)
     validation.integer("seed", seed, low=0)
     if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
         raise ValueError(f"rate: found {rate!r}, expected a positive number")
@@ -414,7 +427,7 @@ def _holding(pair, values):
         _put(pair.weights, own)
 
 
-def _plan(pair, checkpointing):
+def _plan(pair, step_windows, checkpointing):
     """How many windows run at once, whether forwards are done again, and the bytes it takes."""
     learning = sum(weight.numel() for weight in pair.weights)
     length = pair.tokens.shape[1]
@@ -431,7 +444,7 @@ def _plan(pair, checkpointing):
     if again:
         blocks = max(1, len(_blocks_of(pair.model)))
         window = window // blocks + 4 * blocks * length * pair.width
-    windows = min(STEP_WINDOWS, BATCH_TOKENS[pair.device.type] // length, int(free // window))
+    windows = min(step_windows, BATCH_TOKENS[pair.device.type] // length, int(free // window))
     windows = max(1, windows)
     total = 12 * learning + chunk + windows * window
     if pair.device.type == "cuda":
@@ -553,11 +566,11 @@ def _learning_alone(model, weights):
             parameter.requires_grad_(learned)
 
 
-def _order(learned, times, seed, number):
+def _order(learned, times, size, seed):
     """The windows of each step of a pass."""
     windows = np.repeat(learned, times[learned])
-    windows = np.random.default_rng([seed, number]).permutation(windows)
-    return [windows[a : a + STEP_WINDOWS] for a in range(0, len(windows), STEP_WINDOWS)]
+    windows = np.random.default_rng(seed).permutation(windows)
+    return [windows[a : a + size] for a in range(0, len(windows), size)]
 
 
 def _check_tokens(model, tokens, attention_mask, times):

@@ -9,6 +9,7 @@ import cuobs
 from cuobs import files
 from cuobs.arrays import size_text
 from cuobs.models.source import REPORT, unfinished
+from cuobs.models.evaluate import Agreement
 from cuobs.plotting import check_picture
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "RotationReport",
+    "outcome",
     "picture",
     "read_report",
     "summary",
@@ -288,8 +290,12 @@ def summary(report):
     ]
     if report.rotation is not None:
         lines += report.rotation.summary()
-    for name, (before, after) in report.perplexity.items():
-        lines.append((f"perplexity, {name}", f"{before:.2f} dense, {after:.2f} pruned"))
+    for name in report.perplexity:
+        lines.append((f"perplexity, {name}", _perplexities(report, name)))
+    for name, near in report.agreement.items():
+        lines.append((f"to the dense model, {name}", Agreement(**near).text()))
+    if report.distillation is not None:
+        lines += report.distillation.summary()
     if losses:
         mean = sum(losses) / len(losses)
         lines.append(("loss a layer", f"{mean:.2%} mean, {max(losses):.2%} largest"))
@@ -301,6 +307,48 @@ def summary(report):
     ]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {value}" for name, value in lines]
+
+
+def outcome(report):
+    """Three lines: what was lost and won, what it cost, and what to try next."""
+    found = [f"{name}: perplexity {_perplexities(report, name)}" for name in report.perplexity]
+    if not found:
+        drift = next((b.drift for b in report.blocks[::-1] if b.drift is not None), None)
+        found = ["not measured" if drift is None else f"drift {drift:.1%} behind the last block"]
+    steps = [step for step in (report.rotation, report.distillation) if step is not None]
+    seconds = report.seconds + sum(step.seconds for step in steps)
+    peaks = [report.memory_peak] + [getattr(step, "memory_peak", 0) for step in steps]
+    return [
+        f"lost and won  {'; '.join(found)}",
+        f"cost          {seconds / 60:.1f} minutes, {size_text(max(peaks))} at most",
+        f"to try next   {_next(report)}",
+    ]
+
+
+def _next(report):
+    """The step that is most likely to win more, of those that were not taken."""
+    settings, done = report.settings, report.distillation
+    if settings["target"] == "pruned":
+        return "--target mixed, which costs a second stream of hidden states"
+    if settings.get("method") in ("magnitude", "wanda"):
+        return "--method admm, which chooses masks and weights together"
+    if done is None:
+        return "--distill 2 --distill-calibration self:1024, with windows the model writes itself"
+    if not done.kept:
+        return "a lower --distill-rate: what distillation did was taken back"
+    if settings.get("rotate") is False:
+        return "--rotate, where the model's norms let another basis through"
+    if not report.perplexity:
+        return "--eval F, a text unlike the calibration, to see what is left of the model"
+    return f"more windows of the model's own: {done.windows + done.aside} were seen"
+
+
+def _perplexities(report, name):
+    before, after = report.perplexity[name]
+    if name not in report.perplexity_pruned:
+        return f"{before:.2f} dense, {after:.2f} pruned"
+    pruned = report.perplexity_pruned[name]
+    return f"{before:.2f} dense, {pruned:.2f} pruned, {after:.2f} distilled"
 
 
 def target_text(settings):

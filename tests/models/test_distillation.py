@@ -246,7 +246,7 @@ def test_half_the_windows_do_as_well():
 
 def test_windows_that_a_pass_sees_twice():
     times = np.array([2, 1, 0, 1])
-    seen = np.concatenate(_order(np.array([0, 2, 3]), times, 0, 1))
+    seen = np.concatenate(_order(np.array([0, 2, 3]), times, 8, [0, 1]))
     assert sorted(seen.tolist()) == [0, 0, 3]
     dense = make_model("llama")
     model, masks = make_pruned(dense)
@@ -300,6 +300,7 @@ def test_bad_arguments():
     other = make_model("llama", vocab_size=98)
     for changes, match in (
         ({"passes": -1}, "passes: found -1"),
+        ({"step_windows": 0}, "step_windows: found 0"),
         ({"rate": 0}, "rate: found 0, expected a positive number"),
         ({"tokens": make_tokens(1)}, "tokens: found 1 window, expected 2 at least"),
         ({"tokens": make_tokens() + 90}, "the model's vocabulary"),

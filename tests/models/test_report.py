@@ -12,7 +12,7 @@ from cuobs.arrays import size_text
 from cuobs.models import BlockReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
 from cuobs.models.prediction import Work, batches_to_hold, predict, stages_of
-from cuobs.models.report import picture, summary
+from cuobs.models.report import outcome, picture, summary
 
 
 @pytest.fixture
@@ -37,6 +37,21 @@ def test_summary(report):
     text = "\n".join(summary(report))
     assert "10.00 dense, 12.50 pruned" in text
     assert "3 of 21 linears" in text
+
+
+def test_three_lines_at_the_end(report, tokens):
+    report.perplexity, report.perplexity_pruned = {"text": (10.0, 12.5)}, {"text": 20.0}
+    lost, cost, following = outcome(report)
+    assert "text: perplexity 10.00 dense, 20.00 pruned, 12.50 distilled" in lost
+    assert "minutes" in cost and following.startswith("to try next   --distill")
+    options = {"device": "cpu", "method": "sparsegpt", "target": "pruned"}
+    lost, _, following = outcome(prune_model(make_model("llama"), tokens, **options))
+    assert "not measured" in lost and "--target mixed" in following
+    options = {"device": "cpu", "distill": 1, "distill_rate": 100.0}
+    harmed = prune_model(make_model("llama"), tokens, **options)
+    lost, _, following = outcome(harmed)
+    assert "drift" in lost and "lower --distill-rate" in following
+    assert "none of it kept" in "\n".join(summary(harmed))
 
 
 def test_picture(report, tmp_path):
