@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cuobs import arrays, files, validation
@@ -27,7 +28,6 @@ from cuobs.models.calibration import check_tokens, to_array
 from cuobs.models.divergence import divergence, divergence_gradient
 from cuobs.models.logits import CHUNK, Cut
 from cuobs.models.repeatable import repeatable
-from cuobs.models.replay import attention, record, refuse_more, sees_all
 from cuobs.models.structure import find_blocks
 from cuobs.torch.keep_zeros import masked_weights
 
@@ -39,12 +39,10 @@ LARGEST_GRADIENT = 1.0
 # One window in so many is kept aside.
 ASIDE = 32
 # Tokens that run through a model at once while gradients are wanted.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 SAVE_SECONDS = 180.0
-# What is replayed, or attended to in another way, differs by rounding alone.
-TOLERANCE = 1e-2
-# The name under which transformers finds `_attend`.
-ATTENTION = "cuobs_causal"
+# All of PyTorch's attentions but that of cuDNN, whose sums have no fixed order.
+ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -197,10 +195,10 @@ def distill(
             held.enter_context(_in_float32(part, device))
         held.enter_context(_learning_alone(model, weights.values()))
         held.enter_context(repeatable(device))
+        held.enter_context(sdpa_kernel(ATTENTIONS))
         pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
         room, again, report.memory_predicted = _plan(pair, step_windows, checkpointing)
         held.enter_context(_forward_again(model, again))
-        pair.record(room.windows)
         if starting:
             starting(report)
         _learn(pair, room, steps, aside, report, saved, progress, on_pass)
@@ -242,7 +240,6 @@ class _Pair:
         self.mask = None if mask is None else mask.to(device)
         self.device = device
         self.model = model
-        self._replay = None
         with self._products():
             self.pruned, self.dense = Cut(model, self.tokens), Cut(dense, self.tokens)
 
@@ -273,63 +270,21 @@ class _Pair:
     def gradient(self, windows, room):
         """Set the gradients of the mean over some windows, 0 where a weight is pruned."""
         whole = self.given(windows)[2].sum()
-        several = len(windows) > room.windows
 
         def add(start, stop):
             tokens, mask, counts = self.given(windows[start:stop])
             # All or none: memory may run out on the way.
             for weight, found in zip(
-                self.weights, self._masked_gradient(tokens, mask, counts / whole), strict=True
+                self.weights, self._gradient(tokens, mask, counts / whole), strict=True
             ):
                 if found is not None and weight.grad is not None:
                     weight.grad.add_(found)
                 elif found is not None:
-                    # What is replayed comes to lie in the same place again.
-                    weight.grad = found.clone() if several else found
+                    weight.grad = found
 
         for weight in self.weights:
             weight.grad = None
         room.each(len(windows), add)
-
-    def record(self, windows):
-        """On a GPU, record the gradient of so many windows, to be replayed for as many or fewer."""
-        if self.device.type != "cuda" or self.mask is not None:
-            return
-        length = self.tokens.shape[1]
-        if not all(sees_all(cut.model, length) for cut in (self.pruned, self.dense)):
-            return
-        if not all(_attends_alike(cut, self.tokens[:1]) for cut in (self.pruned, self.dense)):
-            return
-        tokens, _, counts = self.given(np.arange(windows) % len(self.tokens))
-
-        def gradient():
-            with (
-                attention(self.pruned.model, ATTENTION, _attend),
-                attention(self.dense.model, ATTENTION, _attend),
-            ):
-                return self._gradient(tokens, None, counts)
-
-        try:
-            expected = gradient()
-            found = (replay := record(gradient))()
-        except RuntimeError:  # no memory for it among the reasons
-            memory.give_back()
-            return
-        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
-        lost, whole = (sum(x.double().square().sum() for x in part) for part in zip(
-            *((a - b, b) for a, b in pairs), strict=True))  # fmt: skip
-        if lost <= TOLERANCE**2 * whole:
-            self._replay = tokens, counts, replay
-
-    def _masked_gradient(self, tokens, mask, counts):
-        """The gradients of the weighted divergence of some windows, by replay where recorded."""
-        if self._replay is None or len(tokens) > len(self._replay[0]):
-            return self._gradient(tokens, mask, counts)
-        places, weights, replay = self._replay
-        places[: len(tokens)] = tokens
-        weights.zero_()
-        weights[: len(counts)] = counts
-        return replay()
 
     def _gradient(self, tokens, mask, counts):
         with torch.no_grad():
@@ -479,28 +434,6 @@ def _bytes_of_a_window(pair):
     except torch.cuda.OutOfMemoryError:
         memory.give_back()
         return math.inf
-
-
-def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Causal attention to all tokens before; no mask is made for it."""
-    refuse_more(kwargs)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
-
-
-@torch.no_grad()
-def _attends_alike(cut, tokens):
-    """Whether `_attend` gives a model what its own attention does."""
-    own = cut.hidden(tokens).float()
-    try:
-        with attention(cut.model, ATTENTION, _attend):
-            found = cut.hidden(tokens).float()
-    except ValueError:
-        return False
-    return bool((found - own).norm() <= TOLERANCE * own.norm())
 
 
 def _blocks_of(model):
