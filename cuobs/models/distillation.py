@@ -11,7 +11,6 @@ import math
 import numbers
 import os
 import time
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,6 +27,7 @@ from cuobs.models.calibration import check_tokens, to_array
 from cuobs.models.divergence import divergence, divergence_gradient
 from cuobs.models.logits import CHUNK, Cut
 from cuobs.models.repeatable import repeatable
+from cuobs.models.report import DistillationReport
 from cuobs.models.structure import find_blocks
 from cuobs.torch.keep_zeros import masked_weights
 
@@ -43,48 +43,6 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 SAVE_SECONDS = 180.0
 # All of PyTorch's attentions but that of cuDNN, whose sums have no fixed order.
 ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass
-class DistillationReport:
-    """What distillation did.
-
-    Attributes
-    ----------
-    settings : dict
-        Passes, rate, seed, windows of a step.
-    windows, aside : int
-        That were learned from, each once a pass or as often as told, and that were kept aside.
-    steps : int
-        Of all passes.
-    divergence : list of float
-        KL(dense ‖ pruned), nats a token, on the windows kept aside: before, and after each pass.
-    kept : int
-        The pass whose weights the model has now; 0 where none helped and all were taken back.
-    seconds : float
-        Of this run.
-    memory_predicted, memory_peak : int
-        Bytes on the device (on the CPU: of the process).
-    """
-
-    settings: dict = field(default_factory=dict)
-    windows: int = 0
-    aside: int = 0
-    steps: int = 0
-    divergence: list = field(default_factory=list)
-    kept: int = 0
-    seconds: float = 0.0
-    memory_predicted: int = 0
-    memory_peak: int = 0
-
-    def summary(self):
-        """Rows of a table: names and values."""
-        before, after = self.divergence[0], self.divergence[self.kept]
-        kept = f"pass {self.kept} of {self.settings['passes']}" if self.kept else "none of it kept"
-        return [
-            ("distillation", f"KL {before:.4f} before, {after:.4f} after ({kept})"),
-            ("", f"{self.seconds:.1f} s, {arrays.size_text(self.memory_peak)} at most"),
-        ]
 
 
 def distill(

@@ -1,7 +1,6 @@
 """Perplexity on windows of tokens, and how far two models agree on them."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -10,6 +9,7 @@ from cuobs.models.calibration import check_tokens
 from cuobs.models.divergence import comparison
 from cuobs.models.logits import Cut
 from cuobs.models.memory import Room
+from cuobs.models.report import Agreement
 
 # Tokens whose logits are held at once: each is a row of the vocabulary in float32.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -62,25 +62,6 @@ def perplexity(model, tokens, device=None, progress=None):
         model.to(home)
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
     return math.inf if mean > 700 else math.exp(mean)
-
-
-class Agreement(NamedTuple):
-    """How near a model is to another one, the dense.
-
-    Attributes
-    ----------
-    divergence : float
-        KL(dense ‖ model) of the next-token distributions, nats a token.
-    same_top : float
-        Share of tokens after which both hold the same next one for the likeliest.
-    """
-
-    divergence: float
-    same_top: float
-
-    def text(self):
-        """For people."""
-        return f"KL {self.divergence:.4f}, the same likeliest token in {self.same_top:.1%}"
 
 
 def agreement(model, dense, tokens, device=None, progress=None):

@@ -4,16 +4,18 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
 
 import cuobs
 from cuobs import files
 from cuobs.arrays import size_text
 from cuobs.models.source import REPORT, unfinished
-from cuobs.models.evaluate import Agreement
 from cuobs.plotting import check_picture
 
 __all__ = [
+    "Agreement",
     "BlockReport",
+    "DistillationReport",
     "LayerReport",
     "ModelReport",
     "RotationReport",
@@ -164,6 +166,67 @@ class RotationReport:
 
 
 @dataclass
+class DistillationReport:
+    """What distillation did.
+
+    Attributes
+    ----------
+    settings : dict
+        Passes, rate, seed, windows of a step.
+    windows, aside : int
+        That were learned from, each once a pass or as often as told, and that were kept aside.
+    steps : int
+        Of all passes.
+    divergence : list of float
+        KL(dense ‖ pruned), nats a token, on the windows kept aside: before, and after each pass.
+    kept : int
+        The pass whose weights the model has now; 0 where none helped and all were taken back.
+    seconds : float
+        Of this run.
+    memory_predicted, memory_peak : int
+        Bytes on the device (on the CPU: of the process).
+    """
+
+    settings: dict = field(default_factory=dict)
+    windows: int = 0
+    aside: int = 0
+    steps: int = 0
+    divergence: list = field(default_factory=list)
+    kept: int = 0
+    seconds: float = 0.0
+    memory_predicted: int = 0
+    memory_peak: int = 0
+
+    def summary(self):
+        """Rows of a table: names and values."""
+        before, after = self.divergence[0], self.divergence[self.kept]
+        kept = f"pass {self.kept} of {self.settings['passes']}" if self.kept else "none of it kept"
+        return [
+            ("distillation", f"KL {before:.4f} before, {after:.4f} after ({kept})"),
+            ("", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
+        ]
+
+
+class Agreement(NamedTuple):
+    """How near a model is to another one, the dense.
+
+    Attributes
+    ----------
+    divergence : float
+        KL(dense ‖ model) of the next-token distributions, nats a token.
+    same_top : float
+        Share of tokens after which both hold the same next one for the likeliest.
+    """
+
+    divergence: float
+    same_top: float
+
+    def text(self):
+        """For people."""
+        return f"KL {self.divergence:.4f}, the same likeliest token in {self.same_top:.1%}"
+
+
+@dataclass
 class ModelReport:
     """A pruned model.
 
@@ -245,6 +308,8 @@ class ModelReport:
         }
         if known.get("rotation"):
             known["rotation"] = RotationReport(**known["rotation"])
+        if known.get("distillation"):
+            known["distillation"] = DistillationReport(**known["distillation"])
         return cls(**known)
 
 

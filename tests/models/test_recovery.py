@@ -18,6 +18,7 @@ from cuobs.models import (
     write_calibration,
 )
 from cuobs.models.mixture import gather
+from cuobs.models.report import read_report, summary
 
 
 @pytest.fixture
@@ -104,6 +105,8 @@ def test_folder_is_distilled_and_opens_everywhere(source, tmp_path, calibration)
     assert report.perplexity[name][1] < report.perplexity_pruned[name]
     content = json.loads((dst / "cuobs_report.json").read_text())
     assert content["distillation"]["divergence"] == pytest.approx(done.divergence)
+    read = read_report(dst)
+    assert read.distillation == done and summary(read) == summary(report)
     assert content["agreement"][name]["same_top"] == pytest.approx(near.same_top)
     assert sorted(p.name for p in dst.iterdir() if p.name.startswith((".", "cuobs"))) == [
         "cuobs_masks.safetensors", "cuobs_recipe.toml", "cuobs_report.json",
