@@ -15,8 +15,6 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 SETTLED = {"float32": 5e-4, "float64": 0.0}
 # Iterations that the conjugate gradients take to get there on layers of language models.
 ITERATIONS = {"float32": 40, "float64": 500}
-
-
 # Of rows spread over the weight, the share of their loss by which they may be away from the best
 # weights as far as `excess` can tell; it overestimates, by 2 to 10 times on layers of models.
 SAMPLE, CERTAIN = 32, 0.04
@@ -49,14 +47,14 @@ def resolve(problem, mask, start=None):
     if xp is np and kept**3 / 3 < ITERATIONS[dtype] * K**2:
         return _factor_rows(problem, mask), True
     X = xp.where(mask, target if start is None else start, 0)
-    X, converged = _descend(problem, mask, X, SETTLED[dtype], problem.precision)
+    X, converged = _descend(problem, mask, X, problem.precision)
     if dtype == "float64":
         return X, converged
     # Again from the true residual, in which no rounding has added up; with all digits at last.
     for precision in dict.fromkeys((problem.precision, "fp32")):
         if excess(problem, mask, X) <= CERTAIN:
             return X, converged
-        X, converged = _descend(problem, mask, X, FURTHER * SETTLED[dtype], precision)
+        X, converged = _descend(problem, mask, X, precision, further=True)
     return X, converged and excess(problem, mask, X) <= CERTAIN
 
 
@@ -68,12 +66,13 @@ def warn_unconverged(dtype):
     )
 
 
-def _descend(problem, mask, X, settled, precision):
+def _descend(problem, mask, X, precision, further=False):
     """Conjugate gradients from X on; weights, and whether they converged."""
     target, H, dtype = problem.W, problem.H, problem.dtype.name
     expected = ITERATIONS[dtype]
     away = target - X
-    residual = matmul(away, H, precision)
+    # What is left where it has settled is less than what tensor cores round.
+    residual = matmul(away, H, "fp32" if further else precision)
     return masked_cg(
         H,
         residual,
@@ -81,7 +80,7 @@ def _descend(problem, mask, X, settled, precision):
         X,
         limit=TOLERANCE[dtype] ** 2 * (target**2 * H.diagonal()).sum(1),
         max_iterations=10 * len(H),
-        settled=settled,
+        settled=SETTLED[dtype] * (FURTHER if further else 1),
         energy=float((away * residual).sum(dtype="float64")),
         precision=precision,
         progress=lambda done: problem.settings.report(min(done, expected), expected),
