@@ -155,20 +155,15 @@ def prune_model(
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
-    weights = [oriented(module) for module in linears(blocks[0]).values()]
-    warming = Warming(
-        recipe.config.recipe, recipe.config.settings, [tuple(W.shape) for W in weights],
-        weights[0].dtype, device,
-    )  # fmt: skip
+    warming = _warm(recipe, blocks, device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
-        if checkpoint_folder is not None:
+        if checkpoint_folder is not None and ranks.leads:
             identity = _identity(report, windows, blocks)
             identity["model"] = checkpoint.fingerprint(model, blocks)
-            if ranks.leads:
-                checkpoint.begin(checkpoint_folder, identity, resume)
-            ranks.agree(None)  # the folder is there
+            checkpoint.begin(checkpoint_folder, identity, resume)
+        ranks.agree(None)  # the folder is there
         warming.finish()
         work = work_of(model, blocks, mine, batch, recipe, device)
         held = hold(work, device)
@@ -180,17 +175,11 @@ def prune_model(
                 model, stream, windows, layers, recipe, device, checkpoint_folder, rotating
             )
         memory.reset(device)
-        began = time.perf_counter()
         streams = _enter(model, blocks, mine, batch, recipe.follows, held, device)
         masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
             job = Job(recipe, layers, source, report, device, checkpoint_folder, masked, ranks)
-            for index in range(len(blocks)):
-                report.blocks.append(_prune_block(job, streams, index))
-                report.seconds = time.perf_counter() - began
-                report.memory_peak = memory.peak(device)
-                if on_block:
-                    on_block(report, len(blocks))
+            _prune_blocks(job, streams, on_block)
     if recipe.distill:
         report.distillation = recover(
             model, dense, report.masks, windows.tokens, windows.mask, passes=recipe.distill,
@@ -198,6 +187,13 @@ def prune_model(
         )  # fmt: skip
         report.masks = report.masks if keep_masks else {}
     return report
+
+
+def _warm(recipe, blocks, device):
+    """Begin to compile what pruning the blocks will need; a `Warming`."""
+    weights = [oriented(module) for module in linears(blocks[0]).values()]
+    shapes, config = [tuple(W.shape) for W in weights], recipe.config
+    return Warming(config.recipe, config.settings, shapes, weights[0].dtype, device)
 
 
 def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
@@ -324,6 +320,17 @@ def _enter(model, blocks, windows, batch, follows, held, device):
     return Streams.begin(
         entry.hidden, entry.calls, windows.counts(batch, device), follows, memory.Room(batch), held
     )
+
+
+def _prune_blocks(job, streams, on_block):
+    """Prune block after block, and complete the report as it goes."""
+    report, began = job.report, time.perf_counter()
+    for index in range(len(job.source)):
+        report.blocks.append(_prune_block(job, streams, index))
+        report.seconds = time.perf_counter() - began
+        report.memory_peak = memory.peak(job.device)
+        if on_block:
+            on_block(report, len(job.source))
 
 
 @torch.no_grad()
