@@ -22,12 +22,13 @@ _HOMES = {
     "cuobs.models.quantizer": ("PackedConfig",),
     "cuobs.models.report": (
         "Agreement", "BlockReport", "DistillationReport", "LayerReport", "ModelReport",
-        "RotationReport",
+        "RotationReport", "read_report",
     ),
     "cuobs.models.rotation": ("rotate",),
     "cuobs.models.rotation_folder": ("rotate_folder",),
     "cuobs.models.timing": ("speedup",),
     "cuobs.models.training": ("KeepZeros",),
+    "cuobs.models.verifying": ("LayerVerification", "verify_folder"),
     "cuobs.models.writing": ("write_windows",),
     "cuobs.torch": ("keep_zeros", "merge_masked"),
 }

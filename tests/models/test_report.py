@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from small_models import make_model
 
 from cuobs.arrays import size_text
-from cuobs.models import BlockReport, prune_model
+from cuobs.models import BlockReport, ModelReport, RotationReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
 from cuobs.models.prediction import Work, batches_to_hold, predict, stages_of
 from cuobs.models.report import outcome, picture, summary
@@ -121,3 +122,16 @@ def test_peak_of_one_run_is_not_that_of_the_one_before():
     reset(cpu)
     assert peak(cpu) - resident() < 50 * 2**20
     assert peak(cpu) - start < 100 * 2**20
+
+
+def test_there_and_back(report):
+    report.rotation = RotationReport(
+        "2:4", 1, "activations", False, 0.5, 0.25, 2, 1e-6, 0, 1.0, 2.0, 3
+    )
+    report.perplexity = {"text": (10.0, float("inf"))}
+    found = ModelReport.from_json(report.to_json())
+    assert found.blocks == report.blocks and found.rotation == report.rotation
+    assert found.perplexity["text"][0] == 10.0 and math.isnan(found.perplexity["text"][1])
+    assert summary(found)[:3] == summary(report)[:3]
+    more = json.loads(report.to_json()) | {"of_a_later_version": 1}
+    assert ModelReport.from_json(json.dumps(more)).settings["method"] == "admm"
