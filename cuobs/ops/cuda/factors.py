@@ -50,21 +50,12 @@ def _potrf(A, info):
 
 
 def factor_solve(R, B):
-    from cupy.cuda.device import get_cublas_handle
-    from cupy_backends.cuda.libs import cublas
+    from cupyx.scipy.linalg import solve_triangular
 
-    X, R = cupy.array(B, order="C"), cupy.ascontiguousarray(R)
-    trsm = getattr(cublas, {"float32": "strsm", "float64": "dtrsm"}[X.dtype.name])
-    handle, one = get_cublas_handle(), np.ones(1, X.dtype)
-    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
-    # To cuBLAS, which counts columns first, R is the lower triangle Rᵀ and the rows are columns.
-    for transposed in cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N:
-        trsm(
-            handle, cublas.CUBLAS_SIDE_LEFT, cublas.CUBLAS_FILL_MODE_LOWER, transposed,
-            cublas.CUBLAS_DIAG_NON_UNIT, len(R), len(X), one.ctypes.data,
-            R.data.ptr, len(R), X.data.ptr, len(R),
-        )  # fmt: skip
-    return X
+    # The transpose of R counts columns first, as cuBLAS does: it is not copied.
+    form = {"lower": True, "check_finite": False}
+    half = solve_triangular(R.T, B.T, trans=1, **form)
+    return solve_triangular(R.T, half, overwrite_b=True, **form).T
 
 
 def upper_inverse(U, precision="fp32"):
