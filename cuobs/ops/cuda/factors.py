@@ -50,12 +50,22 @@ def _potrf(A, info):
 
 
 def factor_solve(R, B):
+    half = _transposed_solve(R, B.T, trans=1)
+    return _transposed_solve(R, half, trans=0, overwrite_b=True).T
+
+
+def upper_solve(U, B):
+    return _transposed_solve(U, B, trans=1)
+
+
+def _transposed_solve(U, B, trans, overwrite_b=False):
+    """X with U X = B, or with Uᵀ X = B where `trans` is 0."""
     from cupyx.scipy.linalg import solve_triangular
 
-    # The transpose of R counts columns first, as cuBLAS does: it is not copied.
-    form = {"lower": True, "check_finite": False}
-    half = solve_triangular(R.T, B.T, trans=1, **form)
-    return solve_triangular(R.T, half, overwrite_b=True, **form).T
+    # The transpose of U counts columns first, as cuBLAS does: it is not copied.
+    return solve_triangular(
+        U.T, B, trans=trans, lower=True, overwrite_b=overwrite_b, check_finite=False
+    )
 
 
 def upper_inverse(U, precision="fp32"):
@@ -75,12 +85,6 @@ def upper_inverse(U, precision="fp32"):
                 gemm(product, blocks[:, tile:, tile:], corner, alpha=-1, **exactly)
         tile *= 2
     return U
-
-
-def upper_solve(U, B):
-    from cupyx.scipy.linalg import solve_triangular
-
-    return solve_triangular(U, B)
 
 
 def upper_gram(U, precision="fp32"):
