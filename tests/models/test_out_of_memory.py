@@ -149,7 +149,8 @@ def test_a_small_device_gives_the_same_model(tune):
     whole, parts = make_model("llama", **changes), make_model("llama", **changes)
     expected = prune_model(whole, tokens, **options)
     torch.cuda.empty_cache()
-    share = 2**28 / torch.cuda.get_device_properties(0).total_memory
+    held = torch.cuda.memory_reserved()  # by graphs of earlier tests, for good
+    share = (held + 2**28) / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(share)
     try:
         found = prune_model(parts, tokens, **options)
@@ -157,7 +158,7 @@ def test_a_small_device_gives_the_same_model(tune):
         measured = torch.cuda.max_memory_reserved()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert measured <= 2**28 < expected.memory_peak
+    assert measured - held <= 2**28 < expected.memory_peak
     for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
         assert mine.drift == pytest.approx(theirs.drift, rel=0.02)
 

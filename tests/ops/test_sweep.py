@@ -162,7 +162,7 @@ def test_a_sweep_that_fits_no_shared_memory(cp, rng, monkeypatch, dtype, pattern
     W = rng.standard_normal((M, n)).astype(dtype)
     R = np.linalg.cholesky(definite(rng, n)).T
     C, mask = definite(rng, n).astype(dtype), rng.random((M, n)) < 0.5
-    given = [cp.asarray(a, dtype) for a in (W, R / R.diagonal()[:, None], R.diagonal() ** 2)]
+    given = [cp.asarray(a, dtype) for a in (W, R / R.diagonal(), R.diagonal() ** 2)]
 
     def run():
         S, kept = cp.zeros((M, n), dtype), cp.empty((M, n), bool)
