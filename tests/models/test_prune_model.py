@@ -265,6 +265,25 @@ def test_skipped_and_indivisible_layers_are_reported(tokens):
 
 
 @pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
+def test_linears_of_a_group_may_have_recipes_of_their_own(tokens):
+    """They share a Hessian, and each is pruned as it would be alone."""
+    options = {"target": "pruned", "method": "sparsegpt"}
+    layers = {"*.k_proj": {"pattern": "4:8"}, "*.v_proj": {"method": "wanda", "damp": 0.1}}
+    found, report = pruned(
+        make_model("llama"), tokens, layers=layers, skip=["*.layers.2.*", "lm_head"], **options
+    )
+    plain, _ = pruned(make_model("llama"), tokens, **options)
+    other, _ = pruned(make_model("llama"), tokens, **{**options, "pattern": "4:8"})
+    third, _ = pruned(make_model("llama"), tokens, **{**options, "method": "wanda"})
+    for name, expected in (("q_proj", plain), ("k_proj", other), ("v_proj", third)):
+        key = f"model.layers.0.self_attn.{name}.weight"
+        torch.testing.assert_close(weights_of(found)[key], weights_of(expected)[key])
+    assert {row.damp for row in report.layers if row.name.endswith("v_proj")} == {0.1, None}
+    assert all(row.note for row in report.layers if ".layers.2." in row.name)
+    with pytest.raises(ValueError, match="skip: found no linear whose name '.*w2' fits"):
+        prune_model(make_model("llama"), tokens, skip=["*.w2"], device="cpu")
+
+
 def test_singular_hessian_is_damped_more_and_said(target):
     # one window of few tokens: fewer than columns
     model, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0, target=target)
