@@ -252,19 +252,6 @@ def test_first_real_token_is_dropped(tokens):
     assert losses[2] != pytest.approx(losses[0], rel=1e-3)
 
 
-def test_skipped_and_indivisible_layers_are_reported(tokens):
-    model = make_model("llama", intermediate_size=60)
-    found, report = pruned(model, tokens, pattern="4:8", skip=r"k_proj|layers\.0\.")
-    notes = {row.name: row.note for row in report.layers if row.loss is None}
-    assert notes["model.layers.0.self_attn.q_proj"] == "left as it is: skipped"
-    assert notes["model.layers.1.self_attn.k_proj"] == "left as it is: skipped"
-    assert "does not divide a weight of shape (32, 60)" in notes["model.layers.1.mlp.down_proj"]
-    assert len(notes) == 7 + 2 * 2
-    for name in notes:
-        assert torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
-
-
-@pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
 def test_linears_of_a_group_may_have_recipes_of_their_own(tokens):
     """They share a Hessian, and each is pruned as it would be alone."""
     options = {"target": "pruned", "method": "sparsegpt"}
@@ -284,6 +271,19 @@ def test_linears_of_a_group_may_have_recipes_of_their_own(tokens):
         prune_model(make_model("llama"), tokens, skip=["*.w2"], device="cpu")
 
 
+def test_skipped_and_indivisible_layers_are_reported(tokens):
+    model = make_model("llama", intermediate_size=60)
+    found, report = pruned(model, tokens, pattern="4:8", skip=r"k_proj|layers\.0\.")
+    notes = {row.name: row.note for row in report.layers if row.loss is None}
+    assert notes["model.layers.0.self_attn.q_proj"] == "left as it is: skipped"
+    assert notes["model.layers.1.self_attn.k_proj"] == "left as it is: skipped"
+    assert "does not divide a weight of shape (32, 60)" in notes["model.layers.1.mlp.down_proj"]
+    assert len(notes) == 7 + 2 * 2
+    for name in notes:
+        assert torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
 def test_singular_hessian_is_damped_more_and_said(target):
     # one window of few tokens: fewer than columns
     model, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0, target=target)
