@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 import numbers
 import re
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
 # Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² H_jj; or
 # w² / C_jj with C the inverse of the damped H, which is lost when all others may make up for it.
 SCORES = ("activations", "compensated")
-STEPS = 100
+# Steps of Adam that learn it, their learning rate at the start, and calibration windows.
+STEPS, RATE, WINDOWS = 100, 3e-3, 64
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,16 @@ class ModelRecipe:
 
 # Keys of a `ModelRecipe` beside its config.
 KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "config")
+
+
+def check_rotation(steps=STEPS, rate=RATE, windows=WINDOWS, score=SCORES[0], damp=0.01):
+    """Refuse what `cuobs.models.rotate` can't be told."""
+    validation.integer("steps", steps, low=0)
+    validation.integer("windows", windows)
+    validation.name_of("score", score, SCORES)
+    validation.damping(damp)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"rate: found {rate!r}, expected a positive number")
 
 
 def read_arguments(given):

@@ -298,7 +298,7 @@ class ModelReport:
 
     @classmethod
     def from_json(cls, text):
-        """The inverse of `to_json`; what is not known is left out, distillation stays a dict."""
+        """The inverse of `to_json`; what is not known is left out."""
         content = json.loads(text)
         known = {key: content[key] for key in (f.name for f in fields(cls)) if key in content}
         known["blocks"] = [BlockReport.from_dict(block) for block in content["blocks"]]

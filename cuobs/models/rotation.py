@@ -6,7 +6,6 @@ rotated, and the goal is the share of the score that the pattern at hand prunes.
 
 import hashlib
 import json
-import math
 import os
 import time
 
@@ -15,17 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
 
 import cuobs
-from cuobs import files, validation
+from cuobs import files
 from cuobs.models import folding, memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.checks import check_alone
-from cuobs.models.recipe import SCORES, STEPS
+from cuobs.models.recipe import RATE, STEPS, WINDOWS, check_rotation
 from cuobs.models.report import RotationReport
-from cuobs.models.rotation_learning import RATE, Learned, learn
+from cuobs.models.rotation_learning import Learned, learn
 from cuobs.models.structure import find_blocks, linears
 from cuobs.models.windows import check_windows
-
-WINDOWS = 64
 
 
 @plain_torch()
@@ -104,7 +101,7 @@ def rotate(
     DenoiseRotator, arXiv 2505.23049; SliceGPT, arXiv 2401.15024, for folding.
     """
     began = time.perf_counter()
-    check_arguments(steps, rate, windows, score, damp)
+    check_rotation(steps, rate, windows, score, damp)
     patterns = _patterns_of(model, pattern)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,16 +164,6 @@ def _digest(*tensors):
         if tensor is not None:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def check_arguments(steps=STEPS, rate=RATE, windows=WINDOWS, score="activations", damp=0.01):
-    """Refuse what `rotate` can't be told."""
-    validation.integer("steps", steps, low=0)
-    validation.integer("windows", windows)
-    validation.name_of("score", score, SCORES)
-    validation.damping(damp)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"rate: found {rate!r}, expected a positive number")
 
 
 def store(path, learned, identity):

@@ -1,28 +1,13 @@
-"""From a checkpoint's folder to that of the same model in another basis."""
+"""From a checkpoint's folder to that of the same model in another basis.
 
-import json
-from dataclasses import asdict
-from functools import partial
+What can be known before is checked here; PyTorch is imported afterwards.
+"""
 
 import cuobs
-from cuobs.models import loading
-from cuobs.models.calibration import listed, load_tokens
-from cuobs.models.destination import changed_tensors, finish
-from cuobs.models.folding import untied_config
-from cuobs.models.mixture import Reader, gather
-from cuobs.models.names import check_all_known
-from cuobs.models.pipeline import (
-    names_in_files,
-    what_is_written,
-    written_dtype,
-)
+from cuobs import validation
+from cuobs.arrays import DEVICES
 from cuobs.models.planning import check_folders
-from cuobs.models.prune import choose_device
-from cuobs.models.rotation import WINDOWS, check_arguments, rotate
-from cuobs.models.source import MASKS
-from cuobs.models.source import REPORT as PRUNED
-
-REPORT = "cuobs_rotation.json"
+from cuobs.models.recipe import WINDOWS, check_rotation
 
 
 def rotate_folder(
@@ -69,38 +54,13 @@ def rotate_folder(
         shard_size, save_dtype,
     )  # fmt: skip
     pattern = cuobs.pattern.parse(pattern)
-    check_arguments(**{key: value for key, value in options.items() if key != "permute"})
-    model = loading.load_model(source, trust_remote_code)
-    names = names_in_files(source, model)
-    check_all_known(model, source, names)
-    for line in what_is_written(source, model, names, save_dtype):
-        say(line)
-    save_dtype = written_dtype(source, save_dtype)
-    reader = Reader(
-        source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
-        progress=progress and partial(progress, "windows of the model's own"),
+    validation.name_of("device", device, DEVICES)
+    check_rotation(**{key: value for key, value in options.items() if key != "permute"})
+    from cuobs.models import rotation_pipeline
+
+    return rotation_pipeline.rotate_source(
+        source, dst, calibration, pattern, options, samples=samples,
+        sequence_length=sequence_length, seed=seed, attention_mask=attention_mask,
+        shard_bytes=shard_bytes, save_dtype=save_dtype, trust_remote_code=trust_remote_code,
+        device=device, say=say, progress=progress,
     )  # fmt: skip
-    mixture = gather(listed(calibration), [], reader, samples=samples, length=sequence_length)
-    tokens = mixture.pruning
-    mask = attention_mask and load_tokens(attention_mask, samples, tokens.shape[1], kinds="biu")
-    for line in mixture.lines(seed):
-        say(f"calibration  {line}")
-    report = rotate(
-        model, tokens, pattern, attention_mask=mask, windows=samples, device=device,
-        progress=progress and partial(progress, "rotation"), **options,
-    )  # fmt: skip
-    if save_dtype is not None:
-        model.to(save_dtype)
-    if report.untied:
-        report.untied = model.get_output_embeddings().weight.nbytes
-    if source.gguf is None:
-        changed, extra = changed_tensors(model, source, names), {}
-        config = untied_config(source.config)
-    else:
-        changed, config, extra = loading.as_checkpoint(model)
-    extra[REPORT] = json.dumps({"cuobs": cuobs.__version__, **asdict(report)}, indent=2) + "\n"
-    finish(
-        source, dst, changed, config=config, extra=extra, without=(PRUNED, MASKS),
-        save_dtype=save_dtype, shard_size=shard_bytes,
-    )  # fmt: skip
-    return report

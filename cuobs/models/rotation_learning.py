@@ -7,10 +7,9 @@ import torch
 
 from cuobs.models.folding import Rotation
 from cuobs.models.pruned_share import Scopes, pruned_share
-from cuobs.models.recipe import STEPS
+from cuobs.models.recipe import RATE, STEPS
 from cuobs.models.rotation_moments import compiled, gather
 
-RATE = 3e-3
 # Elements of weights that are rotated at once.
 PIECE = 2**27
 

@@ -79,6 +79,10 @@ def test_before_torch_is_imported(run, source, tmp_path):
         "found no such folder": ["prune-model", tmp_path / "none", *plain[2:]],
         "found no weights": ["prune-model", tmp_path / "config", *plain[2:]],
         "expected a text": ["eval-model", source, "--text", "none.txt"],
+        "found no such file, expected an": ["rotate", source, tmp_path / "out", "--calibration",
+                                            tokens, "--attention-mask", "none.npy"],
+        "steps: found -1": ["rotate", source, tmp_path / "out", "--calibration", tokens,
+                            "--steps", -1],
         "found no array 'x'": ["eval-model", source, "--text", f"{tmp_path / 't.npz'}:x"],
     }
     for match, (code, output, heavy) in zip(commands, run(commands.values()), strict=True):
