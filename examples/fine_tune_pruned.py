@@ -8,6 +8,7 @@ them. In transformers' Trainer it is ``callbacks=[cuobs.models.KeepZeros()]``.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,18 +24,20 @@ WINDOWS, LENGTH = 32, 64
 
 def main():
     with tempfile.TemporaryDirectory() as work:
-        src, dst = sys.argv[1:3] or (make_tiny(f"{work}/dense"), f"{work}/pruned")
-        model = models.load_model(src)
-        dtype = model.dtype
+        src, dst = sys.argv[1:3] or (make_tiny(f"{work}/dense"), f"{work}/tuned")
         # What the model writes itself stands for a text here.
-        tokens = models.write_windows(model, WINDOWS, LENGTH)
-        report = models.prune_model(model, tokens, pattern="2:4")
+        tokens = models.write_calibration(src, f"{work}/own.npz", WINDOWS, LENGTH)
+        pruned = f"{work}/pruned"
+        report = models.prune_folder(src, pruned, f"{work}/own.npz", save_masks=True)
         print(f"pruned: {report.sparsity:.0%} zeros in {len(report.layers)} linears")
 
+        model = models.load_model(pruned)
+        dtype = model.dtype
         fine_tune(model.float(), torch.from_numpy(tokens))
 
+        shutil.copytree(pruned, dst)  # tokenizer, report and masks
         model.to(dtype).save_pretrained(dst)
-        check = [sys.executable, "-m", "cuobs", "verify", dst, "--pattern", "2:4"]
+        check = [sys.executable, "-m", "cuobs", "verify", dst]
         sys.exit(subprocess.run(check).returncode)
 
 
