@@ -461,3 +461,21 @@ def test_bad_arguments(arguments, sentence):
                        num_key_value_heads=3)  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
         rotate(model, tokens_of(), **{"steps": 1, **arguments})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_on_a_gpu(pattern, permute):
+    tokens = tokens_of()
+    a, b = make_model("qwen2"), make_model("qwen2")
+    dense = logits(a, tokens)
+    options = {"steps": 12, "rate": 1e-2, "permute": permute}
+    expected = rotate(a, tokens, pattern, device="cpu", **options)
+    found = rotate(b, tokens, pattern, device="cuda", **options)
+    assert found.before == pytest.approx(expected.before, rel=1e-2)
+    assert found.after == pytest.approx(expected.after, rel=3e-2)
+    assert distance(logits(b, tokens), dense) < 1e-4
+    c = make_model("qwen2")
+    rotate(c, tokens, pattern, device="cuda", **options)
+    assert same(weights_of(b), weights_of(c))
