@@ -69,6 +69,23 @@ def settle(dst):
     sync(dst)
 
 
+def abandon(dst, existed):
+    """Take away what a run made that was refused before anything was finished.
+
+    Parameters
+    ----------
+    dst : path
+    existed : bool
+        Whether the folder was there before.
+    """
+    blocks = os.path.join(dst, BLOCKS)
+    inside = set(os.listdir(dst)) if os.path.isdir(dst) else {None}
+    if inside <= {MARKER, BLOCKS} and not (os.path.isdir(blocks) and os.listdir(blocks)):
+        settle(dst)
+        if not existed:
+            os.rmdir(dst)
+
+
 def sync(path):
     """Have a file or a folder on disk before anything else is done."""
     handle = os.open(path, os.O_RDONLY)

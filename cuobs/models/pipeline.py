@@ -15,6 +15,7 @@ from cuobs.models.checkpoint import masks_file
 from cuobs.models.destination import changed_tensors, finish
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.folding import untied_config
+from cuobs.models.marker import abandon
 from cuobs.models.mixture import Reader, gather, self_written
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
@@ -49,7 +50,13 @@ def prune(run, view, options):
         if not ranks.leads:
             nothing = lambda *_: None  # noqa: E731
             view = View(nothing, None, nothing, nothing)
-        return _prune(run, view, options, ranks)
+        existed = os.path.isdir(run.dst)
+        try:
+            return _prune(run, view, options, ranks)
+        except (ValueError, TypeError):
+            if ranks.leads and not run.resume:
+                abandon(run.dst, existed)
+            raise
 
 
 @dataclass

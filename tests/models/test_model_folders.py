@@ -586,11 +586,16 @@ def test_a_model_whose_outputs_are_no_numbers_is_refused(source, tmp_path, calib
         model.lm_head.weight[5] = float("nan")
     model.save_pretrained(source, max_shard_size="20KB")
     assert np.isnan(perplexity(load_model(source), make_tokens(4)))
-    with pytest.raises(ValueError, match="perplexity on tokens.npz:text is no number"):
-        prune_folder(
-            source, tmp_path / "out", calibration, device="cpu",
-            evaluate=[calibration.replace("windows", "text")],
-        )  # fmt: skip
+    out = tmp_path / "out"
+    for existed in (False, True):
+        with pytest.raises(ValueError, match="perplexity on tokens.npz:text is no number"):
+            prune_folder(
+                source, out, calibration, device="cpu",
+                evaluate=[calibration.replace("windows", "text")],
+            )  # fmt: skip
+        # A start that fails leaves nothing of its own.
+        assert out.exists() == existed and not (existed and list(out.iterdir()))
+        out.mkdir(exist_ok=True)
 
 
 def test_a_mask_belongs_to_windows_of_tokens(source, tmp_path):
