@@ -519,14 +519,20 @@ def on_terminal(*args):
     master, slave = pty.openpty()
     with start(*args, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
-        out, seen = process.stdout.read(), b""
-        try:
-            while chunk := os.read(master, 4096):
-                seen += chunk
-        except OSError:  # how Linux says that the other end is closed
-            pass
+        seen, out = rest_of(master), process.stdout.read()
     os.close(master)
     return process.returncode, out, seen
+
+
+def rest_of(terminal):
+    """What is still written to a terminal until the program ends."""
+    seen = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            seen += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    return seen
 
 
 def test_a_terminal_gets_progress():
@@ -553,9 +559,10 @@ def test_ctrl_c_leaves_nothing():
         while b"%" not in seen:  # it is at work
             seen += os.read(master, 4096)
         process.send_signal(signal.SIGINT)
+        # A terminal that nobody reads makes its writers wait.
+        seen += rest_of(master)
         assert process.wait(60) == 130
         assert process.stdout.read() == b""
-        seen += os.read(master, 4096)
     os.close(master)
     assert b"Stopped." in seen and b"Traceback" not in seen
     assert sorted(os.listdir(".")) == before
