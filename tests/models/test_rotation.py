@@ -464,6 +464,7 @@ def test_bad_arguments(arguments, sentence):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("permute", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_on_a_gpu(pattern, permute):
