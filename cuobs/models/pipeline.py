@@ -20,7 +20,13 @@ from cuobs.models.mixture import Reader, gather, self_written
 from cuobs.models.names import check_all_known, ignored, match
 from cuobs.models.packing import pack_changed
 from cuobs.models.planning import View
-from cuobs.models.prune import batch_of, check_arguments, choose_device, prune_model
+from cuobs.models.prune import (
+    batch_of,
+    check_arguments,
+    check_single,
+    choose_device,
+    prune_model,
+)
 from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, recover
 from cuobs.models.source import HIDDEN, HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
@@ -103,6 +109,7 @@ class _Job:
 def _open(run, view, options, ranks):
     """Read the model and all texts, and say what they are; a `_Job`."""
     recipe, place = check_arguments(device=run.device, **options)
+    check_single(recipe, ranks)
     source = run.source
     warming = _warm(source, recipe, place)
     model = loading.load_model(source, run.trust_remote_code)

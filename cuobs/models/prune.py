@@ -211,15 +211,20 @@ def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
     )  # fmt: skip
 
 
-def check_shares(recipe, windows, ranks):
-    """This process's windows."""
-    if ranks.size == 1:
-        return windows
+def check_single(recipe, ranks):
+    """Refuse what one process does, where there are several."""
     for name in ("tune", "rotate", "distill"):
-        if getattr(recipe, name):
+        if ranks.size > 1 and getattr(recipe, name):
             raise ValueError(
                 f"{name}: found it with {ranks.size} processes, expected a single one with it"
             )
+
+
+def check_shares(recipe, windows, ranks):
+    """This process's windows."""
+    check_single(recipe, ranks)
+    if ranks.size == 1:
+        return windows
     if len(windows.tokens) < ranks.size:
         raise ValueError(
             f"tokens: found {len(windows.tokens)} windows for {ranks.size} processes, expected at "
