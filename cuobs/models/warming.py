@@ -1,7 +1,7 @@
 """Compile the kernels that pruning will need, side by side, while the model is looked at."""
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
 
 import torch
 
@@ -32,7 +32,7 @@ class Warming:
     """
 
     def __init__(self, recipe, settings, shapes, dtype, device):
-        self._waiting, self._pool = [], None
+        self._threads = []
         shapes = [shape for shape in sorted(set(shapes)) if _fits(recipe.pattern, shape)]
         if device.type != "cuda" or not shapes:
             return
@@ -41,14 +41,18 @@ class Warming:
         if recipe.exact:
             work.append((_resolve, recipe, settings, smallest, dtype))
             work += [(_iterate, settings, K) for K in {K for _, K in shapes}]
-        self._pool = ThreadPoolExecutor(len(work))
-        self._waiting = [self._pool.submit(_quietly, device, *part) for part in work]
+        # Daemons, since a model that is refused meanwhile must not wait for them.
+        self._threads = [
+            threading.Thread(target=_quietly, args=(device, *part), daemon=True) for part in work
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def finish(self):
         """Wait until all is compiled."""
-        wait(self._waiting)
-        if self._pool is not None:
-            self._pool.shutdown()
+        for thread in self._threads:
+            thread.join()
+        if self._threads:
             arrays.find_cupy().get_default_memory_pool().free_all_blocks()
 
 
