@@ -1,6 +1,7 @@
 """Several processes that prune one model, each with its share of the windows and of the rows."""
 
 import contextlib
+import contextvars
 import datetime
 import os
 
@@ -66,24 +67,49 @@ class Ranks:
 
 
 def current():
-    """The processes of PyTorch's default group, or this one alone."""
-    if distributed.is_available() and distributed.is_initialized():
-        return Ranks(distributed.get_rank(), distributed.get_world_size())
-    return Ranks()
+    """The processes that this one has `joined`, or this one alone."""
+    return _joined.get()
 
 
 @contextlib.contextmanager
-def joined(device):
-    """Join the processes that torchrun has started, if it has; their `Ranks`.
+def joined(device="auto"):
+    """Share what is pruned meanwhile with the processes that torchrun has started, if it has.
+
+    Where PyTorch's default group is there already, it is taken as it is. Each of its processes has
+    to come here, with the same arguments.
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
         On GPUs each process of a host takes its own, and sums go by NCCL; else by gloo.
+
+    Yields
+    ------
+    Ranks
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
-        yield current()
-        return
+    store, mine = None, distributed.is_available() and distributed.is_initialized()
+    if not mine and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store = _begin(device)
+    ranks = Ranks()
+    if store is not None or mine:
+        ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
+    token = _joined.set(ranks)
+    try:
+        yield ranks
+    except Exception:
+        # The first that fails says why; those that fail after it, for it or for the same, do not.
+        with contextlib.suppress(RuntimeError):
+            if store is not None and store.add("failed", 1) > 1:
+                raise SystemExit(SILENT) from None
+        raise
+    finally:
+        _joined.reset(token)
+    if store is not None:
+        distributed.destroy_process_group()
+
+
+def _begin(device):
+    """Make the default group; the store by which its processes found each other."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -91,12 +117,7 @@ def joined(device):
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
     )
-    try:
-        yield current()
-    except Exception:
-        # The first that fails says why; those that fail after it, for it or for the same, do not.
-        with contextlib.suppress(RuntimeError):
-            if store.add("failed", 1) > 1:
-                raise SystemExit(SILENT) from None
-        raise
-    distributed.destroy_process_group()
+    return store
+
+
+_joined = contextvars.ContextVar("joined", default=Ranks())
