@@ -12,6 +12,7 @@ from torch import distributed
 SILENT = 2
 # A process may wait for another that evaluates or writes; torchrun ends all where one dies.
 PATIENCE = datetime.timedelta(days=7)
+_joined = contextvars.ContextVar("joined", default=None)
 
 
 class Ranks:
@@ -68,7 +69,7 @@ class Ranks:
 
 def current():
     """The processes that this one has `joined`, or this one alone."""
-    return _joined.get()
+    return _joined.get() or Ranks()
 
 
 @contextlib.contextmanager
@@ -118,6 +119,3 @@ def _begin(device):
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
     )
     return store
-
-
-_joined = contextvars.ContextVar("joined", default=Ranks())
