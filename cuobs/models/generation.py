@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from cuobs.models.loading import empty_model, load_model, model_class
+from cuobs.models.loading import empty_model, from_config, load_model, model_class
 from cuobs.models.packing import pack_model
 from cuobs.models.source import CHECKPOINTS, Source, read_config
 from cuobs.models.structure import find_blocks, linears, oriented
@@ -108,7 +108,7 @@ def _on_device(source, dtype, say):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            model = found(config) if hasattr(found, "forward") else found.from_config(config)
+            model = from_config(found, config)
         finally:
             torch.set_default_dtype(before)
     return model.to(dtype).eval()

@@ -1,5 +1,6 @@
 """Open the model and the tokenizer of a checkpoint: nothing is fetched, no code of it is run."""
 
+import contextlib
 import json
 import math
 import os
@@ -46,18 +47,11 @@ def load_model(src, trust_remote_code=False):
     if source.gguf is None:
         extra = {"dtype": weights_dtype(stored_tensors(source))}
     found = model_class(source, trust_remote_code)
-    try:
+    with _opening(source):
         model, info = found.from_pretrained(
             source.folder, local_files_only=True, output_loading_info=True,
             trust_remote_code=trust_remote_code, **extra,
         )  # fmt: skip
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever transformers and what it calls may raise
-        raise ValueError(
-            f"{source.name}: found a model that does not open ({_reason(error)}), expected a "
-            "causal language model of transformers"
-        ) from error
     if missing := sorted(info["missing_keys"]):
         # transformers fills them with random numbers
         raise ValueError(
@@ -80,9 +74,41 @@ def empty_model(folder, trust_remote_code=False):
     source = Source(folder, folder, config=read_config(os.path.join(folder, "config.json")))
     found = model_class(source, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **options)
-    with torch.device("meta"):
-        return found(config) if hasattr(found, "forward") else found.from_config(config)
+    with _opening(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, **options)
+        return from_config(found, config, trust_remote_code)
+
+
+def from_config(found, config, trust_remote_code=False):
+    """A model of a class, or of one of transformers' "Auto" classes, with random weights."""
+    if hasattr(found, "forward"):
+        return found(config)
+    # Not given it asks on standard input.
+    return found.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _opening(source):
+    """Say in one sentence why a model does not open."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and what it calls may raise
+        if "trust_remote_code" in str(error):
+            raise _own_code(source) from error
+        raise ValueError(
+            f"{source.name}: found a model that does not open ({_reason(error)}), expected a "
+            "causal language model of transformers"
+        ) from error
+
+
+def _own_code(source):
+    names = source.config.get("architectures") or [source.config.get("model_type")]
+    return ValueError(
+        f"{source.name}: found a model that runs code of its own ({names[0]}), expected "
+        "trust_remote_code (--trust-remote-code) from who trusts it"
+    )
 
 
 def model_class(source, trust_remote_code=False):
@@ -106,10 +132,7 @@ def model_class(source, trust_remote_code=False):
                 f"{transformers.__version__} does not have, expected one that it has"
             )
         if not trust_remote_code:
-            raise ValueError(
-                f"{source.name}: found a model that runs code of its own ({names[0]}), expected "
-                "trust_remote_code (--trust-remote-code) from who trusts it"
-            )
+            raise _own_code(source)
         return transformers.AutoModelForCausalLM
     return found
 

@@ -169,7 +169,8 @@ def _starting(job, before, report):
     if bad := [name for name, value in before.items() if math.isnan(value)]:
         raise ValueError(
             f"model: found that its perplexity on {bad[0]} is no number, expected finite weights; "
-            "a wider dtype may hold its activations"
+            "where activations overflow float16, a copy of the model in bfloat16 may hold them: "
+            "model.bfloat16().save_pretrained(FOLDER)"
         )
 
 

@@ -301,10 +301,10 @@ def test_a_folder_behind_a_link_is_carried(source, tmp_path, calibration):
         assert (tmp_path / "out" / name / "tool.jinja").read_text() == "{{ x }}"
 
 
-def refused(source, tmp_path, calibration, match, error=ValueError):
+def refused(source, tmp_path, calibration, match, error=ValueError, **more):
     """SRC is refused in one sentence before anything is loaded or written."""
     with pytest.raises(error, match=match) as caught:
-        prune_folder(source, tmp_path / "out", calibration, **FAST)
+        prune_folder(source, tmp_path / "out", calibration, **FAST, **more)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -402,6 +402,23 @@ def test_code_of_a_folder_is_not_run(source, tmp_path, calibration, monkeypatch)
     report = prune_folder(source, tmp_path / "out", calibration, trust_remote_code=True, **FAST)
     assert ran.exists() and (tmp_path / "out" / "own.py").read_text() == CODE
     check(source, tmp_path / "out", report)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_code_of_a_folder_without_an_architecture_is_not_run(
+    source, tmp_path, calibration, monkeypatch, dry_run
+):
+    """transformers knows the config, and asks for the model alone."""
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (source / "own.py").write_text(CODE)
+    auto = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change_config(source, architectures=None, model_type="clip_text_model", auto_map=auto)
+    said = "runs code of its own .*--trust-remote-code"
+    refused(source, tmp_path, calibration, said, dry_run=dry_run)
+    assert not ran.exists()
 
 
 def test_code_of_a_tokenizer_is_not_run(source, tmp_path, calibration, monkeypatch):
