@@ -236,8 +236,6 @@ def _multiply_by_kernel(kernels, x, values, index, bias, layout):
         def run(way):
             if way.kernel == "unpack":
                 return _unpack_and_multiply(kernels, x, values, index, bias, layout, way.splits)
-            if way.kernel == "sparse":
-                return _multiply_sparse(_unpack_by_kernel(kernels, values, index, layout), x, bias)
             size = kernels.room_bytes(layout, way, len(x))
             room = torch.empty(size, dtype=torch.uint8, device=out.device)
             kernels.multiply(layout, dtype, way, kernels.Operands(
@@ -274,20 +272,6 @@ def _unpack_and_multiply(kernels, x, values, index, bias, layout, count):
     return out
 
 
-def _multiply_sparse(weight, x, bias):
-    """A product by cuSPARSELt with a dense weight that is 2:4."""
-    padded = nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
-    compressed = torch._cslt_compress(weight)
-    out = torch._cslt_sparse_mm(compressed, padded.T, bias=bias, transpose_result=True)
-    return out[: len(x)].contiguous()
-
-
-@lru_cache(maxsize=1)
-def _has_sparse():
-    library = getattr(torch.backends, "cusparselt", None)
-    return hasattr(torch, "_cslt_compress") and library is not None and library.is_available()
-
-
 def _way(layout, dtype, x, number, run):
     """The way for so many tokens; nothing is measured while a graph is captured."""
     from cuobs.ops.cuda.packed_ways import chosen, known
@@ -298,7 +282,7 @@ def _way(layout, dtype, x, number, run):
     if torch.cuda.is_current_stream_capturing():
         return chosen(layout, dtype, len(x), number)
     with stream_of(x):
-        return chosen(layout, dtype, len(x), number, run, _has_sparse())
+        return chosen(layout, dtype, len(x), number, run)
 
 
 def arranged(x, layout):

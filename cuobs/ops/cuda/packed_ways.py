@@ -24,9 +24,8 @@ class Way(NamedTuple):
 
     Attributes
     ----------
-    kernel : {"few", "many", "wide", "unpack", "sparse"}
-        "unpack" unpacks the weight for dense products, "sparse" for one of cuSPARSELt, which
-        compresses it anew each time.
+    kernel : {"few", "many", "wide", "unpack"}
+        The last unpacks the weight for dense products.
     groups : int
         Tokens of a block of threads, in groups of 8.
     warps : int
@@ -54,7 +53,7 @@ class Way(NamedTuple):
     splits: int = 1
 
 
-UNPACK, SPARSE = Way("unpack"), Way("sparse")
+UNPACK = Way("unpack")
 # What was fastest for one shape or another on an H100, by groups of 8 tokens.
 FEW = {
     1: (Way("few", 1, 16, 2, 1, 2), Way("few", 1, 8, 4, 1, 2), Way("few", 1, 8, 2, 1, 2, True)),
@@ -64,8 +63,6 @@ FEW = {
 # More tokens than this are not worth more than one reading of the packed weight.
 MANY_TOKENS = 512
 SLICES = (1, 2, 4, 8)
-# Fewer do not pay for the compression.
-SPARSE_TOKENS = 1024
 MAX_STAGES = 9
 
 
@@ -90,17 +87,8 @@ def device(number):
     )  # fmt: skip
 
 
-def ways(layout, tokens, device, sparse=False):
-    """The ways that may serve so many tokens; the first is taken where none was measured.
-
-    Parameters
-    ----------
-    layout : Layout
-    tokens : int
-    device : Device
-    sparse : bool
-        Whether cuSPARSELt is there.
-    """
+def ways(layout, tokens, device):
+    """The ways that may serve so many tokens; the first is taken where none was measured."""
     groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 16)
     room = device.shared - 4 * MAX_TABLE
     found = [way for way in FEW.get(groups, ()) if shared_bytes(layout, way) <= room]
@@ -108,16 +96,7 @@ def ways(layout, tokens, device, sparse=False):
         found += _split_ways(layout, groups, tokens, device)
     if groups > 4 or not found:
         found += [UNPACK._replace(splits=n) for n in SLICES if n == 1 or sliced(layout)]
-    if sparse and tokens >= SPARSE_TOKENS and _is_two_of_four(layout):
-        found.append(SPARSE)
     return found
-
-
-def _is_two_of_four(layout):
-    """Whether a layout is 2:4 as the hardware has it, in sizes that cuSPARSELt takes."""
-    plain = np.array_equal(layout.blocks, [[0, 1, 2, 3]]) and layout.keep == 2
-    M, K = layout.shape
-    return plain and order(layout) == tuple(range(8)) and M % 64 == 0 and K % 64 == 0
 
 
 @lru_cache(maxsize=256)
@@ -199,7 +178,7 @@ def whole(layout):
     return order(layout) is not None and layout.shape[1] % 8 == 0 and 4 * tile <= 40 * 1024
 
 
-def chosen(layout, dtype, tokens, number, trial=None, sparse=False):
+def chosen(layout, dtype, tokens, number, trial=None):
     """The way for so many tokens on a device.
 
     Parameters
@@ -212,14 +191,12 @@ def chosen(layout, dtype, tokens, number, trial=None, sparse=False):
     trial : callable, optional
         Enqueues a product by a given way on CuPy's current stream. Without it nothing is measured,
         and what was measured before, or the first way that there is, is taken.
-    sparse : bool
-        Whether the trial runs "sparse" too.
     """
     tokens = _class(tokens)
     known = _known(layout, dtype, tokens, number)
     if known:
         return known[0]
-    found = ways(layout, tokens, device(number), sparse)
+    found = ways(layout, tokens, device(number))
     if len(found) == 1:
         known.append(found[0])
     elif trial is None:
@@ -283,10 +260,7 @@ def _seconds(trial, way, repeats=15):
     """The median time of a product, with nothing of it in the L2 cache."""
     import cupy
 
-    try:
-        trial(way)
-    except RuntimeError:  # the library of a way does not take this product
-        return float("inf")
+    trial(way)
     size = 2 * cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
     other = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
     stream = cupy.cuda.get_current_stream()
