@@ -489,4 +489,5 @@ def test_hub_cache(source, tmp_path, calibration, monkeypatch):
     report = prune_folder("me/tiny", tmp_path / "out", calibration, **FAST)
     check(source, tmp_path / "out", report)
     assert report.protocol["source"] == "me/tiny"
+    assert "base_model: me/tiny\n" in (tmp_path / "out" / "README.md").read_text()
     refused("me/none", tmp_path / "none", calibration, "in the Hub's cache", FileNotFoundError)
