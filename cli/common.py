@@ -80,6 +80,14 @@ def check_outputs(inputs, outputs, force):
         files.check_output(path, force)
 
 
+def show_layer(shape, X, tokens):
+    """Say how large a weight and its inputs are: swapped ones may have the same columns."""
+    click.echo(f"weight    {by(shape)}")
+    inputs = f"{shape[1]} columns" if X is None else by(X.shape)
+    each = "" if tokens is None else f", {tokens / shape[1]:.1f} tokens a column"
+    click.echo(f"inputs    {inputs}{each}")
+
+
 def by(shape):
     """A shape as it is said: 576 x 1536."""
     return " x ".join(map(str, shape))

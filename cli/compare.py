@@ -1,6 +1,8 @@
 """cuobs compare"""
 
 import json
+import math
+from functools import partial
 
 import click
 from cuobs_cli import common, display, options
@@ -35,8 +37,9 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
         plotting.check_picture(plot)
     settings = {key: getattr(config.settings, key) for key in cuobs.recipe.SETTINGS}
     W, X, H = common.load_layer(w, x, hessian, config.settings.device)
+    tokens = getattr(H, "tokens", None) if X is None else math.prod(X.shape[:-1])
     with display.Progress("hessian") as progress:
-        rows = _Rows(methods, progress)
+        rows = _Rows(methods, progress, partial(common.show_layer, W.shape, X, tokens))
         try:
             cuobs.compare(
                 W, X, hessian=H, methods=methods, progress=progress.callback(),
@@ -50,8 +53,9 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
 class _Rows:
     """Prints the rows of a table as soon as all before them are there."""
 
-    def __init__(self, methods, progress):
+    def __init__(self, methods, progress, show_layer):
         self.table = None
+        self._show_layer = show_layer
         self._methods = methods
         self._progress = progress
         self._shown = 0
@@ -76,6 +80,7 @@ class _Rows:
         self._progress.clear()
         lines = self.table.lines(self._methods)
         if self._shown == 0:
+            self._show_layer()
             click.echo("\n".join(lines[:2]))
         position = [row.method for row in self.table].index(name)
         click.echo(lines[2 + position])

@@ -81,10 +81,7 @@ def _content(result):
 
 
 def _show(result, shape, X):
-    click.echo(f"weight    {common.by(shape)}")
-    inputs = f"{shape[1]} columns" if X is None else common.by(X.shape)
-    each = "" if result.tokens is None else f", {result.tokens / shape[1]:.1f} tokens a column"
-    click.echo(f"inputs    {inputs}{each}")
+    common.show_layer(shape, X, result.tokens)
     resolved = ", weights re-solved" if result.refine else ""
     click.echo(f"method    {result.method}{resolved}")
     click.echo(f"pattern   {result.pattern.label}: {result.pattern.keeps}")

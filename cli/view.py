@@ -58,6 +58,9 @@ class View:
         self.say(f"method       {settings['method']}, damp {settings['damp']:g}")
         self.say(f"pattern      {settings['pattern']}: {pattern.keeps}")
         self.say(f"target       {target_text(settings)}{dropped}")
+        if tokens := report.protocol.get("tokens"):
+            each = report.protocol["tokens_a_column"]
+            self.say(f"tokens       {tokens}, {each:.1f} a column of the widest layer")
         if settings.get("rotate"):
             self.say(f"rotation     {settings['rotate_steps']} steps; a tied head is untied")
         self.say(f"memory       about {size_text(report.memory_predicted)} on {settings['device']}")

@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--patterns", nargs="+", help="2:4 and 4:8 unless given")
     parser.add_argument("--run", nargs="+", help="a method and its options, quoted")
     parser.add_argument("--windows", type=int, help="calibration windows, 64 unless given")
-    parser.add_argument("--quick", action="store_true", help="else 4 windows, 2:4, two runs")
+    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, three runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
     args = parser.parse_args()

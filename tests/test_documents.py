@@ -103,3 +103,11 @@ def test_commands(page, request):
             shutil.rmtree(folder / words[2], ignore_errors=True)
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_the_example_of_the_command_line_runs_twice_in_a_row(folder):
+    text = (ROOT / "examples" / "command_line.sh").read_text().replace('"$layer/', '"')
+    lines = [line for line in text.splitlines() if line.startswith("cuobs ")]
+    for line in [*lines, *lines]:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"

@@ -7,7 +7,7 @@ import torch
 
 from cuobs.models.layers import choose_layers
 from cuobs.models.prediction import hold, predict, seconds_a_block, work_from_shapes
-from cuobs.models.prune import report_of
+from cuobs.models.prune import count_tokens, report_of
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 
 # Order of the matrices whose product shows how fast a device is, and how often it is taken.
@@ -38,6 +38,7 @@ def plan(model, windows, recipe, device, batch, protocol, say):
     for line in describe(layers, blocks):
         say(line)
     report = report_of(recipe, layers, windows, batch, device, protocol)
+    report.protocol |= count_tokens(windows, layers, blocks)
     work = work_from_shapes(model, blocks, windows, batch, recipe, device)
     held = hold(work, device)
     report.memory_predicted = predict(work, device, held)

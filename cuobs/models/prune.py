@@ -155,6 +155,7 @@ def prune_model(
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
+    report.protocol |= count_tokens(windows, layers, blocks)
     warming = _warm(recipe, blocks, device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
@@ -236,6 +237,21 @@ def check_shares(recipe, windows, ranks):
 def batch_of(batch_tokens, windows, device):
     """Windows that run through a block at once."""
     return max(1, (batch_tokens or BATCH_TOKENS[device.type]) // windows.tokens.shape[1])
+
+
+def count_tokens(windows, layers, blocks):
+    """Tokens that count, for a protocol; warn of fewer than a linear that is pruned has columns."""
+    found = int(windows.keep.sum())
+    columns, name = max(
+        (oriented(linears(blocks[index])[inner]).shape[1], f"{layers.prefix}.{index}.{inner}")
+        for index, inner in layers.recipes
+    )
+    if found < columns:
+        validation.warn(
+            f"tokens: found {found} for {columns} columns of {name}, expected several for each: "
+            "the loss on other tokens will be higher by far"
+        )
+    return {"tokens": found, "tokens_a_column": round(found / columns, 1)}
 
 
 def report_of(recipe, layers, windows, batch, device, protocol):

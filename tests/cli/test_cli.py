@@ -376,7 +376,9 @@ def test_verify():
 def test_compare():
     result = run("compare", "W.npy", "X.npy", "--pattern", "4:8", "--rst", "t.rst", "--json",
                  "t.json", "--plot", "p.png")  # fmt: skip
-    lines = result.stdout.splitlines()
+    weight, inputs, *lines = result.stdout.splitlines()
+    assert weight.split(maxsplit=1) == ["weight", f"{M} x {K}"]
+    assert inputs.split(maxsplit=1) == ["inputs", f"{N} x {K}, 3.0 tokens a column"]
     names = list(cuobs.methods())
     assert [line.split()[0] for line in lines[2 : 2 + len(names)]] == names
     table = json.load(open("t.json"))
@@ -387,7 +389,7 @@ def test_compare():
     assert rst[1] == lines[0] and rst[3:-1] == lines[2 : 2 + len(names)]
     assert open("p.png", "rb").read(4) == b"\x89PNG"
     some = run("compare", "W.npy", "X.npy", "--method", "wanda", "--method", "admm").stdout
-    assert [line.split()[0] for line in some.splitlines()[2:]] == ["wanda", "admm"]
+    assert [line.split()[0] for line in some.splitlines()[4:]] == ["wanda", "admm"]
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_ctrl_c_keeps_the_rows_that_were_found():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 130 and done.stderr == "Stopped.\n"
-    lines = done.stdout.splitlines()
+    lines = done.stdout.splitlines()[2:]
     assert [line.split()[0] for line in lines[2:]] == ["magnitude", "wanda", "sparsegpt", "written"]
     rows = json.load(open("t.json"))["rows"]
     assert [row["method"] for row in rows] == ["magnitude", "wanda", "sparsegpt"]
@@ -248,8 +248,8 @@ def test_rows_come_as_they_are_found(monkeypatch):
     monkeypatch.setitem(cuobs.recipe._METHODS, "wanda", cuobs.Method("wanda", "watched", watched))
     run("compare", "W.npy", "X.npy", "--method", "magnitude", "--method", "wanda", "--method",
         "sparsegpt", "--method", "wanda")  # fmt: skip
-    assert ran == [2]  # the header and magnitude were there before wanda ran
-    assert [line.split()[0] for line in said[1:]] == ["magnitude", "wanda", "sparsegpt"]
+    assert ran == [4]  # both shapes, the header and magnitude were there before wanda ran
+    assert [line.split()[0] for line in said[3:]] == ["magnitude", "wanda", "sparsegpt"]
 
 
 # Help and completion

@@ -16,7 +16,8 @@ def a_report():
                 "target": "mixed", "dense_share": (0.5, 0.5), "residual_share": (0.5, 0.5),
                 "device": "cpu"}  # fmt: skip
     blocks = [BlockReport(2, rows, drift=0.045, seconds=1234.5)]
-    return ModelReport(settings, {}, blocks, memory_peak=13 * 2**30)
+    protocol = {"tokens": 46, "tokens_a_column": 5.8}
+    return ModelReport(settings, protocol, blocks, memory_peak=13 * 2**30)
 
 
 def test_a_block_is_a_line_of_80_columns_with_the_layer_that_loses_most():
@@ -30,6 +31,7 @@ def test_drift_is_explained_and_layers_that_stay_are_named(capsys):
     shown.starting(a_report())
     shown.block(a_report(), 126)
     out = capsys.readouterr().out
+    assert "tokens       46, 5.8 a column" in out
     assert "‖h − ĥ‖ / ‖h‖" in out and "up_proj: left as it is" in out
     assert not re.search(r"[\r\x1b]", out)
 

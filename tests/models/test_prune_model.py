@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 import weakref
 
 import numpy as np
@@ -317,6 +318,18 @@ def test_layers_that_share_a_weight_stay_as_they_are(tokens, target):
             assert torch.equal(weight, before) and row.loss is None
         else:
             assert row.note == "" and cuobs.verify(weight.data, "2:4")
+
+
+@pytest.mark.parametrize(("windows", "warned"), [(2, True), (4, False)])
+def test_few_tokens_are_warned_of_once(tokens, windows, warned):
+    """46 and 92 of them, first tokens left out, for the 64 columns of down_proj."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        report = prune_model(make_model("llama"), tokens[:windows], method="wanda", device="cpu")
+    said = [str(w.message) for w in found if "columns" in str(w.message)]
+    assert len(said) == warned and report.protocol["tokens"] == 23 * windows
+    if warned:
+        assert said[0].startswith("tokens: found 46 for 64 columns of model.layers")
 
 
 def test_bfloat16(tokens):
