@@ -199,6 +199,8 @@ class DistillationReport:
 
     def summary(self):
         """Rows of a table: names and values."""
+        if not self.divergence:
+            return [("distillation", "nothing to learn from")]
         before, after = self.divergence[0], self.divergence[self.kept]
         kept = f"pass {self.kept} of {self.settings['passes']}" if self.kept else "none of it kept"
         return [

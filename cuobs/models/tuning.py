@@ -1,15 +1,14 @@
 """Tune a pruned block: its kept weights learn together, masks fixed, what the dense block gives."""
 
-import contextlib
 import copy
 import math
-import warnings
 from functools import partial
 
 import torch
 
 from cuobs.models.blocks import as_dtype, run, windows_of
 from cuobs.models.memory import Room
+from cuobs.models.repeatable import repeatable
 from cuobs.models.structure import linears
 
 # Windows of a gradient step.
@@ -66,7 +65,7 @@ def tune_block(block, masks, hidden, goals, calls, kept, *, passes, rate):
     room = Room(STEP_WINDOWS)
     before = _error(block, batches, room)
     order = torch.Generator().manual_seed(0)
-    with _repeatable(hidden[0]), torch.enable_grad():
+    with repeatable(hidden[0].device), torch.enable_grad():
         for _ in range(passes):
             for i in torch.randperm(len(batches), generator=order).tolist():
                 _gradient(block, weights, batches[i], room)
@@ -124,20 +123,3 @@ def _error(block, batches, room):
         part for batch in batches for part in room.each(len(batch[0]), partial(_lost, block, batch))
     )
     return float((lost / sum(map(_whole, batches))).sqrt())
-
-
-@contextlib.contextmanager
-def _repeatable(like):
-    """Sums in one order, so that a run gives the same bits again; tf32 on the device."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if like.is_cuda:
-        torch.set_float32_matmul_precision("high")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warned)
-        torch.set_float32_matmul_precision(before[1])
