@@ -19,6 +19,7 @@ import glob
 import importlib.util
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -96,14 +97,14 @@ def main():
     )
     print(f"perplexity on {len(held)} windows held out and on {len(prose)} of other works' prose")
     header = ("pattern", "run", "held out", "prose", "seconds", "memory")
-    print("{:<7}  {:<62}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header))
+    print("{:<7}  {:<62}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header), flush=True)
 
     def show(pattern, run, model, seconds=0.0, peak=0):
         row = {
             "pattern": pattern,
             "run": run,
-            "held_out": models.perplexity(model, held, device),
-            "prose": models.perplexity(model, prose, device),
+            "held_out": models.perplexity(model, held, device, shown("held out")),
+            "prose": models.perplexity(model, prose, device, shown("prose")),
             "seconds": seconds,
             "memory": peak,
         }
@@ -126,6 +127,17 @@ def main():
             del model
 
 
+def shown(label):
+    """A callback that shows on a terminal how far a step is."""
+
+    def show(done, total):
+        if sys.stderr.isatty():
+            text = f"{label}: {done} of {total}" if done < total else ""
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
 # Options that are not of `prune_model`, or are checked by it alone.
 BESIDE = ("drop_first_token", "own", "step_windows")
 
@@ -136,11 +148,14 @@ def prune(model, dense, text, pattern, method, device, options):
     passes, rate = options.pop("distill", 0), options.pop("distill_rate", 3e-4)
     own, step_windows = options.pop("own", 0), options.pop("step_windows", 8)
     if own:
-        own = models.write_windows(dense, own, 1024, special=range(17), device=device)
+        own = models.write_windows(
+            dense, own, 1024, special=range(17), device=device, progress=shown("writing")
+        )
     pruning = text if len(text) else own[:OWN_PRUNING]
+    block = shown("block")
     report = models.prune_model(
         model, pruning, pattern=pattern, method=method, device=device.type, keep_masks=passes > 0,
-        **options,
+        on_block=lambda report, blocks: block(len(report.blocks), blocks), **options,
     )  # fmt: skip
     if not passes:
         return report.memory_peak
@@ -150,7 +165,7 @@ def prune(model, dense, text, pattern, method, device, options):
         times = np.repeat([2, 1], [len(text), len(own)])
     found = models.distill(
         model, dense, report.masks, windows, times=times, passes=passes, rate=rate,
-        step_windows=step_windows, device=device,
+        step_windows=step_windows, device=device, progress=shown("distillation"),
     )  # fmt: skip
     return max(report.memory_peak, found.memory_peak)
 
