@@ -32,7 +32,7 @@ def solve_scopes(W, C, mask, c):
     shared = _shared(n, c, W.itemsize, _warps(1))
     if c > MAX_PLACES or shared > loader.largest_shared():
         return NotImplemented
-    _launch(_solve_kernel(c, W.dtype), M, _warps(1), shared, (W, C, mask),
+    _launch(_solve_kernel(c, W.dtype), M, _warps(1), shared, (W, _in_rows(C), _in_rows(mask)),
             (np.int32(M), np.int32(n)))
 
 
@@ -42,7 +42,8 @@ def sparsegpt_block(W, S, F, scale, layout, mask):
     shared = _shared(n, c, W.itemsize, 2 * r * _warps(r))
     if not unrolls(layout) or shared > loader.largest_shared():
         return NotImplemented
-    _launch(_block_kernel(layout, W.dtype), M // r, _warps(r), shared, (W, S, F),
+    _launch(_block_kernel(layout, W.dtype), M // r, _warps(r), shared,
+            (_in_rows(W), S, _in_rows(F)),
             (cupy.ascontiguousarray(scale), mask, loader.strides(mask)[0], np.int32(M // r),
              np.int32(n)))
 
@@ -60,6 +61,12 @@ def span_inverses(R, width, precision="fp32"):
         U = solve_triangular(blocks, eye)
         spans = list(zip(U, matmul(U.transpose(0, 2, 1), U, precision), strict=True))
     return rest_of_spans(spans, R, width, precision)
+
+
+def _in_rows(matrix):
+    """The matrix, copied where its rows are no runs of memory."""
+    piece = matrix.shape[1] == 1 or matrix.strides[1] == matrix.itemsize
+    return matrix if piece else cupy.ascontiguousarray(matrix)
 
 
 def _warps(r):
