@@ -241,7 +241,7 @@ def speedup(
     if generate:
         _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype, compiled)
         return
-    from cuobs.models import timing
+    from cuobs.models.packed import timing
 
     timings = found.speedup(source, batches or timing.BATCHES, dtype or "float16", patterns)
     names = list(dict.fromkeys(n for t in timings for n in (*t.seconds, *t.faults)))
@@ -267,7 +267,7 @@ def speedup(
 
 
 def _generate(source, patterns, sequences, new_tokens, dtype, compiled):
-    from cuobs.models.generation import SEQUENCES, generation
+    from cuobs.models.packed.generation import SEQUENCES, generation
 
     for pattern in patterns:
         rows = generation(

@@ -40,7 +40,7 @@ def verify(ctx, w, pattern):
 
 def _verify_folder(folder, pattern):
     models.load()
-    from cuobs.models.verifying import verify_folder
+    from cuobs.models.checkpoints.verifying import verify_folder
 
     layers = verify_folder(folder, pattern)
     bad = [layer for layer in layers if not layer]

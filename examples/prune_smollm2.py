@@ -27,7 +27,7 @@ import torch
 
 from cuobs import models
 from cuobs.arrays import size_text
-from cuobs.models.prune import check_arguments, choose_device
+from cuobs.models.pruning.prune import check_arguments, choose_device
 
 TABLE = (
     "magnitude target=pruned",

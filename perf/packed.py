@@ -3,7 +3,8 @@
     python -m perf.packed [--quick] [--out FOLDER]
 
 Prints the tables of perf/RESULTS.rst; ``packed.json`` and ``packed.png`` go to FOLDER. Ratios are
-to cuBLAS on the dense weight, in CUDA graphs, four weights in turn, see `cuobs.models.timing`.
+to cuBLAS on the dense weight, in CUDA graphs, four weights in turn, see
+`cuobs.models.packed.timing`.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from dataclasses import asdict
 import torch
 
 import cuobs
-from cuobs.models.generation import generation
-from cuobs.models.timing import picture, speedup, verdict
+from cuobs.models.packed.generation import generation
+from cuobs.models.packed.timing import picture, speedup, verdict
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096", "28672x8192", "8192x28672")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

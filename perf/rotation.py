@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cuobs import models
-from cuobs.models.rotation import rotate
+from cuobs.models.rotating.rotation import rotate
 
 VARIANTS = {
     "none": None,

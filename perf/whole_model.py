@@ -16,8 +16,9 @@ import torch
 import transformers
 
 import cuobs
-from cuobs.models import prune as loop
-from cuobs.models import prune_model, rows, streams, targets
+from cuobs.models import prune_model
+from cuobs.models.pruning import prune as loop
+from cuobs.models.pruning import rows, streams, targets
 
 # Seconds a block after the first and GiB at the peak, predicted and measured, as they were with
 # every group's inputs by forwards from the block's start and sums in tf32; one H100, 2026-11-25.

@@ -8,28 +8,28 @@ import importlib
 import importlib.util
 
 from cuobs.extras import hint
-from cuobs.models import registration
+from cuobs.models.packed import registration
 
 _HOMES = {
-    "cuobs.models.calibration": ("load_tokens", "tokenize"),
-    "cuobs.models.checkpoint": ("load_masks",),
-    "cuobs.models.distillation": ("distill",),
+    "cuobs.models.tokens.calibration": ("load_tokens", "tokenize"),
+    "cuobs.models.checkpoints.checkpoint": ("load_masks",),
+    "cuobs.models.distilling.distillation": ("distill",),
     "cuobs.models.evaluate": ("agreement", "perplexity"),
     "cuobs.models.folder": ("Evaluation", "evaluate_folder", "prune_folder", "write_calibration"),
-    "cuobs.models.loading": ("load_model",),
-    "cuobs.models.packing": ("Packing", "pack_folder", "pack_model", "unpack_folder"),
-    "cuobs.models.prune": ("prune_model",),
-    "cuobs.models.quantizer": ("PackedConfig",),
+    "cuobs.models.checkpoints.loading": ("load_model",),
+    "cuobs.models.packed.packing": ("Packing", "pack_folder", "pack_model", "unpack_folder"),
+    "cuobs.models.pruning.prune": ("prune_model",),
+    "cuobs.models.packed.quantizer": ("PackedConfig",),
     "cuobs.models.report": (
         "Agreement", "BlockReport", "DistillationReport", "LayerReport", "ModelReport",
         "RotationReport", "read_report",
     ),
-    "cuobs.models.rotation": ("rotate",),
-    "cuobs.models.rotation_folder": ("rotate_folder",),
-    "cuobs.models.timing": ("speedup",),
-    "cuobs.models.training": ("KeepZeros",),
-    "cuobs.models.verifying": ("LayerVerification", "verify_folder"),
-    "cuobs.models.writing": ("write_windows",),
+    "cuobs.models.rotating.rotation": ("rotate",),
+    "cuobs.models.rotating.rotation_folder": ("rotate_folder",),
+    "cuobs.models.packed.timing": ("speedup",),
+    "cuobs.models.distilling.training": ("KeepZeros",),
+    "cuobs.models.checkpoints.verifying": ("LayerVerification", "verify_folder"),
+    "cuobs.models.tokens.writing": ("write_windows",),
     "cuobs.torch": ("keep_zeros", "merge_masked"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -5,9 +5,9 @@ from itertools import groupby
 
 import torch
 
-from cuobs.models.layers import choose_layers
-from cuobs.models.prediction import hold, predict, seconds_a_block, work_from_shapes
-from cuobs.models.prune import count_tokens, report_of
+from cuobs.models.pruning.layers import choose_layers
+from cuobs.models.pruning.prediction import hold, predict, seconds_a_block, work_from_shapes
+from cuobs.models.pruning.prune import count_tokens, report_of
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 
 # Order of the matrices whose product shows how fast a device is, and how often it is taken.

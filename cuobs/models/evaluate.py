@@ -5,11 +5,11 @@ import math
 import torch
 
 from cuobs.models.blocks import evaluating
-from cuobs.models.calibration import check_tokens
-from cuobs.models.divergence import comparison
-from cuobs.models.logits import Cut
+from cuobs.models.distilling.divergence import comparison
+from cuobs.models.distilling.logits import Cut
 from cuobs.models.memory import Room
 from cuobs.models.report import Agreement
+from cuobs.models.tokens.calibration import check_tokens
 
 # Tokens whose logits are held at once: each is a row of the vocabulary in float32.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}

@@ -10,7 +10,7 @@ import numpy as np
 
 from cuobs import files, validation
 from cuobs.arrays import DEVICES
-from cuobs.models.calibration import SELF_WINDOWS, check_cut, listed
+from cuobs.models.checkpoints.source import find_source, unfinished
 from cuobs.models.planning import (
     Run,
     View,
@@ -20,7 +20,7 @@ from cuobs.models.planning import (
     check_text,
 )
 from cuobs.models.recipe import read_arguments
-from cuobs.models.source import find_source, unfinished
+from cuobs.models.tokens.calibration import SELF_WINDOWS, check_cut, listed
 
 DEFAULT_SAMPLES = 128
 

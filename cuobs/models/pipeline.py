@@ -8,31 +8,32 @@ from functools import partial
 import torch
 
 from cuobs.config import to_toml
-from cuobs.models import dry_run, loading
-from cuobs.models.calibration import load_tokens
-from cuobs.models.card import CARD, model_card
-from cuobs.models.checkpoint import masks_file
-from cuobs.models.destination import changed_tensors, finish
+from cuobs.models import dry_run
+from cuobs.models.checkpoints import loading
+from cuobs.models.checkpoints.card import CARD, model_card
+from cuobs.models.checkpoints.checkpoint import masks_file
+from cuobs.models.checkpoints.destination import changed_tensors, finish
+from cuobs.models.checkpoints.marker import abandon
+from cuobs.models.checkpoints.names import check_all_known, ignored, match
+from cuobs.models.checkpoints.source import HIDDEN, HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.evaluate import agreement, perplexity
-from cuobs.models.folding import untied_config
-from cuobs.models.marker import abandon
-from cuobs.models.mixture import Reader, gather, self_written
-from cuobs.models.names import check_all_known, ignored, match
-from cuobs.models.packing import pack_changed
+from cuobs.models.packed.packing import pack_changed
 from cuobs.models.planning import View
-from cuobs.models.prune import (
+from cuobs.models.pruning.prune import (
     batch_of,
     check_arguments,
     check_single,
     choose_device,
     prune_model,
 )
-from cuobs.models.ranks import joined
+from cuobs.models.pruning.ranks import joined
+from cuobs.models.pruning.warming import Warming
 from cuobs.models.recovery import agreements, recover
-from cuobs.models.source import HIDDEN, HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
+from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
-from cuobs.models.warming import Warming
-from cuobs.models.windows import check_windows
+from cuobs.models.tokens.calibration import load_tokens
+from cuobs.models.tokens.mixture import Reader, gather, self_written
+from cuobs.models.tokens.windows import check_windows
 
 # Windows that the model wrote for a run, while it goes on.
 WRITTEN = ".cuobs_written.npz"

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cuobs import arrays, files, validation
-from cuobs.models.calibration import (
+from cuobs.models.checkpoints.marker import check_destination
+from cuobs.models.checkpoints.source import Source, find_source, stored_tensors
+from cuobs.models.tokens.calibration import (
     check_cut,
     check_tokens_file,
     is_tokens,
@@ -17,9 +19,7 @@ from cuobs.models.calibration import (
     load_tokens,
     self_written,
 )
-from cuobs.models.marker import check_destination
-from cuobs.models.source import Source, find_source, stored_tensors
-from cuobs.models.texts import read_documents
+from cuobs.models.tokens.texts import read_documents
 
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
 # How the names of a tokenizer's files begin.

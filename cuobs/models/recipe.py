@@ -12,8 +12,8 @@ from cuobs.config import Config
 from cuobs.recipe import KEYS as RECIPE
 from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
-# Shares of a target, dense and residual, see `cuobs.models.targets`; "mixed" leaves both to the
-# caller.
+# Shares of a target, dense and residual, see `cuobs.models.pruning.targets`; "mixed" leaves both
+# to the caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
 # Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² H_jj; or
 # w² / C_jj with C the inverse of the damped H, which is lost when all others may make up for it.

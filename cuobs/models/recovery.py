@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 
-from cuobs.models.distillation import distill
+from cuobs.models.checkpoints.source import BLOCKS
+from cuobs.models.distilling.distillation import distill
 from cuobs.models.evaluate import agreement
-from cuobs.models.source import BLOCKS
 
 STATE = "distillation.safetensors"
 

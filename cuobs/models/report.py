@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cuobs
 from cuobs import files
 from cuobs.arrays import size_text
-from cuobs.models.source import REPORT, unfinished
+from cuobs.models.checkpoints.source import REPORT, unfinished
 from cuobs.plotting import check_picture
 
 __all__ = [

@@ -67,7 +67,7 @@ def test_a_dry_run_reads_and_writes_nothing(cuobs, source, tokens_file, tmp_path
     def read(*args, **kwargs):
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr("cuobs.models.loading.load_model", read)
+    monkeypatch.setattr("cuobs.models.checkpoints.loading.load_model", read)
     monkeypatch.setattr("safetensors.safe_open", read)
     command = (
         "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
@@ -176,7 +176,7 @@ def test_bad_input_is_refused_before_the_model_is_read(
     def never(src):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("cuobs.models.loading.load_model", never)
+    monkeypatch.setattr("cuobs.models.checkpoints.loading.load_model", never)
     options = ["--calibration", f"{tokens_file}:calibration", "--device", "cpu", *change]
     result = cuobs("prune-model", source, tmp_path / "out", *options)
     assert result.exit_code == 2
@@ -213,7 +213,7 @@ def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cuobs.models.loading.load_model", interrupt)
+        patch.setattr("cuobs.models.checkpoints.loading.load_model", interrupt)
         result = cuobs(*command)
         assert result.exit_code == 130 and "--resume" not in result.output
     monkeypatch.setattr(view.View, "block", interrupt)

@@ -8,7 +8,7 @@ import pytest
 from small_models import make_source
 
 from cuobs.models import load_tokens, tokenize
-from cuobs.models.loading import load_tokenizer
+from cuobs.models.checkpoints.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import yaml
 from small_models import make_source, make_tokens
 
 from cuobs.models import ModelReport, prune_folder
-from cuobs.models.card import MARK, model_card
+from cuobs.models.checkpoints.card import MARK, model_card
 from cuobs.models.report import BlockReport, LayerReport
 
 ORIGINAL = """---

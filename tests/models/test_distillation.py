@@ -8,10 +8,11 @@ import torch
 from small_models import make_model, make_tokens, same, weights_of
 from torch import nn
 
-from cuobs.models import distill, logits
-from cuobs.models.distillation import _order, set_aside
-from cuobs.models.divergence import divergence, divergence_gradient
-from cuobs.models.logits import Cut
+from cuobs.models import distill
+from cuobs.models.distilling import logits
+from cuobs.models.distilling.distillation import _order, set_aside
+from cuobs.models.distilling.divergence import divergence, divergence_gradient
+from cuobs.models.distilling.logits import Cut
 from cuobs.models.structure import find_blocks, linears
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_models import make_model, make_tokens
 
-from cuobs.models import agreement, logits, perplexity
+from cuobs.models import agreement, perplexity
+from cuobs.models.distilling import logits
 
 
 def test_is_that_of_the_models_own_loss(family):

@@ -18,7 +18,7 @@ from small_models import make_model, make_source, make_tokens
 
 import cuobs
 from cuobs.models import load_masks, load_model, perplexity, prune_folder, prune_model
-from cuobs.models.source import BLOCKS, MARKER
+from cuobs.models.checkpoints.source import BLOCKS, MARKER
 from cuobs.models.structure import linears, oriented
 
 

@@ -6,7 +6,7 @@ from small_models import make_model, make_tokens
 
 from cuobs.models import perplexity, prune_model
 from cuobs.models.memory import Room
-from cuobs.models.targets import Moments
+from cuobs.models.pruning.targets import Moments
 
 
 def refuse(module, windows):

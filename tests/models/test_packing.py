@@ -10,7 +10,7 @@ from small_models import make_model, make_tokens, prune_all
 from transformers import AutoModelForCausalLM
 
 import cuobs.models
-from cuobs.models.packing import check_config, pack_folder, pack_model, unpack_folder
+from cuobs.models.packed.packing import check_config, pack_folder, pack_model, unpack_folder
 from cuobs.models.structure import find_blocks, linears, oriented
 from cuobs.torch import PackedLinear
 

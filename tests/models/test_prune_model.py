@@ -516,7 +516,7 @@ def test_rows_that_depend_on_the_height_are_not_stacked(tokens):
 @pytest.mark.parametrize("target", ["pruned", "mixed"])
 def test_hidden_states_do_not_outlive_their_block(tokens, target, monkeypatch):
     """What entered the first block is gone after it; nothing lies there before the start."""
-    module = importlib.import_module("cuobs.models.prune")
+    module = importlib.import_module("cuobs.models.pruning.prune")
     seen, alive = [], []
 
     def watched(*args):

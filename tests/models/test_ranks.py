@@ -14,8 +14,8 @@ from small_models import make_source, make_tokens
 
 from cuobs import verify
 from cuobs.models import load_model, prune_folder
-from cuobs.models.ranks import Ranks
-from cuobs.models.rows import _row_counts
+from cuobs.models.pruning.ranks import Ranks
+from cuobs.models.pruning.rows import _row_counts
 from cuobs.pattern import parse
 
 

@@ -11,17 +11,17 @@ from small_models import make_model, make_tokens, weights_of
 
 from cuobs.models import (
     agreement,
-    distillation,
     evaluate_folder,
     load_masks,
     load_model,
-    mixture,
     pipeline,
     prune_folder,
     write_calibration,
 )
-from cuobs.models.mixture import gather
+from cuobs.models.distilling import distillation
 from cuobs.models.report import read_report, summary
+from cuobs.models.tokens import mixture
+from cuobs.models.tokens.mixture import gather
 
 
 @pytest.fixture

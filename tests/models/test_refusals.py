@@ -10,8 +10,8 @@ import transformers
 from small_models import make_model, make_tokens, same, weights_of
 
 from cuobs.models import prune_model
-from cuobs.models.calibration import longest_window
 from cuobs.models.structure import find_blocks, refuse_mixture
+from cuobs.models.tokens.calibration import longest_window
 
 
 def refused(model, match, tokens=None):

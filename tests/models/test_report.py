@@ -12,7 +12,7 @@ from small_models import make_model
 from cuobs.arrays import size_text
 from cuobs.models import BlockReport, ModelReport, RotationReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
-from cuobs.models.prediction import Work, batches_to_hold, predict, stages_of
+from cuobs.models.pruning.prediction import Work, batches_to_hold, predict, stages_of
 from cuobs.models.report import outcome, picture, summary
 
 

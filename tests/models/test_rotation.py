@@ -9,11 +9,11 @@ import torch
 from small_models import make_model, make_tokens, same, weights_of
 
 import cuobs
-from cuobs.models import folding
-from cuobs.models.pruned_share import Scopes, pruned_share, smallest
-from cuobs.models.rotation import load, rotate
-from cuobs.models.rotation_learning import learn
-from cuobs.models.rotation_moments import deal
+from cuobs.models.rotating import folding
+from cuobs.models.rotating.pruned_share import Scopes, pruned_share, smallest
+from cuobs.models.rotating.rotation import load, rotate
+from cuobs.models.rotating.rotation_learning import learn
+from cuobs.models.rotating.rotation_moments import deal
 from cuobs.models.structure import linears, oriented
 
 FOLD = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "phi3")

@@ -13,9 +13,9 @@ from small_models import FAMILIES, make_model, make_source, make_tokens
 
 import cuobs
 from cuobs.models import load_masks, load_model, prune_folder
-from cuobs.models.destination import changed_tensors, finish
-from cuobs.models.names import ignored, match
-from cuobs.models.source import find_source, stored_tensors
+from cuobs.models.checkpoints.destination import changed_tensors, finish
+from cuobs.models.checkpoints.names import ignored, match
+from cuobs.models.checkpoints.source import find_source, stored_tensors
 
 FAST = {"device": "cpu", "method": "wanda", "target": "pruned"}
 
@@ -440,7 +440,7 @@ def test_linears_that_lie_in_the_files_in_another_form(tmp_path, calibration, mo
     source = save(make_model("llama"), tmp_path / "source")
     whole = load_model(source)
     whole.model.layers[1].mlp.up_proj.weight.data *= 2
-    monkeypatch.setattr("cuobs.models.loading.load_model", lambda *_: whole)
+    monkeypatch.setattr("cuobs.models.checkpoints.loading.load_model", lambda *_: whole)
     refused(source, tmp_path, calibration, "layers.1.mlp.up_proj is put together")
     monkeypatch.undo()
     prune_folder(source, tmp_path / "out", calibration, skip="layers.1.mlp.up_proj", **FAST)

@@ -7,7 +7,7 @@ import torch
 from small_models import make_model, make_tokens
 
 from cuobs.models.blocks import capture, windows_of
-from cuobs.models.groups import probe
+from cuobs.models.pruning.groups import probe
 from cuobs.models.structure import find_blocks, linears, oriented, shared_weights
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cuobs.layer import check_layer, solve_layer
-from cuobs.models.targets import Moments, target_weights
+from cuobs.models.pruning.targets import Moments, target_weights
 from cuobs.recipe import Recipe, Settings
 
 N, M, K = 200, 12, 16

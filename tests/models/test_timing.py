@@ -6,8 +6,8 @@ import torch
 from small_models import make_model, make_source
 
 import cuobs
-from cuobs.models.generation import Decoder, generation
-from cuobs.models.timing import Timing, keep_largest, layer_shapes, picture, speedup, verdict
+from cuobs.models.packed.generation import Decoder, generation
+from cuobs.models.packed.timing import Timing, keep_largest, layer_shapes, picture, speedup, verdict
 from cuobs.pattern import parse
 
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

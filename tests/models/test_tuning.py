@@ -9,8 +9,8 @@ from small_models import make_model, make_tokens
 
 from cuobs.models import prune_model
 from cuobs.models.blocks import capture, run
+from cuobs.models.pruning.tuning import tune_block
 from cuobs.models.structure import find_blocks, linears
-from cuobs.models.tuning import tune_block
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_models import make_source, make_tokens
 
 from cuobs.models import prune_folder
-from cuobs.models.verifying import verify_folder
+from cuobs.models.checkpoints.verifying import verify_folder
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from small_models import make_model, make_tokens
 
 from cuobs.models.blocks import capture, run, windows_of
-from cuobs.models.groups import probe
+from cuobs.models.pruning.groups import probe
+from cuobs.models.pruning.walk import Stops
 from cuobs.models.structure import find_blocks
-from cuobs.models.walk import Stops
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import pytest
 import torch
 from small_models import VOCABULARY, make_model, same, weights_of
 
-from cuobs.models import write_windows, writing
-from cuobs.models.calibration import self_written
+from cuobs.models import write_windows
+from cuobs.models.tokens import writing
+from cuobs.models.tokens.calibration import self_written
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -1,0 +1,1 @@
+"""Checkpoints: what SRC holds, what DST will, and what is kept of an unfinished run."""

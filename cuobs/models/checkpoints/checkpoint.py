@@ -1,0 +1,210 @@
+"""An unfinished run: what it began with, its finished blocks kept safe, the masks.
+
+While a model is being pruned its folder holds ``cuobs_incomplete.json`` and, in ``cuobs_blocks``,
+a file for each finished block. The marker goes last, when everything else is in its place.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save
+
+import cuobs
+from cuobs import files
+from cuobs.models.checkpoints.marker import sync
+from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS
+from cuobs.models.report import BlockReport
+from cuobs.models.structure import linears
+
+# What a config says that changes no result: how it was written, and in what the weights lie.
+NO_MATTER = (
+    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+)  # fmt: skip
+
+
+def begin(folder, identity, resume):
+    """Mark a folder as incomplete, or check that the run in it is the one that goes on.
+
+    Parameters
+    ----------
+    folder : path
+    identity : dict
+        Everything that decides the result.
+    resume : bool
+
+    Raises
+    ------
+    ValueError
+        The run in the folder was started with something else.
+    FileExistsError
+        There is a run and ``resume`` is not given.
+    """
+    identity = json.loads(json.dumps({"cuobs": cuobs.__version__, **identity}))
+    os.makedirs(folder, exist_ok=True)
+    marker = os.path.join(folder, MARKER)
+    if os.path.exists(marker):
+        if not resume:
+            raise FileExistsError(f"{folder}: found an unfinished run, expected resume")
+        try:
+            with open(marker) as file:
+                before = dict(json.load(file))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{marker}: found a damaged file, expected what the run began with; start again in "
+                "a new folder"
+            ) from None
+        for key in sorted(before.keys() | identity.keys()):
+            if key in ("tokens", "model") and before.get(key) != identity.get(key):
+                what = "other tokens" if key == "tokens" else "another model"
+                raise ValueError(f"resume: found {what} than the run began with")
+            if before.get(key) != identity.get(key):
+                raise ValueError(
+                    f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
+                    "the run began with"
+                )
+    else:
+        files.write_text(marker, json.dumps(identity, indent=2) + "\n")
+    os.makedirs(os.path.join(folder, BLOCKS), exist_ok=True)
+
+
+def digest(block):
+    """A fingerprint of all weights of a block, as they are now."""
+    result = hashlib.sha256()
+    for name, tensor in block.state_dict().items():
+        _add(result, name, tensor)
+    return result.hexdigest()
+
+
+def fingerprint(model, blocks):
+    """A fingerprint of all that a model is besides its blocks.
+
+    Its config and its tensors, those that are not stored too: embeddings, norms, rotations. Each
+    block has its own, see `digest`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    blocks : torch.nn.ModuleList
+    """
+    config = getattr(model, "config", None)
+    content = {} if config is None else config.to_dict()
+    content = {key: value for key, value in content.items() if key not in NO_MATTER}
+    result = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in inside:
+            _add(result, name, tensor.detach())
+    return result.hexdigest()
+
+
+def _add(result, name, tensor):
+    tensor = tensor.cpu().contiguous()
+    result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    result.update(tensor.flatten().view(torch.uint8).numpy())
+
+
+def save_block(folder, index, prefix, block, masks, report, before):
+    """Write a finished block, whole or not at all."""
+    modules = linears(block)
+    tensors = {}
+    for name, mask in masks.items():
+        weight = modules[name].weight.detach().cpu().contiguous()
+        tensors[f"{prefix}.{name}.weight"] = weight
+        tensors[f"{prefix}.{name}.mask"] = pack(mask)
+    metadata = {"before": before, "report": json.dumps(asdict(report))}
+    path = _block_path(folder, index)
+    with files.replacing(path, force=True) as file:
+        file.write(save(tensors, metadata))
+    sync(os.path.dirname(path))
+
+
+def load_block(folder, index, prefix, block, before):
+    """Put a finished block's weights in place; its report and masks, or None if there is none.
+
+    Raises
+    ------
+    ValueError
+        The file belongs to another model.
+    """
+    path = _block_path(folder, index)
+    if not os.path.exists(path):
+        return None
+    try:
+        return _read_block(path, prefix, block, before)
+    except (SafetensorError, KeyError):
+        raise ValueError(
+            f"resume: found that {path} is damaged, expected a whole file; without it the block is "
+            "pruned again"
+        ) from None
+
+
+def _read_block(path, prefix, block, before):
+    modules = linears(block)
+    masks = {}
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+        if metadata["before"] != before:
+            raise ValueError(f"resume: found that {path} was made from another model's weights")
+        for key in stored.keys():
+            name = key.removeprefix(prefix + ".")
+            if name.endswith(".mask"):
+                name = name.removesuffix(".mask")
+                shape = modules[name].weight.shape
+                mask = unpack(stored.get_tensor(key), shape[1])
+                masks[name] = mask.to(modules[name].weight.device)
+            else:
+                name = name.removesuffix(".weight")
+                modules[name].weight.data.copy_(stored.get_tensor(key))
+    report = BlockReport.from_dict(json.loads(metadata["report"]))
+    report.resumed = True
+    return report, masks
+
+
+def pack(mask):
+    """Eight elements of a mask in a byte, row by row, the first in the highest bit."""
+    packed = np.packbits(mask.cpu().numpy(), axis=1)
+    return torch.from_numpy(np.ascontiguousarray(packed))
+
+
+def unpack(packed, columns):
+    """The inverse of `pack`."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
+
+
+def masks_file(masks):
+    """Masks by the name of their linear, packed, with the columns of each: a file's bytes."""
+    tensors = {f"{name}.mask": pack(mask) for name, mask in masks.items()}
+    columns = {f"{name}.mask": mask.shape[1] for name, mask in masks.items()}
+    # One entry: safetensors writes several in no fixed order.
+    return save(tensors, {"columns": json.dumps(columns, sort_keys=True)})
+
+
+def load_masks(path):
+    """The masks of a pruned model, in the form of its weights, True = kept.
+
+    Parameters
+    ----------
+    path : path
+        ``cuobs_masks.safetensors`` or the folder that holds it.
+
+    Returns
+    -------
+    dict of tensor of bool
+        By the name of the linear.
+    """
+    path = os.path.join(path, MASKS) if os.path.isdir(path) else path
+    with safe_open(path, "pt") as stored:
+        columns = json.loads(stored.metadata()["columns"])
+        return {
+            key.removesuffix(".mask"): unpack(stored.get_tensor(key), columns[key])
+            for key in stored.keys()
+        }
+
+
+def _block_path(folder, index):
+    return os.path.join(folder, BLOCKS, f"{index:05}.safetensors")

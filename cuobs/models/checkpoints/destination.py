@@ -1,0 +1,292 @@
+"""Write the folder of a changed model: all that its source holds, and what was changed.
+
+The tensors that are written are those that the source stores, by the names and in the dtypes that
+they have there, however the loaded class calls them and whether it knows them or not; those that
+were changed come from the model. So nothing is lost that a class ignores, and what was not touched
+is the same to the last bit.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from cuobs import files
+from cuobs.models.checkpoints.loading import DTYPES, load_tokenizer
+from cuobs.models.checkpoints.marker import settle, sync
+from cuobs.models.checkpoints.names import Reader, equal
+from cuobs.models.checkpoints.source import (
+    BYTES,
+    FLOATS,
+    LEFTOVER,
+    find_source,
+    stored_tensors,
+    torch_name,
+)
+
+STAGING = "cuobs_staging"
+WEIGHTS = "model.safetensors"
+
+
+def changed_tensors(model, source, names):
+    """The tensors of a model that are no longer those of its files, by their names there.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    source : Source
+    names : dict of str to str
+        See `cuobs.models.checkpoints.names.match`, of the model as it was loaded.
+
+    Returns
+    -------
+    dict of str to tensor
+        On their devices; views where they are. A tensor that the files do not hold, because it
+        was one with another and no longer is, comes by the model's own name.
+    """
+    stored = stored_tensors(source)
+    read, own = Reader(source, stored), model.state_dict(keep_vars=True)
+    held = {id(own[name]) for name in names if name in own}
+    changed = {}
+    for name, tensor in own.items():
+        tensor, other = tensor.detach(), names.get(name)
+        if other is not None:
+            if not equal(tensor, read(other)):
+                changed[other] = tensor
+        elif id(own[name]) not in held and name not in stored and _is_new(name, model):
+            changed[name] = tensor
+    return changed
+
+
+def _is_new(name, model):
+    """Whether a tensor was tied to another when the model was read, and is its own now."""
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    return name in tied
+
+
+def finish(
+    src, dst, changed, *, dropped=(), config=None, extra=None, without=(), save_dtype=None,
+    shard_size=5 * 10**9,
+):  # fmt: skip
+    """Write all that belongs to a changed model, then take the marker away.
+
+    Everything is made in a folder inside ``dst`` first and moved when it is whole, ``config.json``
+    last: without it nothing opens the folder as a model.
+
+    Parameters
+    ----------
+    src : path or Source
+        All its tensors, but those in ``changed`` and ``dropped``, and all its files are carried
+        over, whatever they are. Of a GGUF nothing is: ``changed`` holds all.
+    dst : path
+        See `cuobs.models.checkpoints.marker.check_destination`.
+    changed : mapping of str to tensor
+        By the names of the files, see `changed_tensors`. Names that the source lacks are added.
+        A tensor in floating point that takes the place of another is written in its dtype.
+    dropped : collection of str
+        Names of the source's tensors that are not written.
+    config : dict, optional
+        What ``config.json`` is to say; as in the source by default. Of a GGUF it is needed.
+    extra : mapping of str to (str or bytes), optional
+        Further files by name, which take the place of the source's own.
+    without : collection of str
+        Names of the source's files that are not carried over, because they no longer hold.
+    save_dtype : torch.dtype or str, optional
+        Of all tensors in floating point, and of the config; those of the source by default.
+    shard_size : int
+        Bytes of the largest file of weights, where no single tensor is larger.
+
+    Raises
+    ------
+    OSError
+        A file can't be written; what was there stays, and the marker too.
+    ValueError
+        A weight that is finite is not in ``save_dtype``.
+    """
+    source = find_source(src)
+    save_dtype = getattr(torch, save_dtype) if isinstance(save_dtype, str) else save_dtype
+    staging = os.path.join(dst, STAGING)
+    os.makedirs(dst, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    os.mkdir(staging)
+    with _named(dst):
+        _copy_others(source, staging, without)
+        written = write_weights(source, staging, changed, dropped, save_dtype, shard_size)
+        if clash := written & set(source.carried):
+            raise ValueError(
+                f"{source.name}: found {min(clash)} beside the weights, which is what one of their "
+                "own files is to be called, expected another name or --shard-size"
+            )
+        config = _with_dtype(source.config if config is None else config, save_dtype)
+        if config != source.config:
+            files.write_text(
+                os.path.join(staging, "config.json"), json.dumps(config, indent=2) + "\n", True
+            )
+        for name, content in (extra or {}).items():
+            content = content.encode() if isinstance(content, str) else content
+            with files.replacing(os.path.join(staging, name), force=True) as file:
+                file.write(content)
+    _move(staging, dst)
+
+
+def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_size=5 * 10**9):
+    """Write safetensors, and their index where there are several.
+
+    See `finish`; ``folder`` is a new one. One file's tensors at a time are in memory.
+
+    Returns
+    -------
+    set of str
+        The names of the files.
+    """
+    stored = stored_tensors(source)
+    read = Reader(source, stored)
+    names = [name for name in (*stored, *(changed.keys() - stored.keys())) if name not in dropped]
+    names.sort(key=lambda name: (name not in stored, "" if name in stored else name))
+
+    def dtype_of(name):
+        """What a tensor is written in; None as it is."""
+        like = stored[name].dtype if name in stored else torch_name(changed[name].dtype)
+        return (save_dtype or DTYPES[like]) if like in FLOATS else None
+
+    def take(name):
+        tensor = changed[name].detach().cpu() if name in changed else read(name)
+        return _cast(name, tensor, dtype_of(name)).contiguous()
+
+    def size_of(name):
+        shape = (changed if name in changed else stored)[name].shape
+        dtype = dtype_of(name) or (changed[name].dtype if name in changed else None)
+        width = dtype.itemsize if dtype else BYTES[stored[name].dtype]
+        return width * math.prod(shape)
+
+    shards = _shards(names, size_of, shard_size)
+    titles = [WEIGHTS] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    total = 0
+    for title, part in zip(titles, shards, strict=True):
+        tensors = _apart({name: take(name) for name in part})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        _save(tensors, os.path.join(folder, title))
+    if len(shards) == 1:
+        return {WEIGHTS}
+    weight_map = {n: title for title, part in zip(titles, shards, strict=True) for n in part}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    title = WEIGHTS + ".index.json"
+    files.write_text(os.path.join(folder, title), json.dumps(index, indent=2) + "\n")
+    return {*titles, title}
+
+
+def _shards(names, size_of, limit):
+    """Names in their order, as many in a list as come to no more than a limit of bytes."""
+    shards, size = [[]], 0
+    for name in names:
+        mine = size_of(name)
+        if shards[-1] and size + mine > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += mine
+    return shards
+
+
+def _cast(name, tensor, dtype):
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if torch.isinf(result).any() and not torch.isinf(tensor).any():
+        raise ValueError(
+            f"{name}: found weights up to {float(tensor.abs().max()):.3g}, which "
+            f"{str(dtype).removeprefix('torch.')} can't hold, expected a wider --save-dtype"
+        )
+    return result
+
+
+def _apart(tensors):
+    """Tensors of which none shares its memory with another: safetensors takes no others."""
+    seen, result = set(), {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return result
+
+
+def _save(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: found that it can't be written ({error})") from None
+
+
+@contextlib.contextmanager
+def _named(dst):
+    """Say of a file that can't be written where it was to be in the end."""
+    try:
+        yield
+    except OSError as error:
+        text = str(error) if not error.strerror else (
+            f"{error.filename2 or error.filename or dst}: found that it can't be written "
+            f"({error.strerror})"
+        )  # fmt: skip
+        raise type(error)(text.replace(os.path.join(dst, STAGING), os.fspath(dst))) from None
+
+
+def _with_dtype(config, dtype):
+    """A config that names the dtype of the weights as it is now."""
+    if dtype is None:
+        return config
+    name, result = str(dtype).removeprefix("torch."), dict(config)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    result.update(dict.fromkeys(keys, name))
+    for key, part in config.items():
+        if isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys():
+            result[key] = _with_dtype(part, dtype)
+    return result
+
+
+def _copy_others(source, staging, without):
+    """All files of a source besides its weights, as they are; a tokenizer, out of a GGUF."""
+    if source.gguf is not None:
+        with contextlib.suppress(ValueError):
+            load_tokenizer(source).save_pretrained(staging)
+        return
+    for name in source.carried:
+        if name in without:
+            continue
+        target = os.path.join(staging, name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(source.path(name), target)
+
+
+def _move(staging, dst):
+    """Put all files in place, whole and on disk, and let go of what the run needed."""
+    for place, _, names in os.walk(staging):
+        for name in names:
+            path = os.path.join(place, name)
+            os.chmod(path, 0o666 & ~_umask())  # safetensors' own are their owner's alone
+            sync(path)
+        sync(place)
+    for name in os.listdir(dst):  # an earlier try may have left others, of another size
+        written = name.startswith("model") and name.endswith((".safetensors", ".index.json"))
+        if written or name.startswith(LEFTOVER):
+            os.unlink(os.path.join(dst, name))
+    for name in sorted(os.listdir(staging), key=lambda n: n == "config.json"):
+        path = os.path.join(dst, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        os.replace(os.path.join(staging, name), path)
+    os.rmdir(staging)
+    sync(dst)
+    settle(dst)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,256 @@
+"""Open the model and the tokenizer of a checkpoint: nothing is fetched, no code of it is run."""
+
+import contextlib
+import json
+import math
+import os
+from collections import Counter
+from functools import lru_cache, reduce
+
+import torch
+
+from cuobs.models.checkpoints.source import FLOATS, Source, find_source, read_config, stored_tensors
+from cuobs.models.planning import TOKENIZER, check_model
+
+DTYPES = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+def load_model(src, trust_remote_code=False):
+    """The model of a checkpoint's folder or of a GGUF, on the CPU.
+
+    Of the class that the config names (``architectures``), and in the dtype of the weights,
+    whatever the config says of that, or in one that holds all of theirs.
+
+    Parameters
+    ----------
+    src : path or Source
+        See `cuobs.models.checkpoints.source.find_source`.
+    trust_remote_code : bool
+        Run the code that the folder holds, where its model needs it.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It is no model that transformers opens, lacks some of its weights, or needs code of its
+        own to run.
+    """
+    source = find_source(src, packed=None)
+    check_model(source)
+    extra = {"gguf_file": source.gguf, "dtype": "auto"}
+    if source.gguf is None:
+        extra = {"dtype": weights_dtype(stored_tensors(source))}
+    found = model_class(source, trust_remote_code)
+    with _opening(source):
+        model, info = found.from_pretrained(
+            source.folder, local_files_only=True, output_loading_info=True,
+            trust_remote_code=trust_remote_code, **extra,
+        )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers
+        raise ValueError(
+            f"{source.name}: found no {missing[0]} ({len(missing)} tensors are missing), expected "
+            "all weights"
+        )
+    if source.gguf is not None:
+        _check_gguf(source, model)
+        # The weights are floats now; a config that still names GGUF would be refused.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.eval()
+
+
+def empty_model(folder, trust_remote_code=False):
+    """The model of a folder's ``config.json`` without its weights, on the meta device."""
+    from transformers import AutoConfig
+
+    source = Source(folder, folder, config=read_config(os.path.join(folder, "config.json")))
+    found = model_class(source, trust_remote_code)
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with _opening(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, **options)
+        return from_config(found, config, trust_remote_code)
+
+
+def from_config(found, config, trust_remote_code=False):
+    """A model of a class, or of one of transformers' "Auto" classes, with random weights."""
+    if hasattr(found, "forward"):
+        return found(config)
+    # Not given it asks on standard input.
+    return found.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _opening(source):
+    """Say in one sentence why a model does not open."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and what it calls may raise
+        if "trust_remote_code" in str(error):
+            raise _own_code(source) from error
+        raise ValueError(
+            f"{source.name}: found a model that does not open ({_reason(error)}), expected a "
+            "causal language model of transformers"
+        ) from error
+
+
+def _own_code(source):
+    names = source.config.get("architectures") or [source.config.get("model_type")]
+    return ValueError(
+        f"{source.name}: found a model that runs code of its own ({names[0]}), expected "
+        "trust_remote_code (--trust-remote-code) from who trusts it"
+    )
+
+
+def model_class(source, trust_remote_code=False):
+    """The class that opens a checkpoint: the one that its config names.
+
+    Raises
+    ------
+    ValueError
+        It is no class of transformers.
+    """
+    import transformers
+
+    names = source.config.get("architectures") or []
+    if source.gguf is not None or not names:
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        if "auto_map" not in source.config:
+            raise ValueError(
+                f"{source.name}: found the architecture {names[0]}, which transformers "
+                f"{transformers.__version__} does not have, expected one that it has"
+            )
+        if not trust_remote_code:
+            raise _own_code(source)
+        return transformers.AutoModelForCausalLM
+    return found
+
+
+def weights_dtype(stored):
+    """The dtype that holds all floating-point tensors of a checkpoint.
+
+    Parameters
+    ----------
+    stored : dict of str to Stored
+
+    Returns
+    -------
+    torch.dtype
+    """
+    found = {DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOATS}
+    return reduce(torch.promote_types, found) if found else torch.float32
+
+
+def gguf_dtype(source):
+    """The dtype to save the weights of a GGUF in: bytes of it, or near them.
+
+    That of its matrices where none is quantised. Else half precision, which holds what few bits
+    stand for: float16 where it has matrices in it, bfloat16 otherwise, whose range suits most
+    models.
+
+    Returns
+    -------
+    dtype : torch.dtype
+    kinds : list of str
+        What the matrices are held in.
+    """
+    kinds = {kind for _, kind, shape in _gguf_tensors(source) if len(shape) > 1}
+    plain = {name: DTYPES[name] for name in kinds if name in FLOATS}
+    if kinds == plain.keys() and plain:
+        return reduce(torch.promote_types, plain.values()), sorted(kinds)
+    return torch.float16 if "F16" in kinds else torch.bfloat16, sorted(kinds)
+
+
+def _gguf_tensors(source):
+    """Name, kind and shape of each tensor of a GGUF."""
+    path = source.path(source.gguf)
+    return _read_gguf(path, os.path.getmtime(path))
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(path, changed):
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    return [(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in tensors]
+
+
+def _check_gguf(source, model):
+    """Refuse a GGUF with tensors that transformers has not read: they would be lost."""
+    own = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    sizes = Counter(tensor.numel() for tensor in own.values())
+    unread = []
+    for name, _, shape in _gguf_tensors(source):
+        sizes[math.prod(shape)] -= 1
+        if sizes[math.prod(shape)] < 0 and not name.startswith("rope_"):  # of the config's own
+            unread.append(name)
+    if unread:
+        raise ValueError(
+            f"{source.name}: found {len(unread)} tensors that transformers does not read, "
+            f"{unread[-1]} among them, expected a model that it reads whole"
+        )
+
+
+def as_checkpoint(model):
+    """What a model that came out of a GGUF is as a checkpoint of transformers.
+
+    Returns
+    -------
+    tensors : dict of str to tensor
+        Each once, where several names share one.
+    config : dict
+    files : dict of str to str
+        Further files by name.
+    """
+    seen, tensors = set(), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor.detach()
+        seen.add(id(tensor))
+    config = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    generation = model.generation_config.to_json_string()
+    return tensors, config, {"generation_config.json": generation}
+
+
+def load_tokenizer(src, trust_remote_code=False):
+    """The tokenizer of a checkpoint's folder or of a GGUF.
+
+    Raises
+    ------
+    ValueError
+        There is none that opens without code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(src)
+    extra = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        names = os.listdir(source.folder)
+        if source.gguf is None and not any(n.startswith(TOKENIZER) for n in names):
+            raise ValueError("no file of one")  # transformers would make an empty one
+        return AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            error = "it runs code of its own, which trust_remote_code (--trust-remote-code) allows"
+        raise ValueError(
+            f"{source.name}: found no tokenizer that opens ({error}), expected one to read a text "
+            "with; tokens.npz:key needs none"
+        ) from None
+
+
+def _reason(error):
+    return str(error).strip().partition("\n")[0][:200]

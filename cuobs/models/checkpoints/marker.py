@@ -1,0 +1,102 @@
+"""The folder that a run writes: whether it may, and whether it is complete."""
+
+import contextlib
+import os
+import shutil
+
+from cuobs import files
+from cuobs.models.checkpoints.source import (
+    BLOCKS,
+    LEFTOVER,
+    MARKER,
+    REPORT,
+    find_source,
+    unfinished,
+)
+
+
+def check_destination(src, dst, resume=False):
+    """Refuse a folder that must not be written, before any work; nothing is left of the look.
+
+    Parameters
+    ----------
+    src : path or Source
+    dst : path
+    resume : bool
+        Whether ``dst`` may hold an unfinished run.
+
+    Raises
+    ------
+    ValueError, FileExistsError, FileNotFoundError, OSError
+    """
+    dst = os.fspath(dst)
+    source = find_source(src)
+    folder, place = os.path.realpath(source.folder), os.path.realpath(dst)
+    alone = os.path.isfile(source.name)  # a .gguf may have its neighbours
+    if place == folder or not alone and place.startswith(folder + os.sep):
+        raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
+    if os.path.lexists(dst) and not os.path.isdir(dst):
+        raise FileExistsError(f"{dst}: found a file, expected a new folder")
+    if unfinished(dst) and os.path.exists(os.path.join(dst, "config.json")):
+        settle(dst)  # that came last: all is in place, and only the run's own files are left
+    if unfinished(dst) and not resume:
+        raise FileExistsError(
+            f"{dst}: found an unfinished run, expected --resume to go on with it or a new folder"
+        )
+    present = os.path.isdir(dst) and [n for n in os.listdir(dst) if not n.startswith(LEFTOVER)]
+    if not unfinished(dst) and present:
+        what = "a finished model" if os.path.exists(os.path.join(dst, REPORT)) else "files"
+        raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
+    with _folder(dst):
+        files.check_output(os.path.join(dst, MARKER), force=True)
+
+
+@contextlib.contextmanager
+def _folder(path):
+    """Make a folder for a moment, with those above it, where it is not there."""
+    made = []
+    while not os.path.isdir(path):
+        made.append(path)
+        path = os.path.dirname(os.path.abspath(path))
+    for folder in reversed(made):
+        os.mkdir(folder)
+    try:
+        yield
+    finally:
+        for folder in made:
+            os.rmdir(folder)
+
+
+def settle(dst):
+    """Take away what a run needed once all that it was to write is in place, the marker last."""
+    shutil.rmtree(os.path.join(dst, BLOCKS), ignore_errors=True)
+    sync(dst)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(dst, MARKER))
+    sync(dst)
+
+
+def abandon(dst, existed):
+    """Take away what a run made that was refused before anything was finished.
+
+    Parameters
+    ----------
+    dst : path
+    existed : bool
+        Whether the folder was there before.
+    """
+    blocks = os.path.join(dst, BLOCKS)
+    inside = set(os.listdir(dst)) if os.path.isdir(dst) else {None}
+    if inside <= {MARKER, BLOCKS} and not (os.path.isdir(blocks) and os.listdir(blocks)):
+        settle(dst)
+        if not existed:
+            os.rmdir(dst)
+
+
+def sync(path):
+    """Have a file or a folder on disk before anything else is done."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Distillation with the masks fixed."""

@@ -1,0 +1,572 @@
+"""Distil a pruned model: all kept weights learn together what the dense model says, masks fixed.
+
+It knows nothing of how the masks came about: a model, the dense one beside it, masks by name and
+windows of tokens are all it takes.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import numbers
+import os
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from cuobs import arrays, files, validation
+from cuobs.models import memory
+from cuobs.models.blocks import evaluating
+from cuobs.models.distilling.divergence import divergence, divergence_gradient
+from cuobs.models.distilling.logits import CHUNK, Cut
+from cuobs.models.distilling.repeatable import repeatable
+from cuobs.models.report import DistillationReport
+from cuobs.models.structure import find_blocks
+from cuobs.models.tokens.calibration import check_tokens, to_array
+from cuobs.torch.keep_zeros import masked_weights
+
+# Windows of a step, and steps over which the rate grows to its full size.
+STEP_WINDOWS = 8
+WARM_UP = 20
+BETAS = 0.9, 0.95
+LARGEST_GRADIENT = 1.0
+# One window in so many is kept aside.
+ASIDE = 32
+# Tokens that run through a model at once while gradients are wanted.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+SAVE_SECONDS = 180.0
+# All of PyTorch's attentions but that of cuDNN, whose sums have no fixed order.
+ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def distill(
+    model,
+    dense,
+    masks,
+    tokens,
+    *,
+    attention_mask=None,
+    times=None,
+    passes=2,
+    rate=3e-4,
+    step_windows=STEP_WINDOWS,
+    seed=0,
+    device=None,
+    checkpointing=None,
+    state=None,
+    resume=False,
+    save_seconds=None,
+    starting=None,
+    progress=None,
+    on_pass=None,
+):
+    """Lower KL(dense ‖ pruned) of the next-token distributions by AdamW on all kept weights.
+
+    Windows of 8 a step, the rate growing over 20 steps and falling to 0 by a half cosine, gradients
+    masked and clipped at 1. The weights that learn are held in float32; products are taken in
+    bfloat16 on a GPU and logits made a few tokens at a time. One window in 32, at least one, is
+    kept aside, and the model ends with the weights of the pass that did best there, or with those
+    it had.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Pruned; changed in place, on its own device. Its forward gives logits: those of
+        transformers, or any that takes tokens alone.
+    dense : torch.nn.Module
+        The same vocabulary. Both lie on ``device`` meanwhile.
+    masks : dict of tensor of bool
+        By the name of a linear, in the form of its weight, True = kept. Only these weights learn.
+    tokens : array of int, shape (windows, length)
+        None at all change nothing.
+    attention_mask : array of bool or int, shape (windows, length), optional
+        0 where a token is padding; those tokens enter no sum.
+    times : array of int, shape (windows,), optional
+        How often a pass sees each window; once by default.
+    passes : int
+        0 changes nothing.
+    rate : float
+    step_windows : int
+        Windows of a step; fewer make more steps of few windows.
+    seed : int
+        Of the order in which windows are seen.
+    device : torch.device or str, optional
+        The model's own by default.
+    checkpointing : bool, optional
+        Whether a block's forward is done again for its gradient instead of being kept; by default
+        where a window would not fit otherwise.
+    state : path, optional
+        A file that is written every few minutes, to go on from. The caller removes it.
+    resume : bool
+        Go on from ``state`` if it is there: the same bits as without the break.
+    save_seconds : float, optional
+        Between two states; 180 by default.
+    starting : callable, optional
+        Called with a `DistillationReport` when all is checked and the memory is predicted.
+    progress : callable, optional
+        Called with (done, total) steps.
+    on_pass : callable, optional
+        Called with (report, passes done) before the first pass and after each.
+
+    Returns
+    -------
+    DistillationReport
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is wrong, or the state is that of another run.
+    """
+    check_arguments(passes, rate, step_windows, seed)
+    # By name, so that a run that goes on finds the same order.
+    weights, masks = masked_weights(model, dict(sorted(masks.items())))
+    settings = {"passes": passes, "rate": rate, "seed": seed, "step_windows": step_windows}
+    report = DistillationReport(settings)
+    if not passes or not len(tokens) or not weights:
+        return report
+    tokens, mask, times = _check_tokens(model, tokens, attention_mask, times)
+    learned, aside = set_aside(len(tokens))
+    steps = [_order(learned, times, step_windows, [seed, number]) for number in range(passes)]
+    report.windows, report.aside = len(learned), len(aside)
+    report.steps = sum(map(len, steps))
+    device = torch.device(next(model.parameters()).device if device is None else device)
+    saved = _Saved(state, SAVE_SECONDS if save_seconds is None else save_seconds)
+    if state is not None:
+        given = {
+            "tokens": _digest(tokens, mask, torch.from_numpy(times)),
+            "masks": _digest(*masks.values()),
+            "model": _digest(*weights.values()),
+        }
+        saved.begin({**settings, **given}, resume)
+    stored = [weight.dtype for weight in weights.values()]
+    began = time.perf_counter()
+    memory.reset(device)
+    with contextlib.ExitStack() as held:
+        for part in (model, dense):
+            held.enter_context(evaluating(part))
+            held.enter_context(_in_float32(part, device))
+        held.enter_context(_learning_alone(model, weights.values()))
+        held.enter_context(repeatable(device))
+        held.enter_context(sdpa_kernel(ATTENTIONS))
+        pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
+        room, again, report.memory_predicted = _plan(pair, step_windows, checkpointing)
+        held.enter_context(_forward_again(model, again))
+        if starting:
+            starting(report)
+        _learn(pair, room, steps, aside, report, saved, progress, on_pass)
+    report.seconds = time.perf_counter() - began
+    report.memory_peak = memory.peak(device)
+    return report
+
+
+def check_arguments(passes, rate, step_windows, seed):
+    """Refuse arguments of `distill` that are wrong whatever the model is."""
+    validation.integer("passes", passes, low=0)
+    validation.integer("step_windows", step_windows)
+    validation.integer("seed", seed, low=0)
+    if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
+        raise ValueError(f"rate: found {rate!r}, expected a positive number")
+
+
+def set_aside(windows):
+    """Which windows are learned from, and which are kept aside, evenly among them.
+
+    Returns
+    -------
+    learned, aside : ndarray of int
+    """
+    if windows < 2:
+        raise ValueError(f"tokens: found {windows} window, expected 2 at least: one is kept aside")
+    count = max(1, windows // ASIDE)
+    aside = ((np.arange(count) + 0.5) * windows / count).astype(int)
+    return np.setdiff1d(np.arange(windows), aside), aside
+
+
+class _Pair:
+    """The pruned model and the dense one on a device, and windows for both."""
+
+    def __init__(self, model, dense, weights, masks, stored, tokens, mask, device):
+        self.weights, self.stored = list(weights.values()), stored
+        self.kept = [masks[name].to(device) for name in weights]
+        self.tokens = tokens.to(device)
+        self.mask = None if mask is None else mask.to(device)
+        self.device = device
+        self.model = model
+        with self._products():
+            self.pruned, self.dense = Cut(model, self.tokens), Cut(dense, self.tokens)
+
+    def hidden(self, cut, tokens, mask=None):
+        """What a model's head reads, shape (tokens, D)."""
+        with self._products():
+            return cut.hidden(tokens, mask).flatten(0, 1)
+
+    def given(self, windows):
+        """Tokens of some windows, their mask, and 1 for each token that counts."""
+        tokens = self.tokens[windows]
+        if self.mask is None:
+            return tokens, None, torch.ones(tokens.numel(), device=self.device)
+        mask = self.mask[windows]
+        return tokens, mask, mask.flatten().float()
+
+    @torch.no_grad()
+    def divergence(self, windows, room):
+        """The mean over the tokens of some windows."""
+
+        def part(start, stop):
+            tokens, mask, counts = self.given(windows[start:stop])
+            both = (self.hidden(cut, tokens, mask) for cut in (self.pruned, self.dense))
+            return divergence(self.pruned, self.dense, *both, counts)
+
+        return float(sum(room.each(len(windows), part)) / self.given(windows)[2].sum())
+
+    def gradient(self, windows, room):
+        """Set the gradients of the mean over some windows, 0 where a weight is pruned."""
+        whole = self.given(windows)[2].sum()
+
+        def add(start, stop):
+            tokens, mask, counts = self.given(windows[start:stop])
+            # All or none: memory may run out on the way.
+            for weight, found in zip(
+                self.weights, self._gradient(tokens, mask, counts / whole), strict=True
+            ):
+                if found is not None and weight.grad is not None:
+                    weight.grad.add_(found)
+                elif found is not None:
+                    weight.grad = found
+
+        for weight in self.weights:
+            weight.grad = None
+        room.each(len(windows), add)
+
+    def _gradient(self, tokens, mask, counts):
+        with torch.no_grad():
+            goals = self.hidden(self.dense, tokens, mask)
+        hidden = self.hidden(self.pruned, tokens, mask)
+        pull, at_head = divergence_gradient(
+            self.pruned, self.dense, hidden, goals, counts, self.weights
+        )
+        before = torch.autograd.grad(hidden, self.weights, pull, allow_unused=True)
+        both = zip(before, at_head, self.kept, strict=True)
+        found = [(a if b is None else b if a is None else a.add_(b), kept) for a, b, kept in both]
+        return [None if gradient is None else gradient.mul_(kept) for gradient, kept in found]
+
+    def _products(self):
+        """On a GPU products are taken in bfloat16, before the head."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+
+
+def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
+    """Take all steps; the pair's model ends with the weights of the best pass."""
+    weights, rate = pair.weights, report.settings["rate"]
+    optimizer = torch.optim.AdamW(
+        weights, lr=rate, betas=BETAS, weight_decay=0.0, fused=pair.device.type == "cuda"
+    )
+    best = first = _copies(pair)
+    done, found = saved.load(weights, optimizer, report)
+    best = found or best
+    if not report.divergence:
+        report.divergence.append(pair.divergence(aside, room))
+    if on_pass:
+        on_pass(report)
+    warm_up, seen = min(WARM_UP, report.steps // 4), 0
+    for number, batches in enumerate(steps, 1):
+        for windows in batches:
+            seen += 1
+            if seen <= done:
+                continue
+            pair.gradient(windows, room)
+            torch.nn.utils.clip_grad_norm_(weights, LARGEST_GRADIENT)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * _share_of_rate(seen - 1, warm_up, report.steps)
+            optimizer.step()
+            saved.due(seen, weights, optimizer, best, report)
+            if progress:
+                progress(seen, report.steps)
+        if len(report.divergence) <= number:
+            copies = _copies(pair)
+            with _holding(pair, copies):
+                report.divergence.append(pair.divergence(aside, room))
+            if _best(report.divergence) == number:
+                best = copies
+            if on_pass:
+                on_pass(report)
+    optimizer.state.clear()  # optimizers hold themselves, until they are collected
+    report.kept = _best(report.divergence)
+    _put(weights, best if report.kept else first)
+
+
+def _share_of_rate(step, warm_up, steps):
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def _best(divergence):
+    """The pass of the lowest divergence, the first of equals; no number is lowest of all."""
+    return min(
+        range(len(divergence)), key=lambda i: (not math.isfinite(divergence[i]), divergence[i])
+    )
+
+
+def _copies(pair):
+    """The weights on the host, in the dtype in which the model will hold them."""
+    pairs = zip(pair.weights, pair.stored, strict=True)
+    return [weight.detach().to("cpu", dtype, copy=True) for weight, dtype in pairs]
+
+
+@torch.no_grad()
+def _put(weights, values):
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
+@contextlib.contextmanager
+def _holding(pair, values):
+    """Other values in the weights meanwhile: those that they will have when they are stored."""
+    if all(dtype == weight.dtype for weight, dtype in zip(pair.weights, pair.stored, strict=True)):
+        yield
+        return
+    own = [weight.detach().clone() for weight in pair.weights]
+    _put(pair.weights, values)
+    try:
+        yield
+    finally:
+        _put(pair.weights, own)
+
+
+def _plan(pair, step_windows, checkpointing):
+    """How many windows run at once, whether forwards are done again, and the bytes it takes."""
+    learning = sum(weight.numel() for weight in pair.weights)
+    length = pair.tokens.shape[1]
+    chunk = 24 * CHUNK[pair.device.type]
+    if pair.device.type == "cuda":
+        memory.give_back()
+        free = torch.cuda.mem_get_info(pair.device)[0]
+    else:
+        free = arrays.free_memory(np)
+    # A gradient and two moments, in float32, are still to come.
+    free = 0.8 * free - 12 * learning - chunk
+    window = _bytes_of_a_window(pair)
+    again = window > free if checkpointing is None else checkpointing
+    if again:
+        blocks = max(1, len(_blocks_of(pair.model)))
+        window = window // blocks + 4 * blocks * length * pair.width
+    windows = min(step_windows, BATCH_TOKENS[pair.device.type] // length, int(free // window))
+    windows = max(1, windows)
+    total = 12 * learning + chunk + windows * window
+    if pair.device.type == "cuda":
+        total += torch.cuda.memory_allocated(pair.device)
+    else:
+        total += memory.resident() + 2 * 4 * learning
+    return memory.Room(windows), again, int(total)
+
+
+def _bytes_of_a_window(pair):
+    """What backpropagation keeps of a window, counted in a forward of it."""
+    own = {weight.untyped_storage().data_ptr() for weight in pair.model.parameters()}
+
+    def kept(length):
+        seen = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            mask = None if pair.mask is None else pair.mask[:1, :length]
+            hidden = pair.hidden(pair.pruned, pair.tokens[:1, :length], mask)
+        pair.width = hidden.shape[-1]
+        return sum(seen.values())
+
+    try:
+        # Copies of the weights in bfloat16 are kept however many tokens there are.
+        return max(1, kept(None) - kept(1))
+    except torch.cuda.OutOfMemoryError:
+        memory.give_back()
+        return math.inf
+
+
+def _blocks_of(model):
+    try:
+        return find_blocks(model)[1]
+    except ValueError:
+        return []
+
+
+@contextlib.contextmanager
+def _forward_again(model, again):
+    """Let each block keep its input alone, and run a second time for its gradient."""
+    blocks = _blocks_of(model) if again else []
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+@contextlib.contextmanager
+def _in_float32(model, device):
+    """On a device, all floats of half precision widened; afterwards as and where it was."""
+    home = next(model.parameters()).device
+    model.to(device)
+    narrow = [
+        (tensor, tensor.dtype)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
+        model.to(home)
+
+
+@contextlib.contextmanager
+def _learning_alone(model, weights):
+    """Gradients for these weights and no others."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, learned in before:
+            parameter.grad = None
+            parameter.requires_grad_(learned)
+
+
+def _order(learned, times, size, seed):
+    """The windows of each step of a pass."""
+    windows = np.repeat(learned, times[learned])
+    windows = np.random.default_rng(seed).permutation(windows)
+    return [windows[a : a + size] for a in range(0, len(windows), size)]
+
+
+def _check_tokens(model, tokens, attention_mask, times):
+    """Tokens and their attention mask, or None, as tensors, and times as an array; no window of
+    padding alone."""
+    if hasattr(model, "get_input_embeddings"):
+        tokens = check_tokens(model, tokens)
+    else:
+        tokens = to_array(tokens).astype(np.int64)
+    times = np.ones(len(tokens), int) if times is None else to_array(times)
+    if times.shape != (len(tokens),) or times.dtype.kind not in "iu" or times.min() < 0:
+        raise ValueError(
+            f"times: found {times.dtype} of shape {times.shape}, expected counts, one a window: "
+            f"{len(tokens)}"
+        )
+    if attention_mask is None:
+        return torch.from_numpy(tokens), None, times
+    mask = to_array(attention_mask)
+    if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"attention_mask: found shape {mask.shape}, expected {tokens.shape} as the tokens, "
+            "0 and 1 alone"
+        )
+    some = mask.any(axis=1)
+    mask = torch.from_numpy(mask[some].astype(np.int64))
+    return torch.from_numpy(tokens[some]), mask, times[some]
+
+
+class _Saved:
+    """The state of a run in a file, written every so often."""
+
+    def __init__(self, path, seconds):
+        self._path, self._seconds = path, seconds
+        self._last = time.monotonic()
+
+    def begin(self, identity, resume):
+        """Note what decides the result, and refuse a file that holds something else."""
+        self._identity = json.loads(json.dumps(identity))
+        if not os.path.exists(self._path):
+            return
+        if not resume:
+            raise FileExistsError(f"{self._path}: found the state of a run, expected resume")
+        before = self._content()["identity"]
+        for key, value in self._identity.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"resume: found that {self._path} was made with another {key}, expected the "
+                    "same run"
+                )
+
+    def load(self, weights, optimizer, report):
+        """Put the state in place; the steps done, and the best weights if there are any."""
+        if self._path is None or not os.path.exists(self._path):
+            return 0, None
+        content = self._content()
+        with safe_open(self._path, "pt") as stored:
+            names = set(stored.keys())
+            read = stored.get_tensor
+            _put(weights, [read(f"weight.{i}") for i in range(len(weights))])
+            step = torch.tensor(float(content["done"]))
+            moments = {
+                i: {"step": step.clone(), "exp_avg": read(f"first.{i}"),
+                    "exp_avg_sq": read(f"second.{i}")}
+                for i in range(len(weights)) if f"first.{i}" in names
+            }  # fmt: skip
+            best = [read(f"best.{i}") for i in range(len(weights)) if f"best.{i}" in names]
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        report.divergence[:] = content["divergence"]
+        return content["done"], best or None
+
+    def due(self, done, weights, optimizer, best, report):
+        """Write the state where the last one is old enough."""
+        if self._path is None or time.monotonic() - self._last < self._seconds:
+            return
+        tensors = {}
+        for i, weight in enumerate(weights):
+            tensors[f"weight.{i}"] = weight.detach()
+            if moments := optimizer.state.get(weight):
+                tensors[f"first.{i}"] = moments["exp_avg"]
+                tensors[f"second.{i}"] = moments["exp_avg_sq"]
+            tensors[f"best.{i}"] = best[i]
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        content = {"identity": self._identity, "done": done, "divergence": report.divergence}
+        with files.replacing(self._path, force=True) as file:
+            file.write(save(tensors, {"state": json.dumps(content)}))
+        self._last = time.monotonic()
+
+    def _content(self):
+        try:
+            with safe_open(self._path, "pt") as stored:
+                return json.loads(stored.metadata()["state"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"resume: found that {self._path} is damaged, expected a whole file; without it "
+                "distillation begins again"
+            ) from None
+
+
+def _digest(*tensors):
+    """A fingerprint of tensors, None among them."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.detach().cpu().contiguous()
+            result.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            result.update(tensor.flatten().view(torch.uint8).numpy())
+    return result.hexdigest()

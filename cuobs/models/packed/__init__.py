@@ -1,0 +1,1 @@
+"""Packed models: written, opened by transformers, timed."""

@@ -1,0 +1,1 @@
+"""Pruning block by block: both streams of hidden states, groups, targets, rows."""

@@ -1,0 +1,296 @@
+"""What pruning a model takes, predicted before it starts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cuobs.models import memory
+from cuobs.models.blocks import capture
+from cuobs.models.pruning.groups import probe
+from cuobs.models.pruning.streams import Passage, Streams
+from cuobs.models.pruning.tuning import STEP_WINDOWS
+from cuobs.models.structure import linears, oriented
+
+# A process that has imported PyTorch and transformers and holds no model.
+LIBRARIES = 400 * 2**20
+# Operations of a method in terms of K³ and of rows K²; those of forwards and sums are added.
+OPERATIONS = {
+    "magnitude": (0, 0), "wanda": (0, 0), "obs-local": (1, 1), "sparsegpt": (1 / 3, 2),
+    "admm": (6, 180),
+}  # fmt: skip
+OPERATIONS_OF_OTHERS = (2, 4)
+# Share of a large product's rate that a block reaches over all.
+REACHED = 0.4
+# Share of the memory that is free which forwards that wait inside a block may fill up to.
+HOLDING = {"cpu": 0.5, "cuda": 0.85}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a window takes while it waits before a group, and until then.
+
+    Attributes
+    ----------
+    waits : int
+        Bytes that a forward holds where it stands there.
+    runs : int
+        Bytes that it takes at most on the way there, those that it holds included.
+    """
+
+    waits: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What pruning a model takes, in numbers.
+
+    Attributes
+    ----------
+    groups : list of (int, int)
+        Columns and rows in all of the linears of each group.
+    stages : list of Stage
+        One for each group, and one for what leaves the block.
+    windows, length, width : int
+        Of the hidden states.
+    batch : int
+        Windows in a batch.
+    element : int
+        Bytes of an element of the hidden states and weights.
+    block : int
+        Bytes of a block.
+    model : int
+        Bytes of all weights that lie where blocks are pruned; those that are mapped from a file
+        come into memory as they are used.
+    follows : bool
+        Whether the dense model is followed too.
+    mixed : bool
+        Whether its inputs enter the targets.
+    method : str
+    tune : int
+        Windows in a step of tuning; 0 where blocks are not tuned.
+    """
+
+    groups: list
+    stages: list
+    windows: int
+    length: int
+    width: int
+    batch: int
+    element: int
+    block: int
+    model: int
+    follows: bool
+    mixed: bool
+    method: str
+    tune: int
+
+    @property
+    def batches(self):
+        """How many batches there are."""
+        return -(-self.windows // self.batch)
+
+
+# Matrices of float32 that a method holds at its peak: (K, K), and (rows, K) of all linears of a
+# group, beside the group's sums and its target; measured.
+HELD_BY_METHOD = {"magnitude": (3, 5), "wanda": (3, 5), "sparsegpt": (5, 5), "admm": (8, 10)}
+HELD_BY_OTHERS = (8, 8)
+# The same for the target of a group, where it is not the weights themselves.
+HELD_BY_TARGET = (2, 5)
+# Bytes of float64 in place of float32 on the CPU, where targets are solved for.
+TARGET_ITEM = {"cpu": 8, "cuda": 4}
+
+
+def predict(work, device, held=0):
+    """Bytes that will be in use at the peak.
+
+    Parameters
+    ----------
+    work : Work
+    device : torch.device
+    held : int
+        Batches whose forwards wait inside a block.
+
+    Returns
+    -------
+    int
+    """
+    streams = 2 if work.follows else 1
+    # On a GPU the next block is copied meanwhile.
+    fixed = work.model + work.block * (streams + (device.type == "cuda"))
+    fixed += work.windows * work.length * work.width * work.element * streams
+    return int(fixed + max(_phases(work, device, held)))
+
+
+def batches_to_hold(work, device, budget):
+    """How many batches may wait inside a block for the peak to stay within a budget, in bytes."""
+    least = predict(work, device)
+    each = predict(work, device, work.batches) - least
+    if each <= 0:
+        return work.batches
+    return int(max(0, min(work.batches, (budget - least) * work.batches // each)))
+
+
+def _phases(work, device, held):
+    """Bytes beside weights and hidden states, phase by phase."""
+    streams = 2 if work.mixed else 1
+    for (K, rows), stage in zip(work.groups, work.stages, strict=False):
+        # Forwards that wait: all that are held, or those of one batch.
+        waiting = min(max(held, 1) * work.batch, work.windows) * stage.waits * streams
+        sums = 4 * K * K * streams + (4 * K * work.width if work.mixed else 0)
+        # The inputs of tokens that count, and how they differ.
+        taken = work.batch * work.length * K * work.element * (3 if work.mixed else 1)
+        yield waiting + sums + max(work.batch * (stage.runs - stage.waits), taken)
+        yield waiting * (held > 0) + sums + _pruning(work, device, K, rows)
+    waiting = min(held * work.batch, work.windows) * work.stages[-2].waits * streams
+    yield waiting + work.batch * work.stages[-1].runs
+    if work.tune:
+        # What backpropagation keeps of a window in float32 is about three times as much, and
+        # Adam keeps two numbers of each weight beside it, its gradient and its float32 copy.
+        kept = 3 * min(work.batch, work.tune) * work.stages[-1].runs * 4 // work.element
+        yield kept + 16 * work.block // work.element
+
+
+def _pruning(work, device, K, rows):
+    """Bytes that it takes to prune a group beside its sums."""
+    squares, wide = HELD_BY_METHOD.get(work.method, HELD_BY_OTHERS)
+    method = 4 * (squares * K * K + wide * rows * K)
+    if not work.mixed:
+        return method
+    squares, wide = HELD_BY_TARGET
+    target = TARGET_ITEM[device.type] * (squares * K * K + wide * rows * K)
+    return max(method + 4 * rows * K, target)
+
+
+def stages_of(groups, length, width, element):
+    """The `Stage` of each group and of the end, from shapes alone."""
+    window = length * element
+    run, found = 4 * width, []
+    for K, rows in groups:
+        found.append(Stage((K + 4 * width) * window, (run + K) * window))
+        run += rows
+    return [*found, Stage(0, (run + 2 * max(K for K, _ in groups)) * window)]
+
+
+def measure_stages(passing, device):
+    """The `Stage` of each place of a walk on a GPU, and of its end.
+
+    Parameters
+    ----------
+    passing : callable
+        Begins a `Walk` of one window.
+    device : torch.device
+    """
+    for _ in range(2):  # what libraries keep for themselves, they have from the first on
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        found = []
+        for step in passing():
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            waits = torch.cuda.memory_allocated(device) - before
+            found.append(Stage(waits, torch.cuda.max_memory_allocated(device) - before))
+    return found
+
+
+def work_of(model, blocks, windows, batch, recipe, device):
+    """What pruning will take, in numbers; a window is run through the first block to see."""
+    block = blocks[0]
+    shown = [(t[:1], None if m is None else m[:1]) for t, m in windows.batches(batch)[:1]]
+    entry = capture(model, blocks, shown, device)
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        streams = Streams.begin(entry.hidden, entry.calls, [None], False, memory.Room(1))
+        plan = probe(block, *streams.first_window(0))
+        modules = linears(block)
+        shapes = [[oriented(modules[name]).shape for name in g.names] for g in plan.groups]
+        groups, stages = [_group(some) for some in shapes], None
+        if device.type == "cuda":
+            with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
+                stages = measure_stages(passage.steps, device)
+    finally:
+        block.to(home)
+    width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
+    here = home.type == device.type
+    return _work(model, block, groups, stages, windows, batch, recipe, device, width, element, here)
+
+
+def work_from_shapes(model, blocks, windows, batch, recipe, device):
+    """The same of a model on the meta device, which will be loaded into the host's memory.
+
+    Linears one after the other that take as many columns are a group, which ends with one that
+    gives as many outputs as the hidden states have.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    shapes = [[]]
+    for module in linears(blocks[0]).values():
+        shape = oriented(module).shape
+        if shapes[-1] and (shapes[-1][-1][1] != shape[1] or shapes[-1][-1][0] == width):
+            shapes.append([])
+        shapes[-1].append(shape)
+    element = next(blocks.parameters()).element_size()
+    here = device.type == "cpu"
+    return _work(
+        model, blocks[0], [_group(some) for some in shapes], None, windows, batch, recipe, device,
+        width, element, here,
+    )  # fmt: skip
+
+
+def _group(shapes):
+    """Columns and rows in all of linears that share their inputs."""
+    return shapes[0][1], sum(rows for rows, _ in shapes)
+
+
+def _work(
+    model, block, groups, stages, windows, batch, recipe, device, width, element, here
+):  # fmt: skip
+    count, length = windows.tokens.shape
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu":
+        size = max(memory.resident(), LIBRARIES + size)
+    return Work(
+        groups, stages or stages_of(groups, length, width, element), count, length, width, batch,
+        element,
+        block=sum(p.numel() * p.element_size() for p in block.parameters()),
+        model=size if here else 0,
+        follows=recipe.follows,
+        mixed=recipe.target != "pruned",
+        method=recipe.config.recipe.method,
+        tune=STEP_WINDOWS if recipe.tune else 0,
+    )  # fmt: skip
+
+
+def seconds_a_block(work, held, rate):
+    """About what a block takes, by the operations that it needs and how many a second there are.
+
+    Parameters
+    ----------
+    work : Work
+    held : int
+        Batches whose forwards wait inside a block.
+    rate : float
+        Floating-point operations a second of a large product.
+
+    Returns
+    -------
+    float
+    """
+    tokens, streams = work.windows * work.length, 2 if work.follows else 1
+    weights = sum(K * rows for K, rows in work.groups)
+    again = 2 - held / work.batches
+    operations = 2 * weights * tokens * streams * again
+    for K, rows in work.groups:
+        operations += tokens * K * K * (3 if work.mixed else 1)
+        cubes, products = OPERATIONS.get(work.method, OPERATIONS_OF_OTHERS)
+        operations += cubes * K**3 + products * rows * K**2
+    operations += work.tune and 12 * weights * tokens
+    return operations / (REACHED * rate)
+
+
+def hold(work, device):
+    """How many batches may wait inside a block, by the memory that is free."""
+    free = memory.free(device)
+    if device.type == "cpu":
+        free += memory.resident()
+    return batches_to_hold(work, device, HOLDING[device.type] * free)

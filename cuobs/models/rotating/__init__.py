@@ -1,0 +1,1 @@
+"""Rotations that fold away: found by structure, learned, applied."""

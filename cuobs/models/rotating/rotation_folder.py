@@ -1,0 +1,66 @@
+"""From a checkpoint's folder to that of the same model in another basis.
+
+What can be known before is checked here; PyTorch is imported afterwards.
+"""
+
+import cuobs
+from cuobs import validation
+from cuobs.arrays import DEVICES
+from cuobs.models.planning import check_folders
+from cuobs.models.recipe import WINDOWS, check_rotation
+
+
+def rotate_folder(
+    src,
+    dst,
+    calibration,
+    *,
+    pattern="2:4",
+    samples=WINDOWS,
+    sequence_length=None,
+    seed=0,
+    attention_mask=None,
+    shard_size="5GB",
+    save_dtype=None,
+    trust_remote_code=False,
+    device="auto",
+    say=None,
+    progress=None,
+    **options,
+):
+    """Rotate the model of a folder (or a GGUF) into another folder; it stays dense.
+
+    Parameters
+    ----------
+    src, dst, calibration, samples, sequence_length, seed, attention_mask, shard_size, save_dtype
+        See `prune_folder`.
+    trust_remote_code, device, say
+        See `prune_folder`.
+    pattern : str or Pattern
+        What the basis is learned for.
+    progress : callable, optional
+        Called with (label, done, total).
+    **options
+        Of `rotate`: steps, rate, score, permute, damp.
+
+    Returns
+    -------
+    RotationReport
+        As it is written to ``cuobs_rotation.json``.
+    """
+    say = say or (lambda line: None)
+    source, shard_bytes, save_dtype = check_folders(
+        src, dst, calibration, samples, sequence_length, seed, attention_mask, (), False,
+        shard_size, save_dtype,
+    )  # fmt: skip
+    pattern = cuobs.pattern.parse(pattern)
+    validation.name_of("device", device, DEVICES)
+    check_rotation(**{key: value for key, value in options.items() if key != "permute"})
+    from cuobs.models.rotating import rotation_pipeline
+
+    return rotation_pipeline.rotate_source(
+        source, dst, calibration, pattern, options, samples=samples,
+        sequence_length=sequence_length, seed=seed, attention_mask=attention_mask,
+        shard_bytes=shard_bytes, save_dtype=save_dtype, trust_remote_code=trust_remote_code,
+        device=device, say=say, progress=progress,
+    )  # fmt: skip

@@ -1,0 +1,231 @@
+"""What learning a rotation needs of each block: folded weights and second moments of inputs."""
+
+import copy
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cuobs.models import memory
+from cuobs.models.blocks import capture, evaluating, run, windows_of
+from cuobs.models.rotating.folding import fold_block
+from cuobs.models.structure import linears, oriented
+
+# Tokens that run through a block at once.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+
+class BlockMoments(NamedTuple):
+    """A block with the scales of its norms folded, and in what its weights are measured.
+
+    A moment is H, the mean of xxᵀ over the tokens that count, or where scores are those after
+    compensation the inverse of the damped H.
+
+    Attributes
+    ----------
+    weights : dict of tensor, shape (M, K)
+        By linear; for a GPU in bfloat16, and on the host where it has no room for all of them.
+    norms : dict of tensor, shape (D, D)
+        Moments by norm.
+    heads : tensor, shape (heads, queries, d, d), or None
+        Moments of what attention gives, by key-value head and query head.
+    scales : dict of tensor, shape (K,)
+        Of the other writers' inputs: what the square of a weight is multiplied with.
+    orders : tuple of tensor
+        In which the inner columns are laid out already.
+    """
+
+    weights: dict
+    norms: dict
+    heads: torch.Tensor | None
+    scales: dict
+    orders: tuple
+
+
+@torch.no_grad()
+def gather(
+    model, stream, tokens, mask, counted, patterns, device, *, compensated, permute, damp
+):  # fmt: skip
+    """Weights and moments of all blocks, the hidden states going from one to the next.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    stream : cuobs.models.rotating.folding.Stream
+    tokens, mask, counted : tensor, shape (windows, length)
+        The mask may be None; ``counted`` tells which tokens enter the sums.
+    patterns : dict of Pattern
+        By the name of a linear.
+    device : torch.device
+    compensated : bool
+        Whether scores are w² / C_jj.
+    permute : bool
+        Whether inner columns are dealt out to the scopes.
+    damp : float
+
+    Returns
+    -------
+    list of BlockMoments
+    """
+    blocks = model.get_submodule(stream.prefix)
+    batch = max(1, BATCH_TOKENS.get(device.type, 4096) // tokens.shape[1])
+    parts = tokens.split(batch)
+    masks = [None] * len(parts) if mask is None else mask.split(batch)
+    counts = counted.split(batch)
+    found, room = [], memory.Room(batch)
+    home = _home(blocks, device)
+    with evaluating(model):
+        hidden, calls = capture(model, blocks, list(zip(parts, masks, strict=True)), device)
+        for index, (block, part) in enumerate(zip(blocks, stream.blocks, strict=True)):
+            own = calls[index]
+            block = copy.deepcopy(block).to(device)
+            fold_block(block, part)
+            sums = _sums(block, part, hidden, own, counts, room, whole=compensated or permute)
+            found.append(_measured(block, part, sums, device, compensated, damp))
+            if permute:
+                where = f"{stream.prefix}.{index}"
+                found[-1] = _dealt(found[-1], part, sums, where, patterns, damp)
+            for name, W in found[-1].weights.items():
+                found[-1].weights[name] = W.to(home)
+            own.clear()
+            memory.trim(device)
+    return found
+
+
+def _home(blocks, device):
+    """Where all weights are kept: the device, or the host where they would fill a third of it."""
+    if device.type != "cuda":
+        return device
+    size = sum(m.weight.numel() for m in linears(blocks).values())
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if 2 * size <= free // 3 else torch.device("cpu")
+
+
+def _sums(block, part, hidden, calls, counts, room, whole):
+    """Mean second moments of what linears read, while the hidden states pass through a block."""
+    modules = linears(block)
+    inputs = {norm.readers[0]: None for norm in part.norms} | dict.fromkeys(part.writers)
+    seen, sums = {}, defaultdict(float)
+
+    def watch(name):
+        return lambda _, args: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
+
+    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in inputs]
+    try:
+        for i, (call, counted) in enumerate(zip(calls, counts, strict=True)):
+
+            def passed(start, stop, i=i, call=call, counted=counted):
+                call = windows_of(call, start, stop, len(hidden[i]))
+                out = run(block, hidden[i][start:stop], call)
+                chosen = counted[start:stop].flatten().nonzero().flatten().to(out.device)
+                new = {n: _moment(n, x[chosen].float(), part, whole) for n, x in seen.items()}
+                seen.clear()
+                return out, new
+
+            results = room.each(len(hidden[i]), passed)
+            hidden[i] = torch.cat([out for out, _ in results])
+            for _, new in results:
+                for name, moment in new.items():
+                    sums[name] += moment
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(int(c.sum()) for c in counts)
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def _moment(name, x, part, whole):
+    """The second moments that are needed of a linear's inputs: all, by head, or the diagonal."""
+    if whole or any(name == norm.readers[0] for norm in part.norms):
+        return x.T @ x
+    if part.values is not None and name == part.values.target:
+        heads = x[:, part.values.columns.to(x.device)].permute(1, 2, 3, 0)
+        return heads @ heads.mT
+    return x.square().sum(0)
+
+
+def _measured(block, part, sums, device, compensated, damp):
+    """The `BlockMoments` of the sums."""
+    modules = linears(block)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
+    weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
+    if compensated:
+        sums = {name: _damped_inverse(H, damp) for name, H in sums.items()}
+    heads, scales = None, {}
+    for name in part.writers:
+        form = sums[name]
+        if part.values is not None and name == part.values.target:
+            columns = part.values.columns.to(form.device)
+            heads = form if form.ndim == 4 else form[columns[..., None], columns[..., None, :]]
+        else:
+            diagonal = form.diagonal() if form.ndim == 2 else form
+            scales[name] = 1 / diagonal if compensated else diagonal
+    norms = {norm.name: sums[norm.readers[0]] for norm in part.norms}
+    return BlockMoments(weights, norms, heads, scales, ())
+
+
+def _dealt(moments, part, sums, where, patterns, damp):
+    """The same with inner columns dealt out to the scopes by Σ w² / C_jj."""
+    weights, scales, orders = dict(moments.weights), dict(moments.scales), []
+    for inner in part.inner:
+        W = weights[inner.target]
+        worth = W.float().square().sum(0) / _damped_inverse(sums[inner.target], damp).diagonal()
+        order = deal(worth, W.shape, patterns.get(f"{where}.{inner.target}"))
+        orders.append(order)
+        order = order.to(W.device)
+        for name in inner.sources:
+            weights[name] = weights[name][order]
+        weights[inner.target] = W[:, order]
+        scales[inner.target] = scales[inner.target][order]
+    return moments._replace(weights=weights, scales=scales, orders=tuple(orders))
+
+
+def _damped_inverse(H, damp):
+    H = H.double()
+    H.diagonal().add_(damp * H.diagonal().mean())
+    return torch.cholesky_inverse(torch.linalg.cholesky(H)).float()
+
+
+def compiled(pattern, shape):
+    """The layout of a pattern; None where there is none or it does not divide the shape."""
+    try:
+        return pattern and pattern.compile(*shape)
+    except ValueError:
+        return None
+
+
+def deal(worth, shape, pattern):
+    """An order of columns that deals them out to the scopes by what they are worth.
+
+    The first blocks of all scopes get the dearest columns, the last ones the cheapest, so that
+    each scope chooses between columns of all kinds. The dearest of all go to the first scope:
+    methods that go from left to right can make up for the most there.
+
+    Parameters
+    ----------
+    worth : tensor, shape (K,)
+    shape : tuple of int
+        (M, K) of the weight.
+    pattern : Pattern or None
+
+    Returns
+    -------
+    tensor of int, shape (K,)
+        On the CPU; as it is where a scope is no choice between columns.
+    """
+    order, layout = torch.arange(len(worth)), compiled(pattern, shape)
+    if layout is None:
+        return order
+    kinds = np.unique(layout.blocks, axis=1, return_inverse=True)[1].ravel()
+    count, scopes = int(kinds.max()) + 1, layout.column_groups
+    if count == 1:
+        return order
+    # Ranks by block of the scope, scope, and column of the block.
+    ranks = torch.argsort(worth.cpu(), descending=True, stable=True).reshape(count, scopes, -1)
+    for block in range(count):
+        places = layout.column_order[:, np.flatnonzero(kinds == block)]
+        order[torch.from_numpy(places.copy()).flatten()] = ranks[block].flatten()
+    return order

@@ -1,0 +1,1 @@
+"""Windows of tokens: from texts, from files, and from the model itself."""
