@@ -47,7 +47,7 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
             )  # fmt: skip
         finally:
             rows.show_rest()
-            _write(rows.table, plot, rst, json_path, force)
+            _write(rows.table, w, config.settings, plot, rst, json_path, force)
 
 
 class _Rows:
@@ -86,7 +86,7 @@ class _Rows:
         click.echo(lines[2 + position])
 
 
-def _write(table, plot, rst, json_path, force):
+def _write(table, name, settings, plot, rst, json_path, force):
     """Write what was found to the files that were named."""
     if table is None:
         return
@@ -95,7 +95,9 @@ def _write(table, plot, rst, json_path, force):
     if json_path:
         files.write_text(json_path, json.dumps(table.json(), indent=2) + "\n", force)
     if plot:
-        plotting.pareto(table, plot, force)
+        device = "cpu" if settings.namespace().__name__ == "numpy" else "cuda"
+        title = f"{name} ({common.by(table.shape)}), {table.pattern.label}, on {device}"
+        plotting.pareto(table, plot, force, title)
     for path in (rst, json_path, plot):
         if path:
             click.echo(f"written  {path}")

@@ -130,21 +130,26 @@ def patterns_figure(patterns):
     return figure
 
 
-def pareto(table, path, force=False):
+def pareto(table, path, force=False, title=None):
     """Draw loss against time, one mark a method with its name beside it.
 
     Parameters
     ----------
-    table : list of Row
+    table : cuobs.comparing.Table
         As `cuobs.compare` gives it.
     path : str
         .png, .svg or .pdf.
     force : bool
         Overwrite an existing file.
+    title : str, optional
+        The size of the layer and the pattern by default.
     """
     check_picture(path)
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
+    if title is None:
+        title = f"{table.shape[0]} x {table.shape[1]}, {table.pattern.label}"
+    axes.set_title(title, fontsize=10)
     axes.set_xscale("log")
     axes.set_xlabel("seconds")
     axes.set_ylabel("relative output loss, %")

@@ -183,6 +183,14 @@ def test_picture_is_drawn(tmp_path):
     assert os.listdir(tmp_path) == ["pareto.png"]
 
 
+@pytest.mark.parametrize(("title", "said"), [(None, "96 x 1536, 2:4"), ("W on cuda", "W on cuda")])
+def test_a_picture_says_what_it_is_of(monkeypatch, title, said):
+    saved = []
+    monkeypatch.setattr(plotting, "save", lambda figure, *_: saved.append(figure))
+    plotting.pareto(TABLE, "a.png", title=title)
+    assert saved[0].axes[0].get_title() == said
+
+
 def test_picture_that_cannot_be_drawn_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"a.jpeg2: found .jpeg2, expected .png, .svg, .pdf"):
         plotting.check_picture("a.jpeg2")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from cuobs_cli import listing, main
 
 import cuobs
-from cuobs import files
+from cuobs import files, plotting
 
 M, K, N = 8, 32, 96
 COMMAND = [sys.executable, "-c", "from cuobs_cli import main; main()"]
@@ -373,7 +373,9 @@ def test_verify():
     )
 
 
-def test_compare():
+def test_compare(monkeypatch):
+    titles, draw = [], plotting.pareto
+    monkeypatch.setattr(plotting, "pareto", lambda *args: titles.append(args[3]) or draw(*args))
     result = run("compare", "W.npy", "X.npy", "--pattern", "4:8", "--rst", "t.rst", "--json",
                  "t.json", "--plot", "p.png")  # fmt: skip
     weight, inputs, *lines = result.stdout.splitlines()
@@ -388,6 +390,8 @@ def test_compare():
     rst = open("t.rst").read().splitlines()
     assert rst[1] == lines[0] and rst[3:-1] == lines[2 : 2 + len(names)]
     assert open("p.png", "rb").read(4) == b"\x89PNG"
+    device = cuobs.arrays.device_name(cuobs.arrays.choose("auto"))
+    assert titles == [f"W.npy ({M} x {K}), 4:8, on {device}"]
     some = run("compare", "W.npy", "X.npy", "--method", "wanda", "--method", "admm").stdout
     assert [line.split()[0] for line in some.splitlines()[4:]] == ["wanda", "admm"]
 
