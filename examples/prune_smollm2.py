@@ -49,8 +49,7 @@ TABLE = (
 )
 QUICK = (
     "sparsegpt target=pruned",
-    "admm target=mixed drop_first_token=True",
-    "admm target=mixed drop_first_token=True distill=3 step_windows=1",
+    "admm target=mixed drop_first_token=True distill=2 step_windows=1",
 )
 HELD_OUT = 32
 # Windows of the model's own that prune where there is no text.
@@ -97,7 +96,7 @@ def main():
     )
     print(f"perplexity on {len(held)} windows held out and on {len(prose)} of other works' prose")
     header = ("pattern", "run", "held out", "prose", "seconds", "memory")
-    print("{:<7}  {:<62}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header), flush=True)
+    print("{:<7}  {:<73}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header), flush=True)
 
     def show(pattern, run, model, seconds=0.0, peak=0):
         row = {
@@ -109,7 +108,7 @@ def main():
             "memory": peak,
         }
         print(
-            f"{pattern:<7}  {run:<62}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
+            f"{pattern:<7}  {run:<73}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
             f"{seconds:7.1f}  {size_text(peak) if peak else '-':>9}",
             flush=True,
         )
@@ -122,8 +121,9 @@ def main():
         for run, method, windows, options in runs:
             model = copy.deepcopy(dense)
             began = time.perf_counter()
-            peak = prune(model, dense, calibration[:windows], pattern, method, device, options)
-            show(pattern, run, model, time.perf_counter() - began, peak)
+            steps = prune(model, dense, calibration[:windows], pattern, method, device, options)
+            for step, peak in steps:
+                show(pattern, step + run, model, time.perf_counter() - began, peak)
             del model
 
 
@@ -143,7 +143,10 @@ BESIDE = ("drop_first_token", "own", "step_windows")
 
 
 def prune(model, dense, text, pattern, method, device, options):
-    """Prune a model, and distil it on the text twice and on windows of its own; the peak memory."""
+    """Prune a model, and distil it on the text twice and on windows of its own.
+
+    Yields what has been done and the peak memory, after each of the two.
+    """
     options = {"drop_first_token": False, **options}
     passes, rate = options.pop("distill", 0), options.pop("distill_rate", 3e-4)
     own, step_windows = options.pop("own", 0), options.pop("step_windows", 8)
@@ -157,8 +160,9 @@ def prune(model, dense, text, pattern, method, device, options):
         model, pruning, pattern=pattern, method=method, device=device.type, keep_masks=passes > 0,
         on_block=lambda report, blocks: block(len(report.blocks), blocks), **options,
     )  # fmt: skip
+    yield "", report.memory_peak
     if not passes:
-        return report.memory_peak
+        return
     windows, times = pruning, np.ones(len(pruning), int)
     if isinstance(own, np.ndarray):
         windows = np.concatenate([text, own])
@@ -167,7 +171,7 @@ def prune(model, dense, text, pattern, method, device, options):
         model, dense, report.masks, windows, times=times, passes=passes, rate=rate,
         step_windows=step_windows, device=device, progress=shown("distillation"),
     )  # fmt: skip
-    return max(report.memory_peak, found.memory_peak)
+    yield "distilled: ", max(report.memory_peak, found.memory_peak)
 
 
 def parse(run, windows):
