@@ -50,22 +50,21 @@ def _potrf(A, info):
 
 
 def factor_solve(R, B):
-    half = _transposed_solve(R, B.T, trans=1)
-    return _transposed_solve(R, half, trans=0, overwrite_b=True).T
+    from cupy.cuda.device import get_cublas_handle
+    from cupy_backends.cuda.libs import cublas
 
-
-def upper_solve(U, B):
-    return _transposed_solve(U, B, trans=1)
-
-
-def _transposed_solve(U, B, trans, overwrite_b=False):
-    """X with U X = B, or with Uᵀ X = B where `trans` is 0."""
-    from cupyx.scipy.linalg import solve_triangular
-
-    # The transpose of U counts columns first, as cuBLAS does: it is not copied.
-    return solve_triangular(
-        U.T, B, trans=trans, lower=True, overwrite_b=overwrite_b, check_finite=False
-    )
+    X, R = cupy.array(B, order="C"), cupy.ascontiguousarray(R)
+    trsm = getattr(cublas, {"float32": "strsm", "float64": "dtrsm"}[X.dtype.name])
+    handle, one = get_cublas_handle(), np.ones(1, X.dtype)
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
+    # To cuBLAS, which counts columns first, R is the lower triangle Rᵀ and the rows are columns.
+    for transposed in cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N:
+        trsm(
+            handle, cublas.CUBLAS_SIDE_LEFT, cublas.CUBLAS_FILL_MODE_LOWER, transposed,
+            cublas.CUBLAS_DIAG_NON_UNIT, len(R), len(X), one.ctypes.data,
+            R.data.ptr, len(R), X.data.ptr, len(R),
+        )  # fmt: skip
+    return X
 
 
 def upper_inverse(U, precision="fp32"):
