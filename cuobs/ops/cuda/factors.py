@@ -67,6 +67,13 @@ def factor_solve(R, B):
     return X
 
 
+def upper_solve(U, B):
+    from cupyx.scipy.linalg import solve_triangular
+
+    # The transpose of U counts columns first, as cuBLAS does: it is not copied.
+    return solve_triangular(U.T, B, trans=1, lower=True, check_finite=False)
+
+
 def upper_inverse(U, precision="fp32"):
     U = cupy.array(U, order="C")
     K, tile = len(U), TILE[U.dtype.name]
