@@ -324,7 +324,7 @@ def test_resume_refuses_another_norm(source, tmp_path, calibration):
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.mul_(2)
     model.save_pretrained(source, max_shard_size="20KB")
-    with pytest.raises(ValueError, match="another model's weights"):
+    with pytest.raises(ValueError, match="resume: found another model than the run began with"):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
 
 
@@ -349,6 +349,7 @@ def config(**changes):
     embed,
     lambda model: model.model.norm.weight.data.mul_(2),
     lambda model: model.lm_head.weight.data.mul_(2),
+    lambda model: model.model.layers[-1].mlp.up_proj.weight.data.mul_(2),  # not pruned yet
     config(rms_norm_eps=1e-2),
     config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     config(hidden_act="gelu"),

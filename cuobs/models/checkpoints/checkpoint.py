@@ -7,6 +7,7 @@ a file for each finished block. The marker goes last, when everything else is in
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files
+from cuobs.cores import cores
 from cuobs.models.checkpoints.marker import sync
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS
 from cuobs.models.report import BlockReport
@@ -81,10 +83,11 @@ def digest(block):
 
 
 def fingerprint(model, blocks):
-    """A fingerprint of all that a model is besides its blocks.
+    """A fingerprint of all that a model is: its config and its tensors.
 
-    Its config and its tensors, those that are not stored too: embeddings, norms, rotations. Each
-    block has its own, see `digest`.
+    Those that are not stored too; blocks are read side by side by as many threads as there are
+    cores. A rotation and windows of the model's own depend on all blocks, also before any of them
+    is pruned.
 
     Parameters
     ----------
@@ -99,6 +102,9 @@ def fingerprint(model, blocks):
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in inside:
             _add(result, name, tensor.detach())
+    with ThreadPoolExecutor(cores()) as pool:
+        for found in pool.map(digest, blocks):
+            result.update(found.encode())
     return result.hexdigest()
 
 
