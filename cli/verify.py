@@ -18,7 +18,9 @@ NAMED = 10
 @options.pattern
 @click.pass_context
 def verify(ctx, w, pattern):
-    """Say whether a weight obeys a pattern; exit code 1 if not.
+    """Check a weight, or a pruned model, for its pattern.
+
+    The exit code is 1 where it is broken.
 
     Of the folder of a pruned model every layer that its report names is looked at, by the pattern
     that it was pruned to, or by --pattern, and by its mask where the folder holds masks.

@@ -44,8 +44,8 @@ def recover(
 
     def starting(report):
         say(
-            f"distillation {passes} passes over {report.windows} windows, {report.steps} steps; "
-            f"{report.aside} windows kept aside"
+            f"distillation {_count(passes, 'pass', 'es')} over {_count(report.windows, 'window')}, "
+            f"{_count(report.steps, 'step')}; {_count(report.aside, 'window')} kept aside"
         )
 
     def on_pass(report):
@@ -73,3 +73,7 @@ def agreements(model, dense, texts, device, say, progress):
         say(f"to the dense model, {name}: {near.text()}")
         found[name] = near._asdict()
     return found
+
+
+def _count(n, what, ending="s"):
+    return f"{n} {what}{'' if n == 1 else ending}"

@@ -384,10 +384,11 @@ def outcome(report):
         found = ["not measured" if drift is None else f"drift {drift:.1%} behind the last block"]
     steps = [step for step in (report.rotation, report.distillation) if step is not None]
     seconds = report.seconds + sum(step.seconds for step in steps)
+    cost = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
     peaks = [report.memory_peak] + [getattr(step, "memory_peak", 0) for step in steps]
     return [
         f"lost and won  {'; '.join(found)}",
-        f"cost          {seconds / 60:.1f} minutes, {size_text(max(peaks))} at most",
+        f"cost          {cost}, {size_text(max(peaks))} at most",
         f"to try next   {_next(report)}",
     ]
 

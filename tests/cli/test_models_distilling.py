@@ -32,7 +32,7 @@ def test_from_a_folder_to_one_that_is_distilled(tmp_path):
     assert pruned.exit_code == 0, pruned.output
     for expected in (
         r"calibration  .*own.npz: 20 windows of 24 tokens",
-        r"distillation 2 passes over 35 windows, 14 steps; 1 windows kept aside",
+        r"distillation 2 passes over 35 windows, 14 steps; 1 window kept aside",
         r"pass 2/2     KL 0\.\d+ on the windows kept aside",
         r"lost and won .* dense, [\d.]+ pruned, [\d.]+ distilled",
         r"to the dense model, tokens.npz:text +KL 0\.\d+",

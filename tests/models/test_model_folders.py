@@ -490,6 +490,8 @@ def test_destinations_that_are_refused(source, tmp_path, calibration):
         prune_folder(source, tmp_path / "full", calibration, device="cpu")
     with pytest.raises(ValueError, match="the source itself"):
         prune_folder(source, source, calibration, device="cpu")
+    with pytest.raises(ValueError, match="a folder inside the source"):
+        prune_folder(source, source / "out", calibration, device="cpu")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         prune_folder(tmp_path / "none", tmp_path / "out", calibration, device="cpu")
     prune_folder(source, tmp_path / "out", calibration, device="cpu")

@@ -42,9 +42,13 @@ def test_summary(report):
 
 def test_three_lines_at_the_end(report, tokens):
     report.perplexity, report.perplexity_pruned = {"text": (10.0, 12.5)}, {"text": 20.0}
+    report.seconds = 2.04
     lost, cost, following = outcome(report)
     assert "text: perplexity 10.00 dense, 20.00 pruned, 12.50 distilled" in lost
-    assert "minutes" in cost and following.startswith("to try next   --distill")
+    assert cost.startswith("cost          2.0 s, ")
+    assert following.startswith("to try next   --distill")
+    report.seconds = 150.0
+    assert outcome(report)[1].startswith("cost          2.5 minutes, ")
     options = {"device": "cpu", "method": "sparsegpt", "target": "pruned"}
     lost, _, following = outcome(prune_model(make_model("llama"), tokens, **options))
     assert "not measured" in lost and "--target mixed" in following

@@ -34,7 +34,8 @@ def check_destination(src, dst, resume=False):
     folder, place = os.path.realpath(source.folder), os.path.realpath(dst)
     alone = os.path.isfile(source.name)  # a .gguf may have its neighbours
     if place == folder or not alone and place.startswith(folder + os.sep):
-        raise ValueError(f"{dst}: found the source itself, expected a folder outside it")
+        what = "the source itself" if place == folder else "a folder inside the source"
+        raise ValueError(f"{dst}: found {what}, expected one outside it")
     if os.path.lexists(dst) and not os.path.isdir(dst):
         raise FileExistsError(f"{dst}: found a file, expected a new folder")
     if unfinished(dst) and os.path.exists(os.path.join(dst, "config.json")):
