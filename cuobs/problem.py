@@ -84,6 +84,8 @@ class Problem:
         settings : Settings
         """
         xp = arrays.namespace(H)
+        # Both forms of the Hessian; the target and what becomes of it.
+        _check_room(settings, 0, 2 * (H.nbytes + W.nbytes), "copies of W and its Hessian")
         W = xp.ascontiguousarray(views.permute(W, layout))
         columns = layout.column_order.ravel()
         H = H.copy() if views.ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
@@ -168,6 +170,7 @@ class Problem:
 
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
+        self._check_factor()
         R = factors.reversed_cholesky(self.H, self._info)
         if self.xp is np:
             self.check_factored()
@@ -176,13 +179,16 @@ class Problem:
     @cached_property
     def R_inverse(self):
         """R⁻¹, upper triangular."""
-        return factors.upper_inverse(self.R, self.precision)
+        R = self.R
+        self._check_factor()
+        return factors.upper_inverse(R, self.precision)
 
     @cached_property
     def C(self):
         """The inverse of the damped Hessian."""
         inverse = self.R_inverse
         self.check_factored()
+        self._check_factor()
         return factors.upper_gram(inverse, self.precision)
 
     @cached_property
@@ -195,10 +201,25 @@ class Problem:
         free = arrays.free_memory(self.xp)
         if self.settings.memory_limit is None:
             return int(0.8 * free)
-        held = sum(
-            value.nbytes for value in vars(self).values() if hasattr(value, "nbytes")
+        return min(free, max(self.settings.memory_limit - self._held(), 0))
+
+    def _held(self):
+        """Bytes of all arrays so far."""
+        return sum(value.nbytes for value in vars(self).values() if hasattr(value, "nbytes"))
+
+    def _check_factor(self):
+        """Refuse a limit that leaves no room for another matrix as large as the Hessian."""
+        _check_room(self.settings, self._held(), self.H.nbytes, "a factor of the Hessian")
+
+
+def _check_room(settings, held, size, what):
+    limit = settings.memory_limit
+    if limit is not None and limit - held < size:
+        raise ValueError(
+            f"memory_limit: found {arrays.size_text(limit)}, of which "
+            f"{arrays.size_text(max(limit - held, 0))} are left beside what is held, expected "
+            f"{arrays.size_text(size)} for {what}"
         )
-        return min(free, max(self.settings.memory_limit - held, 0))
 
 
 def _unit(size):

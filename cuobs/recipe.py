@@ -264,7 +264,8 @@ class Settings:
     batch_rows : int, optional
         Rows in a batch; sized from the free memory by default.
     memory_limit : int or str, optional
-        Bytes, or a size like "8GiB", that the computation may hold in all.
+        Bytes, or a size like "8GiB", for the layer, its factors and batches of rows; what is made
+        on the way comes on top.
     progress : callable, optional
         Called with (done, total) as the work goes.
 
