@@ -237,6 +237,8 @@ def speedup(
             raise ValueError("--plot: found it with --generate, expected it without")
         plotting.check_picture(plot)
         files.check_output(plot, force)
+    for pattern in patterns:
+        cuobs.pattern.parse(pattern)
     found = load()
     if generate:
         _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype, compiled)

@@ -104,3 +104,8 @@ def test_a_source_that_is_refused(run, source, tmp_path):
     (source / "hf_quant_config.json").write_text("{}")
     ((code, output, heavy),) = run([command])
     assert (code, heavy) == (2, []) and "hf_quant_config.json" in output
+
+
+def test_a_pattern_that_speedup_does_not_know(run):
+    (code, said, heavy), = run([["speedup", "64x64", "--pattern", "zz"]])
+    assert code == 2 and "pattern: found 'zz'" in said and not heavy
