@@ -44,6 +44,8 @@ class Progress:
         return self if self._stream.isatty() else None
 
     def __call__(self, done, total):
+        if self._bars is None and done >= total:
+            return  # a stage of one step: there is nothing to wait for
         if self._bars is None:
             self._bars = bars(self._stream, self._clock)
             self._task = self._bars.add_task(self.label, total=total, completed=done)

@@ -1,6 +1,7 @@
 """Options in groups, and those of a recipe and of settings for whatever methods are known."""
 
 import contextlib
+import warnings
 
 import click
 
@@ -83,7 +84,9 @@ class RecipeCommand(Command):
         """Put the `Config` into the parameters of the function."""
         path = given.pop("config")
         config = load_config(path) if path else Config()
-        ctx.params["config"] = config.replace(**chosen(ctx, given))
+        given = chosen(ctx, given)
+        warn_of_dropped(config.recipe, given.get("method"), path)
+        ctx.params["config"] = config.replace(**given)
 
 
 class CompareCommand(RecipeCommand):
@@ -107,6 +110,19 @@ class CompareCommand(RecipeCommand):
             defaults = {o.name: o.default for o in found.entry.options}
             kept = {name: v for name, v in found.options.items() if v != defaults[name]}
         ctx.params["own"] = kept | own
+
+
+def warn_of_dropped(filed, method, path):
+    """Say which options of a file's method do not count, where another one is asked for."""
+    if method in (None, filed.method):
+        return
+    defaults = {one.name: one.default for one in filed.entry.options}
+    dropped = [name for name, value in filed.options.items() if value != defaults[name]]
+    if dropped:
+        warnings.warn(
+            f"{path}: {', '.join(dropped)} is for {filed.method} and does not count with "
+            f"--method {method}", stacklevel=2,
+        )  # fmt: skip
 
 
 def chosen(ctx, options):

@@ -81,7 +81,8 @@ def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
     scores = np.linalg.norm(X, axis=0).reshape(-1, 4)
     kept = (scores >= np.sort(scores)[:, 2:3]).ravel()  # the two strongest inputs of each four
     np.testing.assert_array_equal(np.load("W-pruned.npy"), W * kept)
-    rows = run(*compared, "--power", "3").stdout.splitlines()[2:]
+    lines = run(*compared, "--power", "3").stdout.splitlines()
+    rows = lines[1 + next(i for i, line in enumerate(lines) if line.startswith("---")) :]
     assert [row.split()[0] for row in rows] == ["wanda", "activation"]
     said = run(*pruned[:-1], "much", code=2).stderr
     assert said == "Error: power: found 'much', expected a number that is finite\n"

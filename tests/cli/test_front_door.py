@@ -137,8 +137,9 @@ def test_a_config_is_what_its_options_say():
         "--damp", "0.1", "--dtype", "float64", "-o", "b.npy")  # fmt: skip
     np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
     # What is given goes before the file, a default does not; another method leaves its options.
-    run("prune", "W.npy", "X.npy", "--config", "r.toml", "--pattern", "2:4", "--method", "wanda",
-        "--report", "r.json", "-o", "c.npy")  # fmt: skip
+    said = run("prune", "W.npy", "X.npy", "--config", "r.toml", "--pattern", "2:4", "--method",
+               "wanda", "--report", "r.json", "-o", "c.npy").stderr  # fmt: skip
+    assert "Warning: r.toml: order is for true-obs and does not count with --method wanda" in said
     report = json.load(open("r.json"))
     assert report["method"] == "wanda" and report["options"] == {} and report["damp"] == 0.1
     assert report["pattern"] == str(cuobs.patterns()["2:4"])
