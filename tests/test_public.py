@@ -96,6 +96,8 @@ def test_docstrings(module):
     """Examples give what they say."""
     if module.startswith(("cuobs.models", "cuobs.torch")):
         pytest.importorskip("transformers")
+    if module == "cuobs.collecting":
+        pytest.importorskip("torch")
     if module.endswith(".cuda") or ".cuda." in module:
         pytest.importorskip("cupy")
     with np.printoptions(legacy=False):
