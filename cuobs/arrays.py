@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -353,7 +353,7 @@ def _from_torch(tensor):
     return tensor.cpu().numpy()
 
 
-def tensor_view(tensor):
+def tensor_view(tensor: Any) -> Any:
     """A tensor of PyTorch as an array on the same memory, bfloat16 as it is.
 
     For ops that take half precision, such as `cuobs.ops.add_gram`. What is written to the array is

@@ -6,6 +6,7 @@ import difflib
 import weakref
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian
@@ -15,7 +16,7 @@ from cuobs.pruning import prune
 __all__ = ["Hessians", "collect", "prune_linear"]
 
 
-def prune_linear(layer, X=None, *, hessian=None, **options):
+def prune_linear(layer: Any, X: Any = None, *, hessian: Any = None, **options: Any) -> Any:
     """Prune a linear layer of PyTorch in place.
 
     Parameters
@@ -69,7 +70,13 @@ def _check_linear(layer):
 
 
 @contextlib.contextmanager
-def collect(model, names="*", *, dtype="float32", precision="tensor"):
+def collect(
+    model: Any,
+    names: str | list[str] = "*",
+    *,
+    dtype: str = "float32",
+    precision: str = "tensor",
+):
     """Add up the Hessians of a model's linear layers while it runs.
 
     Parameters

@@ -1,11 +1,13 @@
 """Every method side by side on one layer: the benchmark's table."""
 
+from collections.abc import Callable
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuobs import arrays, recipe, validation
 from cuobs.layer import check_layer, check_memory, hessian_of, prune_checked
 from cuobs.modules import weight_of
+from cuobs.pattern import Pattern
 from cuobs.recipe import SETTINGS, Recipe, Settings
 
 __all__ = ["Row", "Table", "compare", "recipes_of"]
@@ -125,9 +127,20 @@ class Table(list):
 
 
 def compare(
-    W, X=None, *, hessian=None, pattern="2:4", methods=None, refine=None, damp=0.01, target=None,
-    progress=None, starting=None, finished=None, **options,
-):  # fmt: skip
+    W: Any,
+    X: Any = None,
+    *,
+    hessian: Any = None,
+    pattern: str | Pattern = "2:4",
+    methods: list | str | None = None,
+    refine: str | None = None,
+    damp: float = 0.01,
+    target: Any = None,
+    progress: Callable | None = None,
+    starting: Callable | None = None,
+    finished: Callable | None = None,
+    **options: Any,
+) -> Table:
     """Prune one layer by several methods and set what they lose and take side by side.
 
     Parameters

@@ -1,6 +1,8 @@
 """The Hessian of a layer's output error, XᵀX, from calibration activations in pieces."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +50,13 @@ class Hessian:
     True
     """
 
-    def __init__(self, K, dtype="float32", device="auto", precision="tensor"):
+    def __init__(
+        self,
+        K: int,
+        dtype: str = "float32",
+        device: str = "auto",
+        precision: str = "tensor",
+    ):
         self._K = validation.integer("K", K)
         validation.name_of("dtype", dtype, ("float32", "float64"))
         validation.name_of("precision", precision, ("tensor", "fp32"))
@@ -90,7 +98,7 @@ class Hessian:
     def _zeros(self):
         return self._xp.zeros((self._K, self._K), self._dtype)
 
-    def update(self, X, progress=None):
+    def update(self, X: Any, progress: Callable | None = None) -> None:
         """Add activations, reading them in pieces.
 
         Whatever stops it, an exception of ``progress`` or Ctrl-C among them, leaves the sum as it
@@ -198,7 +206,7 @@ class Hessian:
         self._replace(total, other.tokens)
         return self
 
-    def save(self, path, force=False):
+    def save(self, path: str, force: bool = False) -> None:
         """Write the sum and the number of tokens to an .npz file, whole or not at all."""
         from cuobs import files
 

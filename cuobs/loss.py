@@ -1,6 +1,7 @@
 """The relative output loss of a pruned layer."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from cuobs.ops.products import gemm, matmul
 ROUNDING = 1e-3
 
 
-def relative_loss(W, W_pruned, H):
+def relative_loss(W: Any, W_pruned: Any, H: Any) -> float:
     """Relative output error ‖X(Wp − W)ᵀ‖ / ‖XWᵀ‖ in the Frobenius norm, by the undamped H.
 
     Parameters

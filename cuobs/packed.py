@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from cuobs.pattern import Pattern, parse, verify
 HEADER, VALUES, INDEX = "packed", "values", "index"
 
 
-def pack(W, pattern="2:4"):
+def pack(W: Any, pattern: str | Pattern = "2:4") -> "Packed":
     """Pack a weight that obeys a pattern.
 
     Parameters
@@ -167,7 +168,7 @@ class Packed:
                 out = ops.packed_matmul(self.values, self.index, self.layout, columns)
         return out.T if x.ndim == 2 else out[0]
 
-    def save(self, path, force=False):
+    def save(self, path: str, force: bool = False) -> None:
         """Write a .npz or .safetensors file, whole or not at all.
 
         Parameters
@@ -188,7 +189,7 @@ class Packed:
         }, force)  # fmt: skip
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path: str, device: str = "cpu"):
         """Read what `save` has written.
 
         Parameters

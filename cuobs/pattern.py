@@ -13,6 +13,7 @@ import numbers
 import re
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -296,7 +297,7 @@ class Verification:
         return self.broken == 0
 
 
-def verify(W, pattern):
+def verify(W: Any, pattern: str | Pattern) -> Verification:
     """Say whether a weight obeys a pattern.
 
     Parameters
@@ -358,7 +359,7 @@ def patterns():
     return dict(_NAMED)
 
 
-def register_pattern(name, pattern, replace=False):
+def register_pattern(name: str, pattern: str | Pattern, replace: bool = False) -> Pattern:
     """Make a pattern known by a name, wherever a pattern is named.
 
     Parameters

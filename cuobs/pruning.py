@@ -1,33 +1,37 @@
 """The front door: prune a weight, or re-solve the weights of a mask."""
 
+from collections.abc import Callable
+from typing import Any
+
 from cuobs import arrays, validation
 from cuobs.layer import check_layer, hessian_of, prune_layer
 from cuobs.modules import weight_of
-from cuobs.pattern import Layout
+from cuobs.pattern import Layout, Pattern
 from cuobs.problem import Problem
 from cuobs.recipe import Recipe, Settings
 from cuobs.refine import resolve, warn_unconverged
+from cuobs.result import Result
 
 
 def prune(
-    W,
-    X=None,
+    W: Any,
+    X: Any = None,
     *,
-    hessian=None,
-    pattern="2:4",
-    method="admm",
-    refine=None,
-    damp=0.01,
-    target=None,
-    dtype="float32",
-    device="auto",
-    precision="tensor",
-    memory_limit=None,
-    workers=None,
-    batch_rows=None,
-    progress=None,
-    **options,
-):
+    hessian: Any = None,
+    pattern: str | Pattern = "2:4",
+    method: str = "admm",
+    refine: str | None = None,
+    damp: float = 0.01,
+    target: Any = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    precision: str = "tensor",
+    memory_limit: int | str | None = None,
+    workers: int | None = None,
+    batch_rows: int | None = None,
+    progress: Callable | None = None,
+    **options: Any,
+) -> Result:
     """Prune the weight of a linear layer to a pattern.
 
     Parameters
@@ -102,7 +106,16 @@ def prune(
     return prune_layer(recipe, settings, W, X, hessian, target)
 
 
-def reconstruct(W, mask, H, damp=0.01, *, target=None, dtype="float32", device="auto"):
+def reconstruct(
+    W: Any,
+    mask: Any,
+    H: Any,
+    damp: float = 0.01,
+    *,
+    target: Any = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> Any:
     """The best weights for a mask: the exact re-solve.
 
     Parameters

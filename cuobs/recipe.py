@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cuobs import arrays, layer, validation
 from cuobs.ops.checks import PRECISIONS
@@ -195,7 +196,7 @@ def _load_entry_points():
             )
 
 
-def register_method(method, replace=False):
+def register_method(method: Method, replace: bool = False) -> None:
     """Make a method known by its name, in `prune`, `compare`, whole models and the command line.
 
     Parameters
@@ -367,7 +368,7 @@ class Recipe:
         """Whether the weights are solved again for the mask."""
         return self.refine == "exact" or self.entry.resolves
 
-    def replace(self, **changes):
+    def replace(self, **changes: Any):
         """The same with some keys changed; a method's options are keys like any other.
 
         With another method, its options begin at their defaults.
@@ -376,7 +377,15 @@ class Recipe:
         kept = {} if own.get("method", self.method) != self.method else self.options
         return dataclasses.replace(self, **own, options={**kept, **changes})
 
-    def run(self, W, H=None, settings=None, *, X=None, target=None):
+    def run(
+        self,
+        W: Any,
+        H: Any = None,
+        settings: Settings | None = None,
+        *,
+        X: Any = None,
+        target: Any = None,
+    ) -> Any:
         """Prune a weight.
 
         Parameters

@@ -1,6 +1,8 @@
 """Perplexity on windows of tokens, and how far two models agree on them."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +18,12 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 @torch.no_grad()
-def perplexity(model, tokens, device=None, progress=None):
+def perplexity(
+    model: Any,
+    tokens: Any,
+    device: Any = None,
+    progress: Callable | None = None,
+) -> float:
     """Perplexity as the SparseGPT and Wanda papers measure it.
 
     Every window stands alone; all but its first token are predicted from those before them.
@@ -64,7 +71,13 @@ def perplexity(model, tokens, device=None, progress=None):
     return math.inf if mean > 700 else math.exp(mean)
 
 
-def agreement(model, dense, tokens, device=None, progress=None):
+def agreement(
+    model: Any,
+    dense: Any,
+    tokens: Any,
+    device: Any = None,
+    progress: Callable | None = None,
+) -> Agreement:
     """Compare a model with the dense one on windows of tokens, at all their places.
 
     One model at a time lies on the device, then only what follows the hidden states of both.

@@ -4,7 +4,9 @@ What can be known before is checked here; PyTorch is imported afterwards.
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,32 +28,32 @@ DEFAULT_SAMPLES = 128
 
 
 def prune_folder(
-    src,
-    dst,
-    calibration,
+    src: str | PathLike,
+    dst: str | PathLike,
+    calibration: str | list[str],
     *,
-    samples=DEFAULT_SAMPLES,
-    sequence_length=None,
-    seed=0,
-    attention_mask=None,
-    evaluate=(),
-    resume=False,
-    save_masks=False,
-    packed=False,
-    shard_size="5GB",
-    save_dtype=None,
-    trust_remote_code=False,
-    dry_run=False,
-    device="auto",
-    say=None,
-    progress=None,
-    starting=None,
+    samples: int = DEFAULT_SAMPLES,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    attention_mask: str | None = None,
+    evaluate: Sequence = (),
+    resume: bool = False,
+    save_masks: bool = False,
+    packed: bool = False,
+    shard_size: int | str = "5GB",
+    save_dtype: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+    say: Callable | None = None,
+    progress: Callable | None = None,
+    starting: Callable | None = None,
     drop_first_token=True,
-    distill_calibration=(),
+    distill_calibration: str | Sequence[str] = (),
     on_block=None,
-    command=None,
-    **options,
-):
+    command: str | None = None,
+    **options: Any,
+) -> Any:
     """Prune the model of a folder (or a GGUF) into another folder.
 
     Parameters
@@ -158,9 +160,15 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_folder(
-    folder, text, sequence_length=None, *, against=None, device="auto", progress=None,
-    trust_remote_code=False,
-):  # fmt: skip
+    folder: str | PathLike,
+    text: str,
+    sequence_length: int | None = None,
+    *,
+    against: str | PathLike | None = None,
+    device: str = "auto",
+    progress: Callable | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
     """The perplexity of the model of a folder (or a GGUF) on a text or on tokens.
 
     Parameters
@@ -199,9 +207,18 @@ def evaluate_folder(
 
 
 def write_calibration(
-    src, out, windows=SELF_WINDOWS, sequence_length=None, *, temperature=1.0, seed=0,
-    device="auto", trust_remote_code=False, force=False, progress=None,
-):  # fmt: skip
+    src: str | PathLike,
+    out: str | PathLike,
+    windows: int = SELF_WINDOWS,
+    sequence_length: int | None = None,
+    *,
+    temperature=1.0,
+    seed=0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress=None,
+) -> Any:
     """Write windows that the model of a folder (or a GGUF) samples itself into a file.
 
     Parameters

@@ -1,6 +1,8 @@
 """Conjugate gradients on the kept columns of all rows at once."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,18 @@ CHECK_EVERY = 2
 
 
 def masked_cg(
-    A, residual, mask, X=None, *, limit, max_iterations, settled=0.0, energy=0.0,
-    precision="fp32", progress=None,
-):  # fmt: skip
+    A: Any,
+    residual: Any,
+    mask: Any,
+    X: Any = None,
+    *,
+    limit: Any,
+    max_iterations: int,
+    settled: float = 0.0,
+    energy: float = 0.0,
+    precision: str = "fp32",
+    progress: Callable | None = None,
+) -> tuple:
     """Solve X_S A_SS = B_S for every row, with its own set S of columns and X = 0 elsewhere.
 
     With columns scaled to a unit diagonal of A. One product (M, K) x (K, K) an iteration serves

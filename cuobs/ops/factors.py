@@ -1,6 +1,7 @@
 """Cholesky factors and triangular inverses."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -35,7 +36,7 @@ def _check_batch(A, info=None, precision="fp32"):
         )
 
 
-def cholesky(A, info=None):
+def cholesky(A: Any, info: Any = None) -> Any:
     """Lower Cholesky factor of a matrix.
 
     Parameters
@@ -78,7 +79,7 @@ def _threads_for(A):
     return blas.one_thread() if ONE_THREAD[0] <= len(A) <= ONE_THREAD[1] else nullcontext()
 
 
-def check_factored(info):
+def check_factored(info: Any) -> None:
     """Raise unless each matrix of a batch was factored.
 
     Parameters
@@ -114,7 +115,7 @@ def check_hessian(info):
         )
 
 
-def reversed_cholesky(H, info=None):
+def reversed_cholesky(H: Any, info: Any = None) -> Any:
     """Upper triangular R with H = R Rᵀ.
 
     It is the Cholesky factor of H with rows and columns reversed, so that R[a:, a:] belongs to
@@ -203,7 +204,7 @@ def inverse(A, precision="fp32"):
     return upper_gram(upper_inverse(reversed_cholesky(A), precision), precision)
 
 
-def cholesky_inverse(A, info=None, precision="fp32"):
+def cholesky_inverse(A: Any, info: Any = None, precision: str = "fp32") -> Any:
     """L⁻¹ of A = L Lᵀ, for a batch.
 
     Parameters

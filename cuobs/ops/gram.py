@@ -1,5 +1,7 @@
 """Sums of products over tokens: Gram matrices of activations, and those of two sets of them."""
 
+from typing import Any
+
 import numpy as np
 
 from cuobs.arrays import dtype_of
@@ -17,7 +19,7 @@ def _check_add_gram(X, out, precision="tensor"):
 
 
 @twinned(_check_add_gram)
-def add_gram(X, out, precision="tensor"):
+def add_gram(X: Any, out: Any, precision: str = "tensor") -> None:
     """out += XᵀX.
 
     Parameters
@@ -48,7 +50,7 @@ def _check_add_cross_gram(X, Y, out, precision="tensor"):
 
 
 @twinned(_check_add_cross_gram)
-def add_cross_gram(X, Y, out, precision="tensor"):
+def add_cross_gram(X: Any, Y: Any, out: Any, precision: str = "tensor") -> None:
     """out += XᵀY: what two sets of activations of the same tokens have in common.
 
     Parameters
@@ -71,7 +73,7 @@ def _check_mirror_upper(A):
 
 
 @twinned(_check_mirror_upper)
-def mirror_upper(A):
+def mirror_upper(A: Any) -> None:
     """Overwrite what lies below the diagonal of a (K, K) matrix by what lies above it."""
     below = np.tril_indices(len(A), -1)
     A[below] = A.T[below]

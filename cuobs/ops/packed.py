@@ -7,7 +7,7 @@ lane loads together are 16 bytes of half precision.
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def kept_places(layout):
     return np.stack([np.flatnonzero(mask) for mask in kept])
 
 
-def pack(weight, layout):
+def pack(weight: Any, layout: Any) -> tuple:
     """Take a weight that obeys a layout apart into kept values and the numbers of its masks.
 
     A scope that keeps fewer blocks than it may gets the mask that also keeps its lowest others.
@@ -164,7 +164,7 @@ def pack(weight, layout):
 
 
 @twinned()
-def unpack(values, index, layout):
+def unpack(values: Any, index: Any, layout: Any) -> Any:
     """The weight that was packed: the inverse of `pack`.
 
     Parameters
@@ -209,7 +209,7 @@ def unpacked_rows(values, index, layout):
 
 
 @twinned()
-def packed_matmul(values, index, layout, X, bias=None):
+def packed_matmul(values: Any, index: Any, layout: Any, X: Any, bias: Any = None) -> Any:
     """X Wᵀ + bias for a packed weight W, unpacked a few rows at a time.
 
     Parameters

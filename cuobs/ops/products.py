@@ -4,6 +4,8 @@
 caller asks for it, in float16; "fp32" keeps its digits. float64 is always multiplied as it is.
 """
 
+from typing import Any
+
 from cuobs.arrays import namespace
 from cuobs.ops.checks import precise, same_dtype
 from cuobs.ops.dispatch import twinned
@@ -31,7 +33,15 @@ def _check_gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
 
 
 @twinned(_check_gemm)
-def gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
+def gemm(
+    A: Any,
+    B: Any,
+    out: Any,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    precision: str = "fp32",
+    exact: bool = False,
+) -> None:
     """out ← alpha A B + beta out.
 
     Parameters
@@ -73,7 +83,7 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
     out[...] = product
 
 
-def matmul(A, B, precision="fp32"):
+def matmul(A: Any, B: Any, precision: str = "fp32") -> Any:
     """A B in a new array of their dtype: `gemm` without a place to write to.
 
     Parameters

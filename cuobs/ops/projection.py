@@ -1,5 +1,7 @@
 """The projection of a weight onto a pattern: the nearest one that obeys it."""
 
+from typing import Any
+
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, contiguous, real, shaped
 from cuobs.ops.dispatch import twinned
@@ -19,7 +21,7 @@ def check_project_mask(B, mask, layout):
 
 
 @twinned(check_project_mask)
-def project_mask(B, mask, layout):
+def project_mask(B: Any, mask: Any, layout: Any) -> int:
     """Where the nearest weight that obeys a pattern is not zero.
 
     Each scope keeps the blocks with the largest sum of squares.

@@ -1,11 +1,13 @@
 """Schur complements of one inverse Hessian for all rows."""
 
+from typing import Any
+
 from cuobs.ops.checks import precise, real, same_dtype, shaped, square
 from cuobs.ops.factors import cholesky_inverse
 from cuobs.ops.products import gemm, matmul
 
 
-def eliminate(C, group, cross, precision="fp32"):
+def eliminate(C: Any, group: Any, cross: Any, precision: str = "fp32") -> None:
     """C −= crossᵀ group⁻¹ cross: what is left of an inverse Hessian after a group of its columns.
 
     Parameters

@@ -4,6 +4,8 @@ Arrays are place-major: w has shape (c, m, r, n) for m row groups of r rows and 
 c columns; what is known of the blocks of a scope has shape (blocks, m, n).
 """
 
+from typing import Any
+
 import numpy as np
 
 from cuobs.arrays import namespace
@@ -14,7 +16,7 @@ from cuobs.ops.dispatch import twinned
 COMPARED = 16
 
 
-def block_sums(scores, layout):
+def block_sums(scores: Any, layout: Any) -> Any:
     """Sum scores over each block of each scope.
 
     Parameters
@@ -38,7 +40,7 @@ def block_sums(scores, layout):
     return sums
 
 
-def prune_lowest(scores, n_pruned):
+def prune_lowest(scores: Any, n_pruned: int) -> Any:
     """Mark the blocks with the lowest scores, the lowest index first where scores tie.
 
     Parameters
@@ -70,7 +72,7 @@ def prune_lowest(scores, n_pruned):
     return rank < n_pruned
 
 
-def expand(blocks, layout):
+def expand(blocks: Any, layout: Any) -> Any:
     """Blocks of scopes to elements.
 
     Parameters
@@ -113,7 +115,7 @@ def _check_scopes(U, c):
 
 
 @twinned(_check_scopes)
-def factor_scope_blocks(U, c):
+def factor_scope_blocks(U: Any, c: int) -> Any:
     """The c x c diagonal blocks of UᵀU, place-major.
 
     Parameters
@@ -248,7 +250,7 @@ def _check_select(w, C, layout):
 
 
 @twinned(_check_select)
-def select(w, C, layout):
+def select(w: Any, C: Any, layout: Any) -> tuple:
     """The cheapest mask of each scope: `choose` on `candidate_costs`.
 
     Parameters
@@ -278,7 +280,7 @@ def _check_select_mask(w, C, layout, out):
 
 
 @twinned(_check_select_mask)
-def select_mask(w, C, layout, out):
+def select_mask(w: Any, C: Any, layout: Any, out: Any) -> None:
     """The cheapest mask of each scope, element by element.
 
     Parameters

@@ -1,5 +1,7 @@
 """Left-to-right sweeps over the scopes of a weight."""
 
+from typing import Any
+
 from cuobs.arrays import namespace
 from cuobs.ops.checks import (
     boolean,
@@ -25,7 +27,7 @@ def block_width(c):
     return max(1, BLOCK // c) * c
 
 
-def scope_solutions(W, C, mask, layout, precision="fp32"):
+def scope_solutions(W: Any, C: Any, mask: Any, layout: Any, precision: str = "fp32") -> Any:
     """The multipliers λ of the scopes' pruned weights, found one scope after the other.
 
     For each scope from left to right, with w as the scopes before have left it,
@@ -127,7 +129,7 @@ def _check_sparsegpt_block(W, S, F, scale, layout, mask):
 
 
 @twinned(_check_sparsegpt_block)
-def sparsegpt_block(W, S, F, scale, layout, mask):
+def sparsegpt_block(W: Any, S: Any, F: Any, scale: Any, layout: Any, mask: Any) -> None:
     """SparseGPT on one block of columns, in the form of one factor.
 
     With F = R / diag(R) and the deviations e of the columns to the left, s_j = Σ e_i F_ij is the
@@ -191,7 +193,7 @@ def _check_span_inverses(R, width, precision="fp32"):
 
 
 @twinned(_check_span_inverses)
-def span_inverses(R, width, precision="fp32"):
+def span_inverses(R: Any, width: int, precision: str = "fp32") -> list:
     """For each diagonal block of an upper triangular matrix, its inverse U and C = UᵀU.
 
     Parameters

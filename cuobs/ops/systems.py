@@ -1,5 +1,7 @@
 """Systems restricted to a set of places of each row: many small ones, or one large one a row."""
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
 
@@ -11,7 +13,7 @@ from cuobs.ops.dispatch import twinned
 UNROLLED = 16
 
 
-def masked_solve(C, w, mask):
+def masked_solve(C: Any, w: Any, mask: Any) -> Any:
     """Solve λ_P C_PP = w_P for every system of a batch, with λ = 0 outside its set P.
 
     Parameters
@@ -82,7 +84,7 @@ def _check_scope_compensation(W, C, mask):
 
 
 @twinned(_check_scope_compensation)
-def scope_compensation(W, C, mask):
+def scope_compensation(W: Any, C: Any, mask: Any) -> Any:
     """Compensate the loss of each scope's pruned weights by the rest of that scope.
 
     w − λ C in each scope, with λ_P C_PP = w_P at the pruned places, and 0 there.
@@ -122,7 +124,7 @@ def _check_factor_solve(A, B, mask, out):
         shaped(name, array, B.shape)
 
 
-def masked_factor_solve(A, B, mask, out):
+def masked_factor_solve(A: Any, B: Any, mask: Any, out: Any) -> None:
     """Solve X_S A_SS = B_S by a factor for each row, with X = 0 outside its set S.
 
     Parameters

@@ -1,12 +1,14 @@
 """A weight in a pattern's own order, where scopes lie side by side, and as scopes."""
 
+from typing import Any
+
 import numpy as np
 
 from cuobs.arrays import namespace
 from cuobs.ops.checks import shaped
 
 
-def permute(array, layout):
+def permute(array: Any, layout: Any) -> Any:
     """An (M, K) array into layout order: row group by row group, column group by column group.
 
     Parameters
@@ -36,7 +38,7 @@ def permute_back(array, layout):
     return array
 
 
-def by_scope(array, layout):
+def by_scope(array: Any, layout: Any) -> Any:
     """A view (c, m, r, n) of an (M, K) array in layout order: place in the scope first.
 
     Parameters

@@ -1,5 +1,7 @@
 """Keep the zeros of a pruned model while anybody's loop trains it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -86,7 +88,7 @@ class _AfterStep:
             self._optimizer.step = self._own
 
 
-def keep_zeros(model, optimizer=None, *, masks=None):
+def keep_zeros(model: Any, optimizer: Any = None, *, masks: dict | None = None) -> Kept:
     """Hold a pruned model's zeros in any training loop, from now until the end of a ``with``.
 
     Gradients are zero where a weight is pruned, so that neither clipping nor an optimizer's
@@ -141,7 +143,7 @@ def keep_zeros(model, optimizer=None, *, masks=None):
     return Kept(weights, masks, optimizer)
 
 
-def merge_masked(model, masks=None):
+def merge_masked(model: Any, masks: dict | None = None) -> Any:
     """Merge the adapters of a PEFT model into its pruned weights and keep their pattern.
 
     Merging adds a dense product to the weights, zeros included: what ``merge_and_unload`` alone

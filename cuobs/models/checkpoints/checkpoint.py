@@ -9,6 +9,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from os import PathLike
 
 import numpy as np
 import torch
@@ -190,7 +191,7 @@ def masks_file(masks):
     return save(tensors, {"columns": json.dumps(columns, sort_keys=True)})
 
 
-def load_masks(path):
+def load_masks(path: str | PathLike) -> dict:
     """The masks of a pruned model, in the form of its weights, True = kept.
 
     Parameters

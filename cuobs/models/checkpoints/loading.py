@@ -6,6 +6,8 @@ import math
 import os
 from collections import Counter
 from functools import lru_cache, reduce
+from os import PathLike
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load_model(src, trust_remote_code=False):
+def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:
     """The model of a checkpoint's folder or of a GGUF, on the CPU.
 
     Of the class that the config names (``architectures``), and in the dtype of the weights,

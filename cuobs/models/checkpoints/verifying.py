@@ -1,7 +1,8 @@
 """Whether the files of a pruned model obey its patterns and its masks; PyTorch is not needed."""
 
 import os
-from typing import NamedTuple
+from os import PathLike
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class LayerVerification(NamedTuple):
         return bool(self.found) and not self.outside
 
 
-def verify_folder(folder, pattern=None):
+def verify_folder(folder: str | PathLike, pattern: Any = None) -> list:
     """Look at every layer that the report of a pruned model says was pruned.
 
     Parameters

@@ -11,7 +11,10 @@ import math
 import numbers
 import os
 import time
+from collections.abc import Callable
 from functools import partial
+from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,26 +49,26 @@ ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 
 def distill(
-    model,
-    dense,
-    masks,
-    tokens,
+    model: Any,
+    dense: Any,
+    masks: dict,
+    tokens: Any,
     *,
-    attention_mask=None,
-    times=None,
-    passes=2,
-    rate=3e-4,
-    step_windows=STEP_WINDOWS,
-    seed=0,
-    device=None,
-    checkpointing=None,
-    state=None,
-    resume=False,
-    save_seconds=None,
-    starting=None,
-    progress=None,
-    on_pass=None,
-):
+    attention_mask: Any = None,
+    times: Any = None,
+    passes: int = 2,
+    rate: float = 3e-4,
+    step_windows: int = STEP_WINDOWS,
+    seed: int = 0,
+    device: Any = None,
+    checkpointing: bool | None = None,
+    state: str | PathLike | None = None,
+    resume: bool = False,
+    save_seconds: float | None = None,
+    starting: Callable | None = None,
+    progress: Callable | None = None,
+    on_pass: Callable | None = None,
+) -> DistillationReport:
     """Lower KL(dense ‖ pruned) of the next-token distributions by AdamW on all kept weights.
 
     Windows of 8 a step, the rate growing over 20 steps and falling to 0 by a half cosine, gradients

@@ -8,7 +8,10 @@ which these are, and by what pattern.
 import fnmatch
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import torch
 
@@ -73,7 +76,7 @@ class Packing:
         return list(dict.fromkeys(self.modules.values()))
 
 
-def pack_model(model, pattern="2:4"):
+def pack_model(model: Any, pattern: Any = "2:4") -> Packing:
     """Pack the linears in the blocks of a pruned model, in place.
 
     Parameters
@@ -110,9 +113,15 @@ def pack_model(model, pattern="2:4"):
 
 
 def pack_folder(
-    src, dst, pattern=None, *, shard_size="5GB", trust_remote_code=False, device="auto",
-    progress=None,
-):  # fmt: skip
+    src: str | PathLike,
+    dst: str | PathLike,
+    pattern: Any = None,
+    *,
+    shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    progress: Callable | None = None,
+) -> Packing:
     """Pack the pruned model of a folder into another folder.
 
     Parameters
@@ -216,7 +225,14 @@ def pack_changed(model, changed, names, pattern_of):
     return found
 
 
-def unpack_folder(src, dst, *, shard_size="5GB", trust_remote_code=False, progress=None):
+def unpack_folder(
+    src: str | PathLike,
+    dst: str | PathLike,
+    *,
+    shard_size="5GB",
+    trust_remote_code=False,
+    progress=None,
+) -> list:
     """Undo `pack_folder`: the tensors that were packed, bit for bit, in a plain checkpoint.
 
     Parameters

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,8 +86,13 @@ def layer_shapes(source):
 
 
 def speedup(
-    source, batches=BATCHES, dtype="float16", patterns=None, search=True, progress=None
-):
+    source: str,
+    batches: Sequence = BATCHES,
+    dtype: str = "float16",
+    patterns: Sequence | None = None,
+    search: bool = True,
+    progress: Callable | None = None,
+) -> list:
     """Time each layer shape dense, by PyTorch's 2:4 and packed, on this GPU.
 
     Parameters

@@ -3,7 +3,10 @@
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
 
 import torch
 
@@ -40,20 +43,20 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 
 def prune_model(
-    model,
-    tokens,
+    model: Any,
+    tokens: Any,
     *,
-    attention_mask=None,
-    batch_tokens=None,
-    checkpoint_folder=None,
-    resume=False,
-    protocol=None,
-    keep_masks=False,
-    starting=None,
-    rotating=None,
-    on_block=None,
-    **options,
-):
+    attention_mask: Any = None,
+    batch_tokens: int | None = None,
+    checkpoint_folder: str | PathLike | None = None,
+    resume: bool = False,
+    protocol: dict | None = None,
+    keep_masks: bool = False,
+    starting: Callable | None = None,
+    rotating: Callable | None = None,
+    on_block: Callable | None = None,
+    **options: Any,
+) -> ModelReport:
     """Prune the linears in the blocks of a causal language model, in place.
 
     Parameters

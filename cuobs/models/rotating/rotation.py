@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,23 +31,23 @@ from cuobs.models.tokens.windows import check_windows
 
 @plain_torch()
 def rotate(
-    model,
-    tokens,
-    pattern="2:4",
+    model: Any,
+    tokens: Any,
+    pattern: Any = "2:4",
     *,
-    attention_mask=None,
-    drop_first_token=True,
-    steps=STEPS,
-    rate=RATE,
-    windows=WINDOWS,
-    score="activations",
-    permute=False,
-    damp=0.01,
-    device="auto",
-    stream=None,
-    stored=None,
-    progress=None,
-):
+    attention_mask: Any = None,
+    drop_first_token: bool = True,
+    steps: int = STEPS,
+    rate: float = RATE,
+    windows: int = WINDOWS,
+    score: str = "activations",
+    permute: bool = False,
+    damp: float = 0.01,
+    device: Any = "auto",
+    stream: Any = None,
+    stored: str | PathLike | None = None,
+    progress: Callable | None = None,
+) -> RotationReport:
     """Rotate a model so that it prunes more easily, in place; its outputs stay the same.
 
     The scales of its RMSNorms go into the linears that read them, the residual stream gets another

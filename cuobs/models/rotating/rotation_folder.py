@@ -3,6 +3,9 @@
 What can be known before is checked here; PyTorch is imported afterwards.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import cuobs
 from cuobs import validation
 from cuobs.arrays import DEVICES
@@ -15,7 +18,7 @@ def rotate_folder(
     dst,
     calibration,
     *,
-    pattern="2:4",
+    pattern: Any = "2:4",
     samples=WINDOWS,
     sequence_length=None,
     seed=0,
@@ -25,9 +28,9 @@ def rotate_folder(
     trust_remote_code=False,
     device="auto",
     say=None,
-    progress=None,
-    **options,
-):
+    progress: Callable | None = None,
+    **options: Any,
+) -> Any:
     """Rotate the model of a folder (or a GGUF) into another folder; it stays dense.
 
     Parameters

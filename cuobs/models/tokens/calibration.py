@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,12 @@ def _positions(name, table):
     return table.num_embeddings - first
 
 
-def load_tokens(spec, samples=None, length=None, kinds="iu"):
+def load_tokens(
+    spec: str,
+    samples: int | None = None,
+    length: int | None = None,
+    kinds: str = "iu",
+) -> Any:
     """Windows of tokens from ``tokens.npz:key``, in the order in which they lie there.
 
     Parameters
@@ -137,7 +143,13 @@ def load_tokens(spec, samples=None, length=None, kinds="iu"):
     return np.asarray(tokens[:samples, :length], np.int64)
 
 
-def tokenize(spec, tokenizer, length, samples=None, seed=None):
+def tokenize(
+    spec: str,
+    tokenizer: Any,
+    length: int,
+    samples: int | None = None,
+    seed: int | None = None,
+) -> Any:
     """Windows of a text: tokenised once as a whole, cut without overlap, the tail dropped.
 
     Parameters

@@ -8,7 +8,9 @@ import contextlib
 import copy
 import inspect
 import numbers
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +33,17 @@ ATTENTION = "cuobs_one_token"
 
 
 def write_windows(
-    model,
-    windows=SELF_WINDOWS,
-    length=1024,
+    model: Any,
+    windows: int = SELF_WINDOWS,
+    length: int = 1024,
     *,
-    temperature=1.0,
-    seed=0,
-    special=(),
-    device=None,
-    batch=None,
-    progress=None,
-):
+    temperature: float = 1.0,
+    seed: int = 0,
+    special: Sequence = (),
+    device: Any = None,
+    batch: int | None = None,
+    progress: Callable | None = None,
+) -> Any:
     """Let a model sample windows of tokens from itself.
 
     The first token of each is drawn from the vocabulary, all others from what the model gives for
