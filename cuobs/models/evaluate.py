@@ -1,5 +1,6 @@
 """Perplexity on windows of tokens, and how far two models agree on them."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,7 @@ def perplexity(
         raise ValueError("tokens: found windows of 1, expected at least 2")
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
-    batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
+    batch = _batch(tokens, device)
 
     def part(start, stop):
         found = _surprise(model, tokens[start:stop].to(device))
@@ -57,14 +58,8 @@ def perplexity(
         return found
 
     try:
-        model.to(device)
-        with evaluating(model):
+        with _whole_on_device(), evaluating(model.to(device)):
             total = sum(Room(batch).each(len(tokens), part))
-    except torch.cuda.OutOfMemoryError:
-        raise MemoryError(
-            "memory: found that the model takes more than the device has free, expected a smaller "
-            "one or device='cpu'"
-        ) from None
     finally:
         model.to(home)
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
@@ -97,29 +92,25 @@ def agreement(
     Agreement
     """
     tokens = torch.from_numpy(check_tokens(model, tokens))
-    home = next(model.parameters()).device
-    device = torch.device(home if device is None else device)
+    homes = {part: next(part.parameters()).device for part in (model, dense)}
+    device = torch.device(homes[model] if device is None else device)
     try:
-        hidden = [
-            _hidden(part, tokens, device, progress, place * len(tokens))
-            for place, part in enumerate((model, dense))
-        ]
-        cuts, states = zip(*hidden, strict=True)
-        lost = same = 0.0
-        for cut in cuts:
-            if cut.head is not None:
-                cut.head.to(device)
-        for h, g in zip(*states, strict=True):
-            found = comparison(*cuts, h.to(device), g.to(device))
-            lost, same = lost + found[0], same + found[1]
-    except torch.cuda.OutOfMemoryError:
-        raise MemoryError(
-            "memory: found that the model takes more than the device has free, expected a smaller "
-            "one or device='cpu'"
-        ) from None
+        with _whole_on_device():
+            hidden = [
+                _hidden(part, tokens, device, progress, place * len(tokens))
+                for place, part in enumerate((model, dense))
+            ]
+            cuts, states = zip(*hidden, strict=True)
+            lost = same = 0.0
+            for cut in cuts:
+                if cut.head is not None:
+                    cut.head.to(device)
+            for h, g in zip(*states, strict=True):
+                found = comparison(*cuts, h.to(device), g.to(device))
+                lost, same = lost + found[0], same + found[1]
     finally:
-        model.to(home)
-        dense.to(home)
+        for part, home in homes.items():
+            part.to(home)
     return Agreement(float(lost) / tokens.numel(), float(same) / tokens.numel())
 
 
@@ -127,10 +118,9 @@ def agreement(
 def _hidden(model, tokens, device, progress, done):
     """A model cut before its head, and what its head reads of each window, on the CPU."""
     home = next(model.parameters()).device
-    batch = max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
+    batch = _batch(tokens, device)
     try:
-        model.to(device)
-        with evaluating(model):
+        with evaluating(model.to(device)):
             cut = Cut(model, tokens.to(device))
 
             def part(start, stop):
@@ -143,6 +133,23 @@ def _hidden(model, tokens, device, progress, done):
     finally:
         model.to(home)
     return cut, [window for states in parts for window in states]
+
+
+def _batch(tokens, device):
+    """Windows whose logits are held at once."""
+    return max(1, BATCH_TOKENS.get(device.type, 1024) // tokens.shape[1])
+
+
+@contextlib.contextmanager
+def _whole_on_device():
+    """Say in a sentence where a device has no room for a model as a whole."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError(
+            "memory: found that the model takes more than the device has free, expected a smaller "
+            "one or device='cpu'"
+        ) from None
 
 
 def _surprise(model, tokens):

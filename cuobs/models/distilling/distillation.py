@@ -28,7 +28,7 @@ from cuobs.models import memory
 from cuobs.models.blocks import evaluating
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import CHUNK, Cut
-from cuobs.models.distilling.repeatable import repeatable
+from cuobs.models.repeatable import repeatable
 from cuobs.models.report import DistillationReport
 from cuobs.models.structure import find_blocks
 from cuobs.models.tokens.calibration import check_tokens, to_array

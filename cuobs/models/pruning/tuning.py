@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from cuobs.models.blocks import as_dtype, run, windows_of
-from cuobs.models.distilling.repeatable import repeatable
 from cuobs.models.memory import Room
+from cuobs.models.repeatable import repeatable
 from cuobs.models.structure import linears
 
 # Windows of a gradient step.
