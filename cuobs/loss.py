@@ -50,12 +50,23 @@ def relative_loss(W: Any, W_pruned: Any, H: Any) -> float:
 
 def loss(W, W_pruned, H):
     """`relative_loss` of arrays on one namespace and of one dtype."""
-    # A power of two, so that squares neither overflow nor vanish and no digit is lost.
+    return share_lost(*energies(W, W_pruned, H, energy_unit(W, H)))
+
+
+def energy_unit(W, H):
+    """A power of two: with weights in terms of it no square overflows or vanishes."""
     size = arrays.largest(W)
     unit = 2.0 ** (math.frexp(size)[1] - 1) if size else 1.0
     # Where the Hessian is tiny, weights as much larger.
     unit *= 2.0 ** min(0, math.frexp(float(H.diagonal().max()))[1] // 2)
-    unit = max(unit, float(np.finfo(W.dtype).tiny))
+    return max(unit, float(np.finfo(H.dtype).tiny))
+
+
+def energies(W, W_pruned, H, unit):
+    """The energy of a weight's outputs and of what they have lost, weights in terms of a unit.
+
+    Those of some rows add up to those of all.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         whole, lost = output_energy(W / unit, H), output_energy((W_pruned - W) / unit, H)
     if not math.isfinite(whole + lost):
@@ -63,6 +74,11 @@ def loss(W, W_pruned, H):
             f"hessian: found outputs whose energy overflows {W.dtype}, expected smaller values or "
             "dtype='float64'"
         )
+    return whole, lost
+
+
+def share_lost(whole, lost):
+    """The relative loss of two `energies`."""
     if lost < -ROUNDING * abs(whole):
         raise ValueError("hessian: found outputs of negative energy, expected XᵀX, which has none")
     return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0

@@ -15,8 +15,8 @@ from small_models import make_source, make_tokens
 from cuobs import verify
 from cuobs.models import load_model, prune_folder
 from cuobs.models.pruning.ranks import Ranks
-from cuobs.models.pruning.rows import _row_counts
-from cuobs.pattern import parse
+from cuobs.recipe import Recipe
+from cuobs.sharing import row_counts
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_killed_process_ends_all_and_one_goes_on(place):
     ],
 )
 def test_rows_are_shared_by_whole_scopes(pattern, rows, size, counts):
-    assert _row_counts(parse(pattern), rows, 64, size) == counts
+    assert row_counts(Recipe(pattern, "wanda"), rows, 64, size) == counts
 
 
 def test_one_process_talks_to_nobody():

@@ -44,19 +44,24 @@ class Ranks:
             for tensor in sums:
                 distributed.all_reduce(tensor)
 
-    def total(self, number, device):
-        """The sum of a number over all processes."""
+    def total(self, numbers, device):
+        """The sum of a number over all processes, or those of each number in lists."""
         if self.size == 1:
-            return number
-        tensor = torch.tensor(float(number), dtype=torch.float64, device=device)
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         distributed.all_reduce(tensor)
-        return float(tensor)
+        return tensor.tolist()
 
-    def collect(self, tensor, counts):
-        """Complete a tensor of which each process has its own rows, so many of them, in place."""
-        for rank, part in enumerate(tensor.split(counts)):
+    def gather(self, own, counts):
+        """A tensor of which each process has its own rows, so many of them."""
+        whole = own.new_empty((sum(counts), *own.shape[1:]))
+        parts = whole.split(counts)
+        parts[self.rank].copy_(own)
+        for rank, part in enumerate(parts):
+            # NCCL knows no bool.
             part = part.view(torch.uint8) if part.dtype == torch.bool else part
             distributed.broadcast(part, rank)
+        return whole
 
     def agree(self, value):
         """What the first process has, for all."""

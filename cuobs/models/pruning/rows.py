@@ -1,45 +1,40 @@
 """Prune linears that share their inputs, by the sums of their group."""
 
 import time
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cuobs import arrays
 from cuobs.layer import check_layer, hessian_of, solve_layer
-from cuobs.loss import loss
+from cuobs.loss import energies, energy_unit, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
-from cuobs.recipe import Settings
+from cuobs.sharing import SharedRows, row_counts, stackable
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
-# Methods that prune a row without a look at others, or add up over all of them where they do look.
-BY_ROW = (
-    "magnitude", "wanda", "obs-local", "obs-full", "obs-split", "obs-interleaved", "sparsegpt",
-    "true-obs", "admm",
-)  # fmt: skip
-# What the rows of a process may be a multiple of.
-UNITS = (1, 2, 4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
-class SharedRows(Settings):
-    """Settings of a process that has some rows of a weight, and can ask for sums over all.
+class Call(NamedTuple):
+    """Linears that are pruned at once, one set below the other.
 
     Attributes
     ----------
-    total : callable
-        The sum of a number over all processes.
+    members : slice
+        Of the group's linears.
+    counts : tuple of int, or None
+        How many of their rows each process prunes; None where each prunes all.
+    rows : list of slice
+        This process's rows of each.
     """
 
-    total: object = field(default=None, compare=False, repr=False)
-
-    def over_all_rows(self, number):
-        """The sum over all rows of a number that is one over those at hand."""
-        return self.total(number)
+    members: slice
+    counts: tuple | None
+    rows: list
 
 
 def prune_rows(recipe, settings, moments, dense_share, members, ranks):
@@ -90,17 +85,21 @@ def zeros(weight):
 
 def _prune_damped(recipe, settings, moments, dense_share, shares, weights, name, ranks):
     """New weights, masks and losses, and the damping under which the Hessian was definite."""
-    damp, H = recipe.damp, moments.hessian
+    damp, H, calls = recipe.damp, moments.hessian, _calls(recipe, weights, ranks)
+    rows = [own for call in calls for own in call.rows]
     goals = right = [None] * len(weights)
     if H.is_cuda:  # the method's own factor, in float32, gives the targets
         dtype = getattr(torch, settings.dtype)
-        right = pulls(weights, moments, dense_share, shares, dtype) or right
+        right = pulls(weights, moments, dense_share, shares, dtype, rows) or right
     while True:
         try:
             if not H.is_cuda:
-                goals = target_weights(weights, moments, damp, dense_share, shares)
-            own = replace(recipe, damp=damp)
-            return _prune_together(own, settings, weights, H, goals, right, ranks), damp
+                goals = target_weights(weights, moments, damp, dense_share, shares, rows)
+            own, found = replace(recipe, damp=damp), []
+            for call in calls:
+                parts = (some[call.members] for some in (weights, goals, right))
+                found += _prune_together(own, settings, call, *parts, H, ranks)
+            return found, damp
         except np.linalg.LinAlgError as error:
             damp = max(10 * damp, 1e-4)
             if damp > MAX_DAMP:
@@ -112,82 +111,56 @@ def _prune_damped(recipe, settings, moments, dense_share, shares, weights, name,
             raise ValueError(f"{name}: {error}") from error
 
 
-def _prune_together(recipe, settings, weights, H, goals, right, ranks):
-    """(weight, mask, loss) of each linear: one call for all where scopes stay the same."""
-    counts = tuple(len(W) for W in weights)
-    if len(weights) > 1 and not stackable(recipe.pattern, counts, H.shape[0]):
-        return [
-            part
-            for one in zip(weights, goals, right, strict=True)
-            for part in _prune_together(recipe, settings, one[:1], H, one[1:2], one[2:], ranks)
-        ]
-    W, goal, pull = (_stacked(parts) for parts in (weights, goals, right))
+def _calls(recipe, weights, ranks):
+    """How linears that share their inputs are pruned: at once where scopes stay the same."""
+    counts, K = [len(W) for W in weights], weights[0].shape[1]
+    if stackable(recipe.pattern, tuple(counts), K):
+        return [_call(recipe, slice(0, len(counts)), counts, K, ranks)]
+    return [_call(recipe, slice(i, i + 1), counts[i : i + 1], K, ranks) for i in range(len(counts))]
+
+
+def _call(recipe, members, counts, K, ranks):
+    shares = row_counts(recipe, sum(counts), K, ranks.size)
+    if shares is None:
+        return Call(members, None, [slice(0, count) for count in counts])
+    begin = sum(shares[: ranks.rank])
+    starts = np.cumsum([0, *counts[:-1]]).tolist()
+    bounds = [
+        np.clip((begin - start, begin + shares[ranks.rank] - start), 0, count).tolist()
+        for start, count in zip(starts, counts, strict=True)
+    ]
+    return Call(members, shares, [slice(*pair) for pair in bounds])
+
+
+def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
+    """(weight, mask, loss) of each linear of a call."""
+    own = [W[rows] for W, rows in zip(weights, call.rows, strict=True)]
+    W, goal, pull = (_stacked(parts) for parts in (own, goals, right))
     with arrays.stream_of(W):
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
-        new, mask = _solve_shared(recipe, settings, W, goal, pull, H, ranks)
-        xp = arrays.namespace(H)
-        pairs = zip(W.split(counts), new.split(counts), strict=True)
-        losses = [
-            loss(*(arrays.asarray(arrays.receive(A), xp, settings.dtype) for A in pair), H)
-            for pair in pairs
-        ]
+        if call.counts is not None:
+            settings = SharedRows.of(settings, partial(ranks.total, device=W.device))
+        layer = check_layer(W, goal, settings.dtype)
+        pull = None if pull is None else arrays.receive(pull)
+        new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
+        new, mask = (arrays.hand_back(array, W) for array in (new, mask))
+        losses = _losses(weights, own, new.split([len(part) for part in own]), H, call, ranks)
+    if call.counts is not None:
+        new, mask = (ranks.gather(part, call.counts) for part in (new, mask))
+    counts = [len(W) for W in weights]
     return list(zip(new.split(counts), mask.split(counts), losses, strict=True))
 
 
-def _solve_shared(recipe, settings, W, goal, pull, H, ranks):
-    """New weight and mask, shape (M, K); where processes share the rows, each solves its own."""
-    counts, own = None, slice(None)
-    if ranks.size > 1 and recipe.method in BY_ROW and recipe.options.get("order") != "shared":
-        counts = _row_counts(recipe.pattern, *W.shape, ranks.size)
-    if counts is not None:
-        start = sum(counts[: ranks.rank])
-        own = slice(start, start + counts[ranks.rank])
-        same = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-        settings = SharedRows(**same, total=partial(ranks.total, device=W.device))
-    layer = check_layer(W[own], None if goal is None else goal[own], settings.dtype)
-    right = None if pull is None else arrays.receive(pull[own])
-    new, mask, *_ = solve_layer(recipe, settings, layer, H, right)
-    new, mask = (arrays.hand_back(array, W) for array in (new, mask))
-    if counts is None:
-        return new, mask
-    whole, masks = torch.empty_like(W), torch.empty(W.shape, dtype=torch.bool, device=W.device)
-    for all_rows, mine in (whole, new), (masks, mask):
-        all_rows[own] = mine
-        ranks.collect(all_rows, counts)
-    return whole, masks
-
-
-def _row_counts(pattern, rows, K, size):
-    """So many rows for each process that no scope is torn apart; None where that can't be."""
-    for unit in UNITS:
-        whole, rest = divmod(rows, unit)
-        edges = [whole * rank // size * unit for rank in range(size)] + [rows]
-        counts = tuple(stop - start for start, stop in zip(edges, edges[1:], strict=False))
-        if not rest and 0 not in counts and stackable(pattern, counts, K):
-            return counts
-    return None
+def _losses(weights, own, new, H, call, ranks):
+    """The relative loss of each linear, of which this process may have some rows alone."""
+    xp, found = arrays.namespace(H), []
+    for pair in zip(weights, own, new, strict=True):
+        W, *rows = (arrays.asarray(arrays.receive(A), xp, H.dtype) for A in pair)
+        found.append(energies(*rows, H, energy_unit(W, H)) if len(rows[0]) else (0.0, 0.0))
+    if call.counts is not None:
+        found = ranks.total(found, weights[0].device)
+    return [share_lost(*pair) for pair in found]
 
 
 def _stacked(parts):
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
-
-
-@lru_cache(maxsize=256)
-def stackable(pattern, counts, K):
-    """Whether weights set one below the other have the scopes that each has alone."""
-    try:
-        stacked = pattern.compile(sum(counts), K)
-        alone = [pattern.compile(count, K) for count in counts]
-    except ValueError:
-        return False
-    starts = np.cumsum([0, *counts[:-1]])
-    rows = [layout.row_order + start for layout, start in zip(alone, starts, strict=True)]
-    if any(layout.rows != stacked.rows for layout in alone):
-        return False
-    found = {tuple(group) for group in np.concatenate(rows).tolist()}
-    same = all(
-        np.array_equal(layout.column_order, stacked.column_order)
-        and np.array_equal(layout.blocks, stacked.blocks)
-        for layout in alone
-    )
-    return same and found == {tuple(group) for group in stacked.row_order.tolist()}

@@ -90,7 +90,7 @@ class Moments:
             )
 
 
-def pulls(weights, moments, dense_share, residual_shares, dtype):
+def pulls(weights, moments, dense_share, residual_shares, dtype, rows=None):
     """What is added to W Hλ on the right-hand side of the targets, (W* − W) Hλ.
 
     Parameters
@@ -103,45 +103,50 @@ def pulls(weights, moments, dense_share, residual_shares, dtype):
         β of each; where it is not 0, `moments.residual` is needed.
     dtype : torch.dtype
         float32 or float64.
+    rows : list of slice, optional
+        Those of each weight that are wanted; all by default.
 
     Returns
     -------
-    list of tensor, shape (M, K), or None
+    list of tensor, shape (rows, K), or None
         None where the targets are the weights themselves.
     """
     if not dense_share and not any(residual_shares):
         return None
-    found = []
-    for W, residual_share in zip(weights, residual_shares, strict=True):
+    found, rows = [], rows or [slice(None)] * len(weights)
+    for W, residual_share, own in zip(weights, residual_shares, rows, strict=True):
+        W = W[own]
         pull = torch.zeros_like(W, dtype=dtype)
-        if dense_share:
+        if dense_share and len(W):
             pull += dense_share * _product(W.to(dtype), moments.lost.to(dtype))
         if residual_share:
-            pull += residual_share * moments.residual.to(dtype)
+            pull += residual_share * moments.residual[own].to(dtype)
         found.append(pull)
     return found
 
 
-def target_weights(weights, moments, damp, dense_share, residual_shares):
+def target_weights(weights, moments, damp, dense_share, residual_shares, rows=None):
     """The targets W* of linears that share their inputs, solved for in float64.
 
     Parameters
     ----------
-    weights, moments, dense_share, residual_shares
+    weights, moments, dense_share, residual_shares, rows
         As in `pulls`.
     damp : float
         λ as a share of the mean of Ĥ's diagonal.
 
     Returns
     -------
-    list of tensor, shape (M, K), float32
+    list of tensor, shape (rows, K), float32
 
     Raises
     ------
     numpy.linalg.LinAlgError
         The damped Hessian is not positive definite.
     """
-    changes = pulls(weights, moments, dense_share, residual_shares, torch.float64)
+    changes = pulls(weights, moments, dense_share, residual_shares, torch.float64, rows)
+    if rows is not None:
+        weights = [W[own] for W, own in zip(weights, rows, strict=True)]
     if changes is None:
         return [W.float() for W in weights]
     H = moments.hessian.double()
