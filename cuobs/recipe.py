@@ -6,6 +6,7 @@ rounding depends on them.
 
 import dataclasses
 import difflib
+import importlib
 import threading
 import warnings
 from collections.abc import Mapping
@@ -178,6 +179,7 @@ def methods():
         if ENTRY_POINTS not in _loaded:
             # Noted first: a package may ask for the methods while it is loaded.
             _loaded.add(ENTRY_POINTS)
+            importlib.import_module("cuobs.algorithms")  # they register themselves
             _load_entry_points()
     return dict(_METHODS)
 

@@ -23,7 +23,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(cuobs.__path__, "cuobs.")]
 def test_public_names():
     assert sorted(cuobs.__all__) == sorted(PUBLIC)
     submodules = {name.split(".")[1] for name in MODULES}
-    public = {name for name in vars(cuobs) if not name.startswith("_")} - submodules
+    public = {name for name in dir(cuobs) if not name.startswith("_")} - submodules
     assert public | {"compare", "methods"} == set(PUBLIC)
     assert all(callable(getattr(cuobs, name)) for name in PUBLIC)
 

@@ -339,15 +339,34 @@ def is_module(package, name):
         return False
 
 
-def test_a_stop_while_it_is_imported_is_told_in_a_word():
-    code = (
-        "import sys, signal, os\n"
-        "class Stop:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'scipy':\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Stop())\n"
-        "from cuobs_cli import main\nmain(['methods'])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+STOP = """
+import os, signal, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == os.environ["STOP"]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+@pytest.mark.parametrize("command", [
+    ["-m", "cuobs", "methods"], ["-c", "from cuobs_cli import main\nmain(['methods'])"],
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["numpy", "click", "scipy", "cuobs.arrays", "cuobs_cli.listing"])
+def test_a_stop_while_it_is_imported_is_told_in_a_word(command, name):
+    Path("sitecustomize.py").write_text(STOP)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "STOP": name},
+    )  # fmt: skip
     assert done.returncode == 130 and done.stderr == "Stopped.\n" and done.stdout == ""
+
+
+def test_importing_cuobs_alone_takes_no_time():
+    """What `python -m cuobs` does before its first line, where nothing could catch a Ctrl-C."""
+    code = "import sys\nbefore = set(sys.modules)\nimport cuobs\nprint(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not {"numpy", "scipy", "cuobs.arrays"} & set(done.stdout.split())
