@@ -15,6 +15,7 @@ import click
 from cuobs_cli.common import COMMAND
 
 import cuobs
+from cuobs import files
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -133,7 +134,9 @@ class Commands(click.Group):
 def sentence(error):
     """An exception's message on one line."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, FileNotFoundError) and error.filename:
+        text = f"{error.filename}: found no such file"
+    elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) and not text.startswith("memory: "):
         text = f"out of memory ({text}): try a lower --memory-limit" if text else "out of memory"
@@ -148,6 +151,7 @@ def load_plugin(path):
     ValueError
         It fails, or brings neither a method nor a pattern.
     """
+    files.existing_file(path, "FILE.py with a method")
     before = cuobs.methods(), cuobs.patterns()
     spec = importlib.util.spec_from_file_location(f"cuobs_plugin_{Path(path).stem}", path)
     if spec is None:
@@ -157,8 +161,6 @@ def load_plugin(path):
         spec.loader.exec_module(module)
         if hasattr(module, "METHOD"):
             cuobs.register_method(module.METHOD)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if (cuobs.methods(), cuobs.patterns()) == before and not hasattr(module, "METHOD"):

@@ -28,6 +28,7 @@ def verify(ctx, w, pattern):
     if os.path.isdir(w):
         given = ctx.get_parameter_source("pattern") not in options.NOT_GIVEN
         return _verify_folder(w, pattern if given else None)
+    files.existing_file(files.split(w)[0], "a weight, or the folder of a pruned model")
     found = cuobs.verify(files.load(w), pattern)
     if found:
         click.echo(f"{w} obeys {pattern.label} ({pattern.keeps}) in {found.scopes} scopes")

@@ -161,6 +161,7 @@ def _read(path):
         import tomllib
     except ModuleNotFoundError:  # before Python 3.11
         import tomli as tomllib
+    validation.existing_file(path, "a recipe in TOML")
     with open(path, "rb") as f:
         try:
             return tomllib.load(f)

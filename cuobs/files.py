@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from cuobs import containers, extras
-from cuobs.validation import naming
+from cuobs.validation import existing_file, naming
 
 __all__ = [
     "by_name",
     "check_format",
     "check_output",
     "check_replaced",
+    "existing_file",
     "keys",
     "load",
     "load_arrays",
@@ -107,8 +108,7 @@ def load_arrays(path):
 def keys(path):
     """Names of the arrays in a file; a .npy file holds one, called None."""
     suffix = _suffix(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
+    existing_file(path, _one_of(SUFFIXES))
     if not os.path.isfile(path):
         raise OSError(f"{path}: found something that is not a file, expected {_one_of(SUFFIXES)}")
     with _readable(path):

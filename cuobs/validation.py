@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import math
 import numbers
+import os
 import sys
 import warnings
 
@@ -26,6 +27,12 @@ def naming(spec):
         yield
     except (ValueError, TypeError) as error:
         raise type(error)(f"{spec}: {error}") from error
+
+
+def existing_file(path, expected, name=None):
+    """Refuse a path where there is nothing; what is there may still be no file."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name or path}: found no such file, expected {expected}")
 
 
 def matrix(name, array, shape=None, finite=True):

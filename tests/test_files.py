@@ -143,7 +143,7 @@ def test_an_array_has_to_be_named_among_several(W):
 
 def test_what_is_no_array_file_is_refused(W):
     os.mkdir("folder.npy")
-    with pytest.raises(FileNotFoundError, match=r"^W\.npy: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"^W\.npy: found no such file, expected \.npy"):
         files.load("W.npy")
     with pytest.raises(OSError, match=r"^folder\.npy: found something that is not a file"):
         files.load("folder.npy")

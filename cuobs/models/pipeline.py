@@ -15,7 +15,7 @@ from cuobs.models.checkpoints.checkpoint import masks_file
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.marker import abandon
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
-from cuobs.models.checkpoints.source import HIDDEN, HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
+from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.planning import View
@@ -375,7 +375,7 @@ def what_is_written(source, model, names, save_dtype):
         )
     if files := [name for name in source.carried if name.endswith(HOLDERS)]:
         yield f"carried over {_some(files)}, as they are"
-    for why in dict.fromkeys(why for why in source.left_out.values() if why != HIDDEN):
+    for why in dict.fromkeys(source.left_out.values()):
         yield f"left out     {_some([n for n, w in source.left_out.items() if w == why])}: {why}"
 
 

@@ -157,8 +157,7 @@ def _check_mask(mask, calibration, samples, length):
             f"attention_mask: found it with the text {calibration}, expected tokens.npz:key, whose "
             "windows it belongs to"
         )
-    if not os.path.isfile(files.split(mask)[0]):
-        raise FileNotFoundError(f"{mask}: found no such file, expected an array like the tokens")
+    validation.existing_file(files.split(mask)[0], "an array like the tokens", mask)
     found = load_tokens(mask, samples, length, kinds="biu").shape
     tokens = load_tokens(calibration, samples, length).shape
     if found != tokens:

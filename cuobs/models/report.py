@@ -334,7 +334,8 @@ def read_report(folder):
     """
     path = os.path.join(folder, REPORT)
     if not os.path.isfile(path):
-        what = "an unfinished run" if unfinished(folder) else f"no {REPORT}"
+        what = f"no {REPORT}" if os.path.isdir(folder) else "no such folder"
+        what = "an unfinished run" if unfinished(folder) else what
         raise FileNotFoundError(
             f"{folder}: found {what}, expected a folder that 'cuobs prune-model' wrote"
         )

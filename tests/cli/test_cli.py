@@ -218,14 +218,14 @@ def bad_files():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("missing.npy X.npy", r"missing\.npy: no such file"),
-        ("W.npy missing.npy", r"missing\.npy: no such file"),
-        ("W.npy --hessian missing.npz", r"missing\.npz: no such file"),
+        ("missing.npy X.npy", r"missing\.npy: found no such file, expected"),
+        ("W.npy missing.npy", r"missing\.npy: found no such file, expected"),
+        ("W.npy --hessian missing.npz", r"missing\.npz: found no such file, expected"),
         ("W.npy", r"X.*hessian"),
         ("W.npy X.npy --hessian skew.npy", r"X.*hessian"),
         ("object.npy X.npy", r"object\.npy: found pickled"),
         ("short.npy X.npy", r"short\.npy: found 510 bytes .*expected 512"),
-        ("W.npy short.npz", r"short\.npz: no such file"),
+        ("W.npy short.npz", r"short\.npz: found no such file, expected"),
         ("parts.npz X.npy", r"parts\.npz: found 2 arrays \(a, b\)"),
         ("parts.npz:c X.npy", r"parts\.npz: found no array 'c'"),
         ("cube.npy X.npy", r"W: found .*expected 2"),

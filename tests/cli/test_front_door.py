@@ -74,7 +74,7 @@ def test_a_plugin_that_brings_nothing_is_refused(text, said):
 
 
 def test_a_plugin_has_to_be_a_file():
-    assert "none.py: no such file" in refused("--plugin", "none.py", "methods")
+    assert "none.py: found no such file, expected" in refused("--plugin", "none.py", "methods")
     assert "W.npy: found no Python file" in refused("--plugin", "W.npy", "methods")
 
 
@@ -172,7 +172,7 @@ def test_a_config_that_does_not_fit_is_refused(command, text, said):
 
 
 def test_a_config_that_is_not_there_is_refused():
-    assert "none.toml: No such file" in refused("prune", "W.npy", "X.npy", "--config", "none.toml")
+    assert "none.toml: found no such file, expected" in refused("prune", "W.npy", "X.npy", "--config", "none.toml")
 
 
 @pytest.mark.parametrize("command", ["prune missing.npy X.npy", "compare missing.npy X.npy",

@@ -50,6 +50,17 @@ def test_bad_texts(tokenizer, tmp_path):
         tokenize(tmp_path / "b.txt", tokenizer, 10)
 
 
+@pytest.mark.parametrize("known", [0, 4, 5])
+def test_a_text_that_the_tokenizer_does_not_know(tokenizer, tmp_path, known):
+    (tmp_path / "t.txt").write_text(" ".join(["w3"] * known + ["eine"] * (10 - known)))
+    if known < 5:
+        share = "100%" if known == 0 else "60%"
+        with pytest.raises(ValueError, match=f"{share} of its tokens are <unk>, .*tokenizer"):
+            tokenize(tmp_path / "t.txt", tokenizer, 10)
+    else:
+        assert (tokenize(tmp_path / "t.txt", tokenizer, 10) == 0).sum() == 5
+
+
 def test_no_tokenizer(tmp_path):
     source = make_source(tmp_path / "source")
     for path in source.glob("tokenizer*"):

@@ -287,7 +287,7 @@ def test_further_files_with_weights(source, tmp_path, calibration):
     assert left | {"model.fp32.safetensors"} == report.left_out.keys()
     assert not any((out / name).exists() for name in report.left_out)
     assert any("left out     model.fp32.safetensors: the same tensors again" in s for s in lines)
-    assert not any("gitattributes" in s for s in lines)  # in the report alone
+    assert "left out     .gitattributes: hidden" in lines
     assert any(s.startswith("carried over mtp.safetensors, 1_Dense/model") for s in lines)
 
 
@@ -328,6 +328,11 @@ def test_what_can_not_be_copied(source, tmp_path, calibration):
         ("model.layers.0.mlp.up_proj.qweight", torch.zeros(4, 4, dtype=torch.int32)),
         ("model.layers.0.self_attn.k_proj.k_scale", torch.ones(1)),
         ("model.layers.0.mlp.up_proj.weight.absmax", torch.ones(1)),
+        ("model.layers.0.mlp.up_proj.scale", torch.ones(1)),
+        ("model.layers.0.mlp.up_proj.scale_inv", torch.ones(1)),
+        ("model.layers.0.mlp.up_proj.scale_weight", torch.ones(1)),
+        ("model.layers.0.mlp.up_proj.weight.scales", torch.ones(64)),
+        ("model.layers.0.mlp.experts.up_proj_blocks", torch.ones(4, 2, 16, dtype=torch.uint8)),
     ],
 )
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -343,7 +348,11 @@ def test_quantized_tensors_are_refused(tmp_path, calibration, name, tensor, form
 def test_scales_that_are_weights(tmp_path, calibration):
     """A temperature, a scale of a layer: no sign of codes."""
     source = save(make_model("llama"), tmp_path / "source")
-    extra = {"logit_scale": torch.ones(1), "model.layers.0.layer_scale": torch.ones(32)}
+    extra = {
+        "logit_scale": torch.ones(1), "model.layers.0.layer_scale": torch.ones(32),
+        "model.layers.0.input_layernorm.scale": torch.ones(32),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),  # a causal mask
+    }  # fmt: skip
     edit(source, lambda tensors: tensors.update(extra))
     report = prune_folder(source, tmp_path / "out", calibration, **FAST)
     assert report.carried == list(extra)
@@ -353,6 +362,32 @@ def test_scales_that_are_weights(tmp_path, calibration):
 def test_files_that_say_it_is_no_plain_model(source, tmp_path, calibration, name):
     (source / name).write_text("{}")
     refused(source, tmp_path, calibration, name)
+
+
+def test_scales_of_codes_that_stand_in_another_file(tmp_path, calibration):
+    """As the codes of 4 bits lie that only their names tell from other integers."""
+    source = save(make_model("llama"), tmp_path / "source")
+    name = "model.layers.0.mlp.experts.up_proj"
+    extra = {f"{name}_scales": torch.ones(4, 2, dtype=torch.uint8), name: torch.ones(4, 8)}
+    edit(source, lambda tensors: tensors.update(extra))
+    refused(source, tmp_path, calibration, f"found {name}_scales .*quantised")
+
+
+def test_an_adapter_alone_says_how_it_becomes_a_model(tmp_path, calibration):
+    source = tmp_path / "adapter"
+    source.mkdir()
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    (source / "adapter_model.safetensors").write_bytes(b"")
+    refused(source, tmp_path, calibration, r"an adapter for me/base .*merge_and_unload\(\)")
+
+
+def test_hidden_files_are_told(source, tmp_path, calibration):
+    (source / ".gitattributes").write_text("*.bin filter=lfs")
+    (source / ".cache").mkdir()
+    said = []
+    report = prune_folder(source, tmp_path / "out", calibration, **FAST, say=said.append)
+    assert "left out     .cache, .gitattributes: hidden" in said
+    assert report.left_out == {".cache": "hidden", ".gitattributes": "hidden"}
 
 
 def test_nested_quantization_is_refused(source, tmp_path, calibration):

@@ -41,12 +41,17 @@ COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 # The quantization of a config that says which linears are packed.
 METHOD = "cuobs"
 COMPRESSED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+ADAPTER = "adapter_config.json"
 # Tensors that stand beside codes: without them the codes are no weights.
 SCALES = re.compile(
     r"(^|\.)(((weight|input|output|activation|[kvq]|kv|prob)_scale(_\w+)?)|qweight|qzeros|g_idx|"
     r"scales|weight_(packed|zero_point|shape)|absmax|quant_map|SCB|weight\.(absmax|quant\w*))"
     r"(\.|$)"
 )
+# A scale of some other tensor: X.scale or X_scales is one where X, or X's weight, is a matrix.
+SCALE = re.compile(r"(.+)[._](?:weight_)?(?:de)?scales?(?:_inv|_weight|_\d+)?")
+# Names under which integers are codes; as a mask or as positions a model keeps them under others.
+CODES = re.compile(r"(.+[._])?(weight|blocks|codes|codebooks|packed|quantized|qdata)(_\d+)?")
 # Bytes of an element, by the names that safetensors gives to dtypes.
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
@@ -150,6 +155,7 @@ def find_source(src, packed=False):
     folder = src if os.path.isdir(src) else _cached(src)
     if unfinished(folder):
         raise ValueError(f"{src}: found a model that is not complete, expected a whole one")
+    _refuse_adapter(src, folder)
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         found = sorted(name for name in os.listdir(folder) if name.endswith(".gguf"))
@@ -248,22 +254,38 @@ def _refuse_quantized(src, folder, config):
     for name in COMPRESSED_FILES:
         if os.path.exists(os.path.join(folder, name)):
             raise ValueError(f"{src}: found {name}, expected plain weights in floating point")
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+
+
+def _refuse_adapter(src, folder):
+    """Refuse the folder of an adapter, which holds no model or one beside it."""
+    path = os.path.join(folder, ADAPTER)
+    if os.path.isfile(path):
+        base = read_config(path).get("base_model_name_or_path")
+        of = f" for {base}" if base else ""
         raise ValueError(
-            f"{src}: found an adapter (adapter_config.json), expected a model into which it is "
-            "merged"
+            f"{src}: found an adapter{of} ({ADAPTER}), expected a model into which it is merged: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(SRC).merge_and_unload()"
+            ".save_pretrained(FOLDER), and the tokenizer's files beside it"
         )
 
 
 def _refuse_codes(source, stored):
     for name, tensor in stored.items():
         code = tensor.dtype not in BYTES  # float8 and smaller
-        integer = name.endswith(".weight") and tensor.dtype[0] in "IU" and len(tensor.shape) > 1
-        if code or integer or SCALES.search(name):
+        integer = tensor.dtype[0] in "IU" and len(tensor.shape) > 1 and CODES.fullmatch(name)
+        if code or integer or SCALES.search(name) or _scales_another(name, stored):
             raise ValueError(
                 f"{source.name}: found {name} ({tensor.dtype}), quantised, expected plain weights "
                 "in floating point"
             )
+
+
+def _scales_another(name, stored):
+    """Whether a tensor is called the scale of a matrix that lies beside it."""
+    if not (found := SCALE.fullmatch(name)):
+        return False
+    others = (found[1] + ending for ending in ("", ".weight", "_blocks", ".blocks"))
+    return any(other in stored and len(stored[other].shape) > 1 for other in others)
 
 
 def _weight_files(src, folder):

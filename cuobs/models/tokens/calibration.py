@@ -11,6 +11,8 @@ from cuobs.models.tokens.texts import EXPECTED, joined, read_documents
 
 # Windows that a model writes where no number is given.
 SELF_WINDOWS = 1024
+# Share of a text's tokens that its tokenizer may not know.
+MOST_UNKNOWN = 0.5
 # Keys of a config that say how many tokens a window may have.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
@@ -167,6 +169,11 @@ def tokenize(
     Returns
     -------
     ndarray of int64, shape (windows, length)
+
+    Raises
+    ------
+    ValueError
+        It is shorter than a window, or most of it is nothing that the tokenizer knows.
     """
     check_cut(samples, length)
     text, special = joined(read_documents(spec), tokenizer, spec)
@@ -175,16 +182,27 @@ def tokenize(
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     if not len(windows):
         raise ValueError(f"{spec}: found {len(ids)} tokens, expected at least one window: {length}")
+    _check_known(spec, tokenizer, windows)
     if samples is not None and samples < len(windows):
         chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
         windows = windows[np.sort(chosen)]
     return windows
 
 
+def _check_known(spec, tokenizer, windows):
+    """Refuse a text that a tokenizer hardly knows a word of: its windows say nothing."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = 0.0 if unknown is None else float(np.mean(windows == unknown))
+    if share > MOST_UNKNOWN:
+        raise ValueError(
+            f"{spec}: found that {share:.0%} of its tokens are {tokenizer.unk_token}, expected a "
+            "text in the words of the model's tokenizer; its files may be another model's"
+        )
+
+
 def check_tokens_file(spec, vocabulary=None, samples=None, length=None):
     """Refuse a file of tokens that is missing, is none, or is not of a vocabulary."""
-    if not os.path.isfile(files.split(spec)[0]):
-        raise FileNotFoundError(f"{spec}: found no such file, expected {EXPECTED}")
+    validation.existing_file(files.split(spec)[0], EXPECTED, spec)
     tokens = load_tokens(spec, samples, length)
     if tokens.min() < 0 or vocabulary and tokens.max() >= vocabulary:
         last = "" if vocabulary is None else f" to {vocabulary - 1}"

@@ -6,6 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
+from cuobs import validation
+
 # Files of a folder that are texts.
 ENDINGS = (".txt", ".text", ".md", ".rst")
 # Fields of a line of JSON that hold a text or a conversation, in the order they are looked for.
@@ -64,8 +66,7 @@ def read_documents(spec):
         return _json_lines(lines[1], lines[2])
     if os.path.isdir(spec):
         return _folder(spec)
-    if not os.path.isfile(spec):
-        raise FileNotFoundError(f"{spec}: found no such file, expected {EXPECTED}")
+    validation.existing_file(spec, EXPECTED)
     return Documents([_read(spec)])
 
 
