@@ -172,7 +172,8 @@ def test_a_config_that_does_not_fit_is_refused(command, text, said):
 
 
 def test_a_config_that_is_not_there_is_refused():
-    assert "none.toml: found no such file, expected" in refused("prune", "W.npy", "X.npy", "--config", "none.toml")
+    said = refused("prune", "W.npy", "X.npy", "--config", "none.toml")
+    assert "none.toml: found no such file, expected a recipe" in said
 
 
 @pytest.mark.parametrize("command", ["prune missing.npy X.npy", "compare missing.npy X.npy",

@@ -355,7 +355,7 @@ def test_scales_that_are_weights(tmp_path, calibration):
     }  # fmt: skip
     edit(source, lambda tensors: tensors.update(extra))
     report = prune_folder(source, tmp_path / "out", calibration, **FAST)
-    assert report.carried == list(extra)
+    assert sorted(report.carried) == sorted(extra)
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "adapter_config.json"])
