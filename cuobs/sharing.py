@@ -18,25 +18,25 @@ UNITS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class SharedRows(Settings):
-    """Settings of whoever has some rows of a weight, and can ask for sums over all.
+    """Settings of whoever has some rows of a weight, and can ask the others.
 
     Attributes
     ----------
-    total : callable
-        The sum of a number over all shares.
+    others : object
+        With a method `total` that adds up a number over all shares.
     """
 
-    total: object = field(default=None, compare=False, repr=False)
+    others: object = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, settings, total, **changes):
-        """Settings with such a sum."""
+    def of(cls, settings, others, **changes):
+        """Settings of one of those that share rows."""
         same = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-        return cls(**{**same, **changes}, total=total)
+        return cls(**{**same, **changes}, others=others)
 
     def over_all_rows(self, number):
         """The sum over all rows of a number that is one over those at hand."""
-        return self.total(number)
+        return self.others.total(number)
 
 
 def row_counts(recipe, rows, K, size):

@@ -1,10 +1,12 @@
-"""Seconds a block and memory of pruning a whole model of 8B shape on a GPU, step by step.
+"""Seconds a block and memory of pruning a whole model of 8B shape on GPUs, step by step.
 
     python -m perf.whole_model [--method admm --target mixed] [--blocks 4] [--windows 128]
+    torchrun --nproc-per-node 2 -m perf.whole_model [...]
 
 A Llama with hidden size 4096, 14336 in its MLP, 32 and 8 heads, random weights in bfloat16, windows
 of 2048 tokens. Each setting runs twice: as it is, for the seconds of each block and the peak memory
 beside what was predicted, and with the device waited for after each step, for the shares of steps.
+Under torchrun the processes share the work, each with a GPU; steps are shown for each.
 """
 
 import argparse
@@ -14,25 +16,31 @@ import time
 import numpy as np
 import torch
 import transformers
+from torch import distributed
 
 import cuobs
 from cuobs.models import prune_model
 from cuobs.models.pruning import prune as loop
-from cuobs.models.pruning import rows, streams, targets
+from cuobs.models.pruning import ranks as processes
+from cuobs.models.pruning import resident, rows, streams, targets
 
 # Seconds a block after the first and GiB at the peak, predicted and measured, as they were with
 # every group's inputs by forwards from the block's start and sums in tf32; one H100, 2026-11-25.
 BEFORE = {("sparsegpt", "pruned"): (1.5, 25.0, 13.3), ("admm", "mixed"): (4.2, 29.8, 29.1)}
 # (where, name, what it is called here); those inside others are taken off them.
 STEPS = (
+    (loop, "probe", "finding groups"),
     (streams.Passage, "inputs", "forwards to a group"),
     (streams.Passage, "leave", "forwards to the end"),
     (targets.Moments, "update", "sums"),
-    (rows, "target_weights", "targets"),
-    (cuobs.Recipe, "run", "pruning"),
-    (rows, "prune_rows", "losses and copies"),
-    (loop, "prune_rows", "losses and copies"),
-    (loop, "probe", "finding groups"),
+    (processes.Ranks, "add_up", "sums of all processes"),
+    (rows, "pulls", "targets"),
+    (rows, "solve_layer", "pruning"),
+    (rows, "_losses", "losses"),
+    (processes.Ranks, "gather", "rows of all processes"),
+    (loop, "prune_rows", "checks and copies"),
+    (resident.Resident, "load", "blocks to the device"),
+    (resident.Resident, "store", "blocks back"),
 )
 
 
@@ -83,7 +91,7 @@ def stepwise(spent):
             setattr(place, name, function)
 
 
-def run(arguments, method, target):
+def run(arguments, method, target, ranks):
     """Prune twice and print what it took."""
     tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
     options = {"method": method, "target": target, "pattern": arguments.pattern}
@@ -94,26 +102,36 @@ def run(arguments, method, target):
         starting=lambda _: marks.append(time.perf_counter()),
         on_block=lambda *_: marks.append(time.perf_counter()),
     )  # fmt: skip
-    before, first, *others = np.diff(marks)
-    gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
-    print(f"\n{method}, {target}: {before:.1f} s before, first block {first:.2f} s, then "
-          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, "
-          f"{gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
-          f"{np.mean([row.loss for row in report.layers]):.4f}")  # fmt: skip
-    if (method, target) in BEFORE:
-        print("  before: {:.1f} s a block; {:.1f} GiB predicted, {:.1f} at the peak".format(
-            *BEFORE[method, target]))  # fmt: skip
+    if ranks.leads:
+        show(report, method, target, *np.diff(marks))
     spent, marks = {}, []
     with stepwise(spent):
         prune_model(
             make_model(2), tokens, **options,
-            on_block=lambda report, _: marks.append((report.blocks[-1].seconds, dict(spent))),
+            on_block=lambda *_: marks.append((time.perf_counter(), dict(spent))),
         )  # fmt: skip
-    (_, before), (seconds, after) = marks
-    for label in after:
-        print(f"  {after[label] - before.get(label, 0.0):6.3f} s  {label}")
-    print(f"  {seconds - sum(after.values()) + sum(before.values()):6.3f} s  all else, of "
-          f"{seconds:.3f} s step by step", flush=True)  # fmt: skip
+    (began, before), (ended, after) = marks
+    steps = {label: after[label] - before.get(label, 0.0) for label in after}
+    steps |= {"all else": ended - began - sum(steps.values()), "step by step": ended - began}
+    found = [steps]
+    if ranks.size > 1:
+        found = [None] * ranks.size
+        distributed.all_gather_object(found, steps)
+    if ranks.leads:
+        for label in steps:
+            print(" ", *(f"{one[label]:7.3f}" for one in found), "s ", label, flush=True)
+
+
+def show(report, method, target, before, first, *others):
+    """Print the seconds of blocks, the memory and the loss of a run."""
+    gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
+    print(f"\n{method}, {target}: {before:.1f} s before, first block {first:.2f} s, then "
+          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, "
+          f"{gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
+          f"{np.mean([row.loss for row in report.layers]):.6f}")  # fmt: skip
+    if (method, target) in BEFORE:
+        print("  before: {:.1f} s a block; {:.1f} GiB predicted, {:.1f} at the peak".format(
+            *BEFORE[method, target]))  # fmt: skip
 
 
 def main():
@@ -128,11 +146,14 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("found no CUDA device, expected one")
-    print(f"{torch.cuda.get_device_name()}, cuobs {cuobs.__version__}, torch {torch.__version__}")
     methods = arguments.method or ["sparsegpt", "admm"]
     wanted = arguments.target or ["pruned", "mixed"]
-    for method, target in zip(methods, wanted, strict=True):
-        run(arguments, method, target)
+    with processes.joined() as ranks:
+        if ranks.leads:
+            print(f"{ranks.size} x {torch.cuda.get_device_name()}, cuobs {cuobs.__version__}, "
+                  f"torch {torch.__version__}")  # fmt: skip
+        for method, target in zip(methods, wanted, strict=True):
+            run(arguments, method, target, ranks)
 
 
 if __name__ == "__main__":

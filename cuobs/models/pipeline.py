@@ -311,7 +311,7 @@ def _perplexity(model, windows, place, progress, ranks):
         return perplexity(model, windows, place, progress)
     own = windows[ranks.share(len(windows))]
     found = math.log(perplexity(model, own, place, progress)) if len(own) else 0.0
-    mean = ranks.total(len(own) * found, place) / len(windows)
+    mean = ranks.total(len(own) * found) / len(windows)
     return math.inf if mean > 700 else math.exp(mean)
 
 

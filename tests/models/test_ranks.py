@@ -29,12 +29,12 @@ def place(tmp_path_factory):
     return folder
 
 
-def torchrun(place, dst, *options, processes=2, wait=True):
+def torchrun(place, dst, *options, processes=2, wait=True, device="cpu"):
     """`cuobs prune-model` under torchrun; the finished process."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={processes}", "-m", "cuobs", "prune-model", place / "source", dst,
-        "--calibration", f"{place}/tokens.npz:t", "--device", "cpu", *options,
+        "--calibration", f"{place}/tokens.npz:t", "--device", device, *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -71,6 +71,27 @@ def test_two_processes_give_what_one_gives(place):
             assert verify(tensor, "2:4")
         else:
             assert torch.equal(tensor, dense[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
+def test_two_gpus_give_what_one_gives(place, cp, method):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    one, two = place / f"gpu-{method}", place / f"gpus-{method}"
+    report = prune_folder(
+        place / "source", one, f"{place}/tokens.npz:t", device="cuda", method=method
+    )
+    found = torchrun(place, two, "--method", method, device="cuda")
+    assert found.returncode == 0, found.stderr
+    mine, _ = losses(two)
+    assert mine[0] == pytest.approx(report.layers[0].loss, rel=1e-3)
+    assert np.mean(mine) == pytest.approx(np.mean([r.loss for r in report.layers]), rel=1e-2)
+    models = [load_model(folder).state_dict() for folder in (one, two)]
+    for name in (n for n in models[0] if "proj" in n):
+        kept = [model[name] != 0 for model in models]
+        assert verify(models[1][name], "2:4")
+        assert (kept[0] == kept[1]).float().mean() > (0.999 if "layers.0." in name else 0.9), name
 
 
 def test_what_is_wrong_is_said_once(place):
@@ -115,7 +136,7 @@ def test_rows_are_shared_by_whole_scopes(pattern, rows, size, counts):
 def test_one_process_talks_to_nobody():
     ranks, tensor = Ranks(), torch.ones(3)
     ranks.add_up(tensor)
-    assert ranks.leads and ranks.total(2, "cpu") == 2 and ranks.agree("a") == "a"
+    assert ranks.leads and ranks.total(2) == 2 and ranks.agree("a") == "a"
     assert ranks.share(5) == slice(0, 5) and tensor.sum() == 3
     shares = [Ranks(rank, 3).share(8) for rank in range(3)]
     assert [s.stop - s.start for s in shares] == [2, 3, 3] and shares[-1].stop == 8

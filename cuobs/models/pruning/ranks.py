@@ -44,10 +44,11 @@ class Ranks:
             for tensor in sums:
                 distributed.all_reduce(tensor)
 
-    def total(self, numbers, device):
+    def total(self, numbers):
         """The sum of a number over all processes, or those of each number in lists."""
         if self.size == 1:
             return numbers
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         distributed.all_reduce(tensor)
         return tensor.tolist()

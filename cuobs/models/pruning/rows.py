@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -139,7 +138,7 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
     with arrays.stream_of(W):
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
         if call.counts is not None:
-            settings = SharedRows.of(settings, partial(ranks.total, device=W.device))
+            settings = SharedRows.of(settings, ranks)
         layer = check_layer(W, goal, settings.dtype)
         pull = None if pull is None else arrays.receive(pull)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
@@ -158,7 +157,7 @@ def _losses(weights, own, new, H, call, ranks):
         W, *rows = (arrays.asarray(arrays.receive(A), xp, H.dtype) for A in pair)
         found.append(energies(*rows, H, energy_unit(W, H)) if len(rows[0]) else (0.0, 0.0))
     if call.counts is not None:
-        found = ranks.total(found, weights[0].device)
+        found = ranks.total(found)
     return [share_lost(*pair) for pair in found]
 
 
