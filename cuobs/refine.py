@@ -46,15 +46,16 @@ def resolve(problem, mask, start=None):
     # A row's own factor costs kept³/3, an iteration of all rows K² each; both twice that in FLOP.
     if xp is np and kept**3 / 3 < ITERATIONS[dtype] * K**2:
         return _factor_rows(problem, mask), True
-    X = xp.where(mask, target if start is None else start, 0)
-    X, converged = _descend(problem, mask, X, problem.precision)
-    if dtype == "float64":
+    begin = xp.where(mask, target if start is None else start, 0)
+    X, converged = _descend(problem, mask, begin, problem.precision)
+    if dtype == "float64" or excess(problem, mask, X) <= CERTAIN:
         return X, converged
-    # Again from the true residual, in which no rounding has added up; with all digits at last.
-    for precision in dict.fromkeys((problem.precision, "fp32")):
-        if excess(problem, mask, X) <= CERTAIN:
-            return X, converged
-        X, converged = _descend(problem, mask, X, precision, further=True)
+    # Again from the true residual, in which no rounding has added up.
+    X, converged = _descend(problem, mask, X, problem.precision, further=True)
+    if problem.precision != "fp32" and excess(problem, mask, X) > CERTAIN:
+        # What tensor cores leave can be far off: with all digits from the beginning.
+        X, _ = _descend(problem, mask, begin, "fp32")
+        X, converged = _descend(problem, mask, X, "fp32", further=True)
     return X, converged and excess(problem, mask, X) <= CERTAIN
 
 
