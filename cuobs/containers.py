@@ -118,30 +118,50 @@ def replace_in_safetensors(f, path, name, array):
         _write_entries(f, entries, metadata, source)
 
 
-def _entry(array):
-    return Entry(_CODES[array.dtype.name], list(array.shape), array.nbytes, array)
+def write_tensors(f, entries, take, metadata=None):
+    """Write .safetensors tensor by tensor, so that one at a time has to be in memory.
 
-
-def _write_entries(f, entries, metadata=None, source=None):
+    Parameters
+    ----------
+    f : file
+        Open for writing bytes.
+    entries : dict of str to Entry
+        What each is; arrays in it are not looked at.
+    take : callable
+        Gives the bytes of a tensor by its name, in one or several pieces.
+    metadata : dict of str, optional
+    """
     # Larger elements first: each then begins at a multiple of its size.
     order = sorted(entries, key=lambda name: (-entries[name].item, entries[name].offset))
     header = {} if metadata is None else {METADATA: metadata}
     end = 0
     for name in order:
         dtype, shape, size, *_ = entries[name]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     f.write(len(text).to_bytes(8, "little") + text)
     for name in order:
+        for piece in take(name):
+            f.write(piece)
+
+
+def _entry(array):
+    return Entry(_CODES[array.dtype.name], list(array.shape), array.nbytes, array)
+
+
+def _write_entries(f, entries, metadata=None, source=None):
+    def take(name):
         entry = entries[name]
         if entry.array is None:
             source.seek(entry.offset)
             for start in range(0, entry.size, PIECE):
-                f.write(source.read(min(PIECE, entry.size - start)))
+                yield source.read(min(PIECE, entry.size - start))
         else:
             plain = np.asarray(entry.array, order="C")
             if plain.dtype.byteorder == ">":
                 plain = plain.astype(plain.dtype.newbyteorder("<"))
-            f.write(plain.reshape(-1).view(np.uint8))
+            yield plain.reshape(-1).view(np.uint8)
+
+    write_tensors(f, entries, take, metadata)

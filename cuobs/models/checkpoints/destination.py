@@ -13,17 +13,17 @@ import os
 import shutil
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from cuobs import files
-from cuobs.models.checkpoints.loading import DTYPES, load_tokenizer
+from cuobs.containers import Entry, write_tensors
+from cuobs.models.checkpoints.loading import load_tokenizer
 from cuobs.models.checkpoints.marker import settle, sync
-from cuobs.models.checkpoints.names import Reader, equal
+from cuobs.models.checkpoints.names import TORCH, Reader, equal
 from cuobs.models.checkpoints.source import (
     BYTES,
     FLOATS,
     LEFTOVER,
+    Stored,
     find_source,
     stored_tensors,
     torch_name,
@@ -85,8 +85,9 @@ def finish(
         over, whatever they are. Of a GGUF nothing is: ``changed`` holds all.
     dst : path
         See `cuobs.models.checkpoints.marker.check_destination`.
-    changed : mapping of str to tensor
-        By the names of the files, see `changed_tensors`. Names that the source lacks are added.
+    changed : mapping of str to (tensor or Stored)
+        By the names of the files, see `changed_tensors`; one that is stored in another file, named
+        by its whole path, is read when it is written. Names that the source lacks are added.
         A tensor in floating point that takes the place of another is written in its dtype.
     dropped : collection of str
         Names of the source's tensors that are not written.
@@ -137,7 +138,7 @@ def finish(
 def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_size=5 * 10**9):
     """Write safetensors, and their index where there are several.
 
-    See `finish`; ``folder`` is a new one. One file's tensors at a time are in memory.
+    See `finish`; ``folder`` is a new one. One tensor at a time is in memory.
 
     Returns
     -------
@@ -145,36 +146,34 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
         The names of the files.
     """
     stored = stored_tensors(source)
-    read = Reader(source, stored)
+    held = {name: _described(tensor) for name, tensor in changed.items()}
+    read = Reader(source, stored | held)
     names = [name for name in (*stored, *(changed.keys() - stored.keys())) if name not in dropped]
     names.sort(key=lambda name: (name not in stored, "" if name in stored else name))
-
-    def dtype_of(name):
-        """What a tensor is written in; None as it is."""
-        like = stored[name].dtype if name in stored else torch_name(changed[name].dtype)
-        return (save_dtype or DTYPES[like]) if like in FLOATS else None
+    entries = {}
+    for name in names:
+        tensor = held.get(name) or stored[name]
+        dtype, like = tensor.dtype, stored.get(name, tensor).dtype
+        if like in FLOATS:
+            dtype = like if save_dtype is None else torch_name(save_dtype)
+        entries[name] = Entry(dtype, tensor.shape, math.prod(tensor.shape) * BYTES[dtype])
 
     def take(name):
-        tensor = changed[name].detach().cpu() if name in changed else read(name)
-        return _cast(name, tensor, dtype_of(name)).contiguous()
+        tensor = changed.get(name)
+        tensor = tensor.detach().cpu() if torch.is_tensor(tensor) else read(name)
+        tensor = _cast(name, tensor, TORCH[entries[name].dtype]).contiguous()
+        yield tensor.reshape(-1).view(torch.uint8).numpy()
 
-    def size_of(name):
-        shape = (changed if name in changed else stored)[name].shape
-        dtype = dtype_of(name) or (changed[name].dtype if name in changed else None)
-        width = dtype.itemsize if dtype else BYTES[stored[name].dtype]
-        return width * math.prod(shape)
-
-    shards = _shards(names, size_of, shard_size)
+    shards = _shards(names, entries, shard_size)
     titles = [WEIGHTS] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
     ]  # fmt: skip
-    total = 0
     for title, part in zip(titles, shards, strict=True):
-        tensors = _apart({name: take(name) for name in part})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        _save(tensors, os.path.join(folder, title))
+        with files.replacing(os.path.join(folder, title)) as file:
+            write_tensors(file, {name: entries[name] for name in part}, take, {"format": "pt"})
     if len(shards) == 1:
         return {WEIGHTS}
+    total = sum(entry.size for entry in entries.values())
     weight_map = {n: title for title, part in zip(titles, shards, strict=True) for n in part}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     title = WEIGHTS + ".index.json"
@@ -182,11 +181,18 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
     return {*titles, title}
 
 
-def _shards(names, size_of, limit):
+def _described(tensor):
+    """What a tensor is, wherever it lies."""
+    if torch.is_tensor(tensor):
+        return Stored("", torch_name(tensor.dtype), tuple(tensor.shape))
+    return tensor
+
+
+def _shards(names, entries, limit):
     """Names in their order, as many in a list as come to no more than a limit of bytes."""
     shards, size = [[]], 0
     for name in names:
-        mine = size_of(name)
+        mine = entries[name].size
         if shards[-1] and size + mine > limit:
             shards.append([])
             size = 0
@@ -196,7 +202,7 @@ def _shards(names, size_of, limit):
 
 
 def _cast(name, tensor, dtype):
-    if dtype is None or dtype == tensor.dtype:
+    if dtype == tensor.dtype:
         return tensor
     result = tensor.to(dtype)
     if torch.isinf(result).any() and not torch.isinf(tensor).any():
@@ -205,23 +211,6 @@ def _cast(name, tensor, dtype):
             f"{str(dtype).removeprefix('torch.')} can't hold, expected a wider --save-dtype"
         )
     return result
-
-
-def _apart(tensors):
-    """Tensors of which none shares its memory with another: safetensors takes no others."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return result
-
-
-def _save(tensors, path):
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: found that it can't be written ({error})") from None
 
 
 @contextlib.contextmanager
@@ -269,7 +258,6 @@ def _move(staging, dst):
     for place, _, names in os.walk(staging):
         for name in names:
             path = os.path.join(place, name)
-            os.chmod(path, 0o666 & ~_umask())  # safetensors' own are their owner's alone
             sync(path)
         sync(place)
     for name in os.listdir(dst):  # an earlier try may have left others, of another size
@@ -284,9 +272,3 @@ def _move(staging, dst):
     os.rmdir(staging)
     sync(dst)
     settle(dst)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

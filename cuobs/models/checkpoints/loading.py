@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from cuobs.models.checkpoints.names import TORCH
 from cuobs.models.checkpoints.source import FLOATS, Source, find_source, read_config, stored_tensors
 from cuobs.models.planning import TOKENIZER, check_model
 
-DTYPES = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+DTYPES = {name: TORCH[name] for name in FLOATS}
 
 
 def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:

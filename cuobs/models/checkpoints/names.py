@@ -5,17 +5,28 @@ tables of renamings, and puts some together. Here a pair is found by name and sh
 only where some of its numbers are the same, so it does not depend on how that is done.
 """
 
+import math
+from threading import Lock
+
 import torch
-from safetensors import safe_open
 
 from cuobs.models.checkpoints.source import stored_tensors
 
+# The dtypes of PyTorch by the names that safetensors gives them.
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
 # Rows of a tensor that are compared to know that two are the same.
 ROWS = 16
 
 
 class Reader:
-    """The tensors of a checkpoint's files, each read when it is asked for.
+    """The tensors of a checkpoint's files, each read when it is asked for, into memory of its own.
+
+    Files are not mapped: what is mapped counts as this process's memory once it was looked at.
 
     Parameters
     ----------
@@ -24,30 +35,50 @@ class Reader:
     """
 
     def __init__(self, source, stored):
-        self._source, self._stored, self._open = source, stored, {}
+        self._source, self._stored = source, stored
+        self._open, self._lock = (None, None), Lock()
 
     def __call__(self, name, rows=None):
         """A tensor on the CPU, or some of its rows."""
-        file = self._stored[name].file
-        if file not in self._open:
-            self._open = {file: self._opened(file)}  # one at a time: some are not mapped
-        stored = self._open[file]
-        if isinstance(stored, dict):
-            return stored[name] if rows is None else stored[name][rows]
-        if rows is None or not self._stored[name].shape:
-            return stored.get_tensor(name)
-        part = stored.get_slice(name)
-        return torch.cat([part[row : row + 1] for row in rows])
+        entry = self._stored[name]
+        path = self._source.path(entry.file)
+        if entry.start is None:
+            with self._lock:
+                tensor = self._pickled(path)[name]
+                return (tensor if rows is None else tensor[rows]).clone()
+        rows = None if not entry.shape else rows
+        with open(path, "rb", buffering=0) as file:
+            if rows is None:
+                return _take(file, entry.start, entry.shape, TORCH[entry.dtype])
+            row = entry._replace(shape=entry.shape[1:])
+            parts = [
+                _take(file, entry.start + i * row.nbytes, row.shape, TORCH[entry.dtype])
+                for i in rows
+            ]
+        return torch.stack(parts)
 
-    def _opened(self, file):
-        path = self._source.path(file)
-        if file.endswith(".safetensors"):
-            return safe_open(path, "pt")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of a time when torch.save wrote no zip
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        return content.get("state_dict", content)
+    def _pickled(self, path):
+        """The tensors of a file of torch.save, mapped where it is new enough; one at a time."""
+        if self._open[0] != path:
+            self._open = None, None
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # of a time when torch.save wrote no zip
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            self._open = path, content.get("state_dict", content)
+        return self._open[1]
+
+
+def _take(file, start, shape, dtype):
+    """A tensor of which the bytes begin somewhere in a file."""
+    content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    left = memoryview(content.numpy())
+    file.seek(start)
+    while left:
+        if not (count := file.readinto(left)):
+            raise OSError(f"{file.name}: found it truncated, expected the file that it was")
+        left = left[count:]
+    return content.view(dtype).reshape(shape)
 
 
 def match(model, source, stored):

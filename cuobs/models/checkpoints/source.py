@@ -70,11 +70,14 @@ class Stored(NamedTuple):
     dtype : str
         As safetensors names it: "BF16", "F32", ...
     shape : tuple of int
+    start : int or None
+        Where its bytes begin in a safetensors file.
     """
 
     file: str
     dtype: str
     shape: tuple
+    start: int | None = None
 
     @property
     def nbytes(self):
@@ -202,8 +205,7 @@ def stored_tensors(source):
     """
     found = {}
     for name in source.weights:
-        for key, dtype, shape in _header(source, name):
-            found[key] = Stored(name, dtype, shape)
+        found |= _header(source, name)
     _refuse_codes(source, found)
     return found
 
@@ -344,7 +346,8 @@ def _names(folder, names):
     for name in names:
         if name.endswith(".safetensors"):
             with contextlib.suppress(ValueError):
-                found |= {(key, shape) for key, _, shape in safetensors_header(folder, name)}
+                stored = safetensors_header(folder, name)
+                found |= {(key, tensor.shape) for key, tensor in stored.items()}
     return found
 
 
@@ -379,7 +382,7 @@ def _header(source, name):
 
 
 def safetensors_header(folder, name):
-    """Names, dtypes and shapes of a safetensors file, in the order of its bytes."""
+    """The tensors of a safetensors file, in the order of its bytes: a dict of `Stored`."""
     path = os.path.join(folder, name)
     size = os.path.getsize(path)
     try:
@@ -396,11 +399,14 @@ def safetensors_header(folder, name):
         raise ValueError(f"{name} is damaged or no safetensors file") from None
     if 8 + length + end > size:
         raise ValueError(f"{name} is truncated")
-    return [(key, dtype, tuple(shape)) for _, _, key, dtype, shape in rows]
+    return {
+        key: Stored(name, dtype, tuple(shape), 8 + length + start)
+        for start, _, key, dtype, shape in rows
+    }
 
 
 def _torch_header(source, name):
-    """Names, dtypes and shapes of a file of torch.save, without its numbers."""
+    """The tensors of a file of torch.save, without its numbers: a dict of `Stored`."""
     import pickle
 
     import torch
@@ -415,7 +421,7 @@ def _torch_header(source, name):
             f"{source.name}: found a model that does not open ({name}: {reason}), expected whole "
             "weights"
         ) from None
-    return [(key, torch_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()]
+    return {key: Stored(name, torch_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
 
 
 def torch_name(dtype):
