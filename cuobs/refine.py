@@ -52,9 +52,10 @@ def resolve(problem, mask, start=None):
         return X, converged
     # Again from the true residual, in which no rounding has added up.
     X, converged = _descend(problem, mask, X, problem.precision, further=True)
-    if problem.precision != "fp32" and excess(problem, mask, X) > CERTAIN:
-        # What tensor cores leave can be far off: with all digits from the beginning.
-        X, _ = _descend(problem, mask, begin, "fp32")
+    if excess(problem, mask, X) > CERTAIN:
+        if xp is not np and problem.precision == "tensor":
+            # What tensor cores leave can be far off: with all digits from the beginning.
+            X, _ = _descend(problem, mask, begin, "fp32")
         X, converged = _descend(problem, mask, X, "fp32", further=True)
     return X, converged and excess(problem, mask, X) <= CERTAIN
 
