@@ -82,10 +82,17 @@ def check_outputs(inputs, outputs, force):
 
 def show_layer(shape, X, tokens):
     """Say how large a weight and its inputs are: swapped ones may have the same columns."""
-    click.echo(f"weight    {by(shape)}")
+    click.echo(f"weight   {by(shape)}")
     inputs = f"{shape[1]} columns" if X is None else by(X.shape)
     each = "" if tokens is None else f", {tokens / shape[1]:.1f} tokens a column"
-    click.echo(f"inputs    {inputs}{each}")
+    click.echo(f"inputs   {inputs}{each}")
+
+
+def show_written(*paths):
+    """Say which files or folders there are now; a None is left out."""
+    for path in paths:
+        if path:
+            click.echo(f"written  {path}")
 
 
 def by(shape):

@@ -98,6 +98,4 @@ def _write(table, name, settings, plot, rst, json_path, force):
         device = "cpu" if settings.namespace().__name__ == "numpy" else "cuda"
         title = f"{name} ({common.by(table.shape)}), {table.pattern.label}, on {device}"
         plotting.pareto(table, plot, force, title)
-    for path in (rst, json_path, plot):
-        if path:
-            click.echo(f"written  {path}")
+    common.show_written(rst, json_path, plot)

@@ -36,4 +36,4 @@ def write_calibration(
             trust_remote_code=trust_remote_code, force=force, progress=progress.callback(),
         )  # fmt: skip
     click.echo(f"tokens   {tokens.shape[0]} windows of {tokens.shape[1]}, seed {seed}")
-    click.echo(f"written  {out}")
+    common.show_written(out)

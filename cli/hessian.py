@@ -45,7 +45,7 @@ def hessian(specs, out, dtype, device, force):
     found = "an unknown number" if unknown else total.tokens
     click.echo(f"tokens   {found} from {len(parts)} file{'s' * (len(parts) > 1)}")
     click.echo(f"columns  {K}" + ("" if unknown else f", {total.tokens / K:.1f} tokens each"))
-    click.echo(f"written  {out}")
+    common.show_written(out)
 
 
 def _load(spec, device):

@@ -33,8 +33,7 @@ def patterns(chosen, svg, force):
         click.echo("")
     click.echo("Each letter is a block of one scope, which competes with the other letters;")
     click.echo("dots belong to other scopes.")
-    if svg:
-        click.echo(f"written  {svg}")
+    common.show_written(svg)
 
 
 @click.command(short_help="List the methods and their options.")

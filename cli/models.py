@@ -265,7 +265,7 @@ def speedup(
         click.echo(line)
     if plot:
         timing.picture(timings, plot, (patterns or ("2:4",))[0], force)
-        click.echo(f"written  {plot}")
+        common.show_written(plot)
 
 
 def _generate(source, patterns, sequences, new_tokens, dtype, compiled):

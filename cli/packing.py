@@ -25,7 +25,7 @@ def pack(w, pattern, out, force):
         f"{w} packed by {pattern.label} ({pattern.keeps}): {W.nbytes} bytes are "
         f"{packed.nbytes} ({packed.nbytes / W.nbytes:.4f})"
     )
-    click.echo(f"written  {out}")
+    common.show_written(out)
 
 
 @click.command(cls=options.Command, short_help="The dense weight of a packed one.")
@@ -38,7 +38,7 @@ def unpack(packed, out, force):
     found = cuobs.Packed.load(packed)
     files.check_format(out, found.dtype)
     files.save(out, found.unpack(), force)
-    click.echo(f"written  {out}")
+    common.show_written(out)
 
 
 @click.command("pack-model", cls=options.Command, short_help="Pack a pruned model.")
@@ -63,7 +63,7 @@ def pack_model(src, dst, pattern, **given):
     for line in report.lines():
         click.echo(line)
     click.echo(f"files        {_size(src)} in {src}, {_size(dst)} in {dst}")
-    click.echo(f"written  {dst}")
+    common.show_written(dst)
 
 
 @click.command("unpack-model", cls=options.Command, short_help="Undo pack-model.")
@@ -78,7 +78,7 @@ def unpack_model(src, dst, **given):
     with display.Progress("unpacking") as bar:
         names = found.unpack_folder(src, dst, progress=bar.callback(), **common.given(given))
     click.echo(f"unpacked {len(names)} linears")
-    click.echo(f"written  {dst}")
+    common.show_written(dst)
 
 
 def _check_named(path):

@@ -34,4 +34,4 @@ def mask(w, out, pattern, force):
     if pattern is not None and not cuobs.verify(W, pattern):
         title += " (which it breaks)"
     plotting.save(plotting.mask_figure(W, pattern=pattern, title=title), out, force)
-    click.echo(f"written  {out}")
+    common.show_written(out)

@@ -13,7 +13,7 @@ from cuobs import files
 @click.command(cls=options.RecipeCommand, short_help="Prune a weight.")
 @common.layer_arguments
 @options.output("-o", "--out", metavar="F", help="Where to write.",
-                show_default="W-pruned.npy, or W's format")
+                show_default="NAME-pruned.npy here, by the name and format of W")
 @options.output("--mask-out", metavar="F", help="Also write the mask, True = kept.")
 @options.output("--report", metavar="F.json", help="Also write what was done and found.")
 @options.force
@@ -57,8 +57,7 @@ def prune(w, x, hessian, config, out, mask_out, report, force, quiet, as_json):
         click.echo(text)
     elif not quiet:
         _show(result, W.shape, X)
-        for path in filter(None, (out, mask_out, report)):
-            click.echo(f"written   {path}")
+        common.show_written(out, mask_out, report)
 
 
 def _content(result):
@@ -83,20 +82,21 @@ def _content(result):
 def _show(result, shape, X):
     common.show_layer(shape, X, result.tokens)
     resolved = ", weights re-solved" if result.refine else ""
-    click.echo(f"method    {result.method}{resolved}")
-    click.echo(f"pattern   {result.pattern.label}: {result.pattern.keeps}")
-    click.echo(f"loss      {result.loss:.3%}")
-    click.echo(f"sparsity  {result.sparsity:.2%}")
+    click.echo(f"method   {result.method}{resolved}")
+    click.echo(f"pattern  {result.pattern.label}: {result.pattern.keeps}")
+    click.echo(f"loss     {result.loss:.3%}")
+    click.echo(f"zeros    {result.sparsity:.2%} of the weights")
     click.echo(
-        f"time      {result.seconds:.2f} s, and {result.hessian_seconds:.2f} s for the Hessian"
+        f"time     {result.seconds:.2f} s, and {result.hessian_seconds:.2f} s for the Hessian"
     )
 
 
 def _output(w, out):
-    """The output with a key, W's own where none is given."""
+    """The output with a key, W's own where none is given; by W's name in the current folder."""
     path, key = files.split(w)
     if out is None:
-        out = "W-pruned" + (os.path.splitext(path)[1] or ".npy")
+        name, ending = os.path.splitext(os.path.basename(path))
+        out = f"{name}-pruned{ending or '.npy'}"
     if key is None and files.by_name(path):
         names = files.keys(path)
         key = names[0] if len(names) == 1 else None

@@ -30,4 +30,4 @@ def report(folder, out, force):
     content = read_report(folder)
     title = os.path.basename(os.path.abspath(folder))
     files.write_text(out, report_page(content, title), force)
-    click.echo(f"written  {out}")
+    common.show_written(out)

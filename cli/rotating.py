@@ -49,4 +49,4 @@ def rotate(src, dst, calibration, **given):
     click.echo()
     for line in report.lines():
         click.echo(line)
-    click.echo(f"written  {dst}")
+    common.show_written(dst)

@@ -1,5 +1,7 @@
 """Calibration activations: one array (..., K), or batches of them, in a list or one by one."""
 
+import math
+
 from cuobs import arrays, modules, validation
 
 # What is public; the rest is for the package.
@@ -46,6 +48,13 @@ def check_batches(X, K):
         return matrices, None
     matrices = list(matrices)
     return matrices, sum(map(len, matrices))
+
+
+def count_tokens(X, K):
+    """The rows of activations of K features, an array or batches, where they are known at once."""
+    if are_batches(X):
+        return check_batches(X, K)[1] if isinstance(X, list | tuple) else None
+    return math.prod(X.shape[:-1]) if X.ndim > 1 and X.shape[-1] == K else None
 
 
 def _check_batch(batch, K, name):

@@ -13,7 +13,8 @@ from cuobs.recipe import SETTINGS, Recipe, Settings
 __all__ = ["Row", "Table", "compare", "recipes_of"]
 
 REFERENCE = "sparsegpt"
-HEADER = ("method", "loss %", f"/ {REFERENCE}", "sparsity %", "seconds")
+RATIO = f"/ {REFERENCE}"
+HEADER = ("method", "loss %", RATIO, "sparsity %", "seconds")
 
 
 class Row(NamedTuple):
@@ -69,7 +70,7 @@ class Table(list):
     def _repr_html_(self):
         lines = [
             "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
-            for tag, cells in [("th", HEADER), *(("td", cells) for cells in self.cells())]
+            for tag, cells in [("th", self.header()), *(("td", cells) for cells in self.cells())]
         ]
         rows = "".join(f"<tr>{line}</tr>" for line in lines)
         M, K = self.shape
@@ -91,9 +92,13 @@ class Table(list):
             ) from None
         return pandas.DataFrame(list(self), columns=Row._fields).set_index("method")
 
+    def header(self):
+        """The names of the columns; without the ratio where there is none."""
+        return [name for name in HEADER if name != RATIO or self._compared()]
+
     def cells(self):
         """The rows as text, one cell a column of the header."""
-        return [
+        found = [
             (
                 row.method,
                 f"{100 * row.loss:.3f}",
@@ -103,19 +108,25 @@ class Table(list):
             )
             for row in self
         ]
+        return found if self._compared() else [(*cells[:2], *cells[3:]) for cells in found]
+
+    def _compared(self):
+        """Whether any loss is set against SparseGPT's."""
+        return any(row.ratio is not None for row in self)
 
     def text(self):
         """For a terminal."""
-        return text_table(HEADER, self.cells())
+        return text_table(self.header(), self.cells())
 
     def lines(self, names):
         """The lines of `text`, the first column as wide as for a table of all these methods."""
-        room = ("m" * max(map(len, names)), *[""] * (len(HEADER) - 1))
-        return text_table(HEADER, [*self.cells(), room]).splitlines()[:-1]
+        header = self.header()
+        room = ("m" * max(map(len, names)), *[""] * (len(header) - 1))
+        return text_table(header, [*self.cells(), room]).splitlines()[:-1]
 
     def rst(self):
         """For a document."""
-        return rst_table(HEADER, self.cells())
+        return rst_table(self.header(), self.cells())
 
     def json(self):
         """For a program: plain dicts and lists."""

@@ -264,6 +264,24 @@ def check_symmetric(H, K):
     return H
 
 
+def check_fits(shape, found):
+    """Refuse activations of a shape that does not fit a weight (M, K) whose transpose they do, or
+    that fits when they are transposed themselves."""
+    M, K = shape
+    if len(found) < 2 or found[-1] == K:
+        return
+    if len(found) == 2 and found[0] == K:
+        raise ValueError(
+            f"X: found shape {tuple(found)}, expected (tokens, {K}) for W of {M} x {K}: its "
+            "transpose fits"
+        )
+    if found[-1] == M:
+        raise ValueError(
+            f"W: found shape ({M}, {K}), expected (outputs, {M}) for X of {M} features: its "
+            "transpose fits"
+        )
+
+
 def warn_of_few(tokens, shape, activations):
     """Warn of fewer tokens than a weight of a shape (M, K) has columns, or activations rows."""
     M, K = shape

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian, check_held, check_symmetric, warn_of_few
+from cuobs.activations import are_batches, count_tokens
+from cuobs.hessian import Hessian, check_fits, check_held, check_symmetric, warn_of_few
 from cuobs.loss import loss
 from cuobs.modules import weight_of
 from cuobs.ops.views import permute_back
@@ -66,9 +67,18 @@ def hessian_of(shape, X, hessian, settings, xp):
     K = shape[1]
     if hessian is None:
         part = Hessian(K, settings.dtype, arrays.device_name(xp), settings.precision)
+        if not are_batches(X):
+            X = arrays.typed(X, "X")
+            validation.floating("X", X)
+            validation.nonempty("X", X)
+            check_fits(shape, X.shape)
+        tokens = count_tokens(X, K)
+        if tokens is not None:  # said before the work, which may be long and for nothing
+            warn_of_few(tokens, shape, activations=True)
         part.update(X, settings.progress)
         check_held(part.matrix, settings.dtype, "X")
-        warn_of_few(part.tokens, shape, activations=True)
+        if tokens is None:
+            warn_of_few(part.tokens, shape, activations=True)
         return part.matrix, part.tokens
     tokens = None
     if isinstance(hessian, Hessian):

@@ -97,8 +97,13 @@ def test_an_unknown_option_is_named(layer, option):
 
 
 def test_without_sparsegpt_there_is_no_ratio(layer):
-    (row,) = cuobs.compare(*layer, methods=["wanda"])
-    assert row.ratio is None
+    table = cuobs.compare(*layer, methods=["wanda", "magnitude"])
+    assert [row.ratio for row in table] == [None, None]
+    lines = table.text().splitlines()
+    assert lines == table.lines(["wanda", "magnitude"])
+    assert lines[0].split() == ["method", "loss", "%", "sparsity", "%", "seconds"]
+    assert [len(line.split()) for line in lines[1:]] == [4, 4, 4]
+    assert "sparsegpt" not in table.rst() + table._repr_html_()
 
 
 def test_starting_names_each_method(layer):

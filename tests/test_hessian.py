@@ -433,6 +433,29 @@ def test_few_tokens_are_warned_of_once(tokens, rows, words):
         )
 
 
+def test_swapped_arrays_are_told_before_the_work():
+    W, X = activations(44, 32), activations(40, 32)
+
+    def progress(done, total):
+        raise KeyboardInterrupt
+
+    for data in (X, [X[:20], X[20:]]):
+        with pytest.warns(UserWarning, match="swapped"), pytest.raises(KeyboardInterrupt):
+            cuobs.prune(W, data, device="cpu", progress=progress)
+
+
+@pytest.mark.parametrize("call", [cuobs.prune, cuobs.compare])
+@pytest.mark.parametrize("W, X, said", [
+    ((8, 32), (32, 96), r"X: found shape \(32, 96\), expected \(tokens, 32\) for W of 8 x 32"),
+    ((32, 8), (96, 32), r"W: found shape \(32, 8\), expected \(outputs, 32\) for X of 32 feat"),
+    ((32, 8), (3, 5, 32), r"W: found shape \(32, 8\)"),
+    ((8, 32), (96, 31), r"X: found 31 features, expected K=32"),
+])  # fmt: skip
+def test_what_lies_on_its_side_is_named(call, W, X, said):
+    with pytest.raises(ValueError, match=said):
+        call(np.ones(W), np.ones(X), device="cpu")
+
+
 def test_the_tokens_are_told():
     W, X = activations(8, 4), activations(20, 4)
     h = Hessian(4)

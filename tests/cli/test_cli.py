@@ -57,7 +57,7 @@ def test_prune_is_what_cuobs_prune_does():
     assert said["method"] == "admm, weights re-solved"
     assert said["pattern"] == "4:8: keep 2 of 4 pairs"
     assert said["loss"] == f"{expected.loss:.3%}"
-    assert said["sparsity"] == "50.00%"
+    assert said["zeros"] == "50.00% of the weights"
     assert re.fullmatch(r"\d+\.\d\d s, and \d+\.\d\d s for the Hessian", said["time"])
     assert said["written"] == "W-pruned.npy"
     assert result.stderr == ""
@@ -118,12 +118,12 @@ def test_safetensors_in_and_out():
     other = np.zeros((2, 2), np.float32)
     safetensors.numpy.save_file({"a.weight": W, "b.weight": other}, "m.safetensors")
     run("prune", "m.safetensors:a.weight", "X.npy", "--method", "sparsegpt")
-    (item,) = safetensors.numpy.load_file("W-pruned.safetensors").items()
+    (item,) = safetensors.numpy.load_file("m-pruned.safetensors").items()
     assert item[0] == "a.weight"
     assert item[1].dtype == W.dtype and item[1].shape == W.shape
     expected = cuobs.prune(W.astype(np.float32), np.load("X.npy"), method="sparsegpt").weight
     np.testing.assert_array_equal(item[1], expected.astype(W.dtype))
-    assert "obeys" in run("verify", "W-pruned.safetensors", "--pattern", "2:4").stdout
+    assert "obeys" in run("verify", "m-pruned.safetensors", "--pattern", "2:4").stdout
     assert "expected .safetensors" in refused(
         "prune", "m.safetensors:a.weight", "X.npy", "-o", "P.npy"
     )
@@ -148,7 +148,7 @@ def test_force_replaces_one_tensor_of_a_file(name):
 def test_npz_keeps_the_name():
     np.savez("m.npz", up=np.load("W.npy"), x=np.load("X.npy"))
     run("prune", "m.npz:up", "m.npz:x", "--method", "magnitude")
-    assert list(np.load("W-pruned.npz")) == ["up"]
+    assert list(np.load("m-pruned.npz")) == ["up"]
     run("prune", "m.npz:up", "m.npz:x", "--method", "magnitude", "-o", "o.npz:down")
     assert list(np.load("o.npz")) == ["down"]
 
@@ -280,7 +280,7 @@ def test_endings_in_any_case_and_dots_in_folders():
     np.savez("v1.0/up.npz", a=np.load("W.npy"), b=np.load("W.npy"))
     os.rename("v1.0/up.npz", "v1.0/UP.NPZ")
     run("prune", "v1.0/UP.NPZ:a", "X.npy", "--method", "wanda")
-    assert list(np.load("W-pruned.NPZ")) == ["a"]
+    assert list(np.load("UP-pruned.NPZ")) == ["a"]
     os.rename("v1.0/UP.NPZ", "v1.0/up")
     assert "v1.0/up: found no ending" in refused("prune", "v1.0/up", "X.npy")
 
@@ -640,6 +640,15 @@ def test_shapes_and_tokens_are_told_and_few_are_warned_of():
     ]
 
 
+def test_the_output_is_called_by_the_weight():
+    os.mkdir("deeper")
+    np.savez("deeper/down.npz", a=np.load("W.npy"))
+    said = run("prune", "deeper/down.npz:a", "X.npy", "--method", "wanda").stdout
+    assert said.splitlines()[-1] == "written  down-pruned.npz:a"
+    assert list(np.load("down-pruned.npz")) == ["a"]
+    assert "NAME-pruned.npy here" in " ".join(run("prune", "--help").stdout.split())
+
+
 def test_a_closed_pipe_is_no_error():
     read, write = os.pipe()
     os.close(read)
@@ -665,4 +674,4 @@ def test_the_activations_are_never_in_memory_whole():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert cuobs.verify(np.load("W-pruned.npy"), "2:4")
+    assert cuobs.verify(np.load("W1-pruned.npy"), "2:4")
