@@ -20,8 +20,8 @@ from torch import distributed
 
 import cuobs
 from cuobs.models import prune_model
+from cuobs.models import ranks as processes
 from cuobs.models.pruning import prune as loop
-from cuobs.models.pruning import ranks as processes
 from cuobs.models.pruning import resident, rows, streams, targets
 
 # Seconds a block after the first and GiB at the peak, predicted and measured, as they were with

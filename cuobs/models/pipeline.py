@@ -26,8 +26,8 @@ from cuobs.models.pruning.prune import (
     choose_device,
     prune_model,
 )
-from cuobs.models.pruning.ranks import joined
 from cuobs.models.pruning.warming import Warming
+from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, recover
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears

@@ -14,7 +14,7 @@ from small_models import make_source, make_tokens
 
 from cuobs import verify
 from cuobs.models import load_model, prune_folder
-from cuobs.models.pruning.ranks import Ranks
+from cuobs.models.ranks import Ranks
 from cuobs.recipe import Recipe
 from cuobs.sharing import row_counts
 

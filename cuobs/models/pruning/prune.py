@@ -13,21 +13,21 @@ import torch
 import cuobs
 from cuobs import validation
 from cuobs.models import memory
+from cuobs.models import ranks as processes
 from cuobs.models.blocks import capture, evaluating, plain_torch
 from cuobs.models.checkpoints import checkpoint
 from cuobs.models.checkpoints.source import BLOCKS
-from cuobs.models.pruning import ranks as processes
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.layers import choose_layers
 from cuobs.models.pruning.prediction import hold, predict, work_of
-from cuobs.models.pruning.ranks import Ranks
 from cuobs.models.pruning.resident import Resident
 from cuobs.models.pruning.rows import prune_rows, zeros
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.targets import Moments
 from cuobs.models.pruning.tuning import tune_block
 from cuobs.models.pruning.warming import Warming
+from cuobs.models.ranks import Ranks
 from cuobs.models.recipe import read_arguments
 from cuobs.models.recovery import recover
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
