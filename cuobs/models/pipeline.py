@@ -2,13 +2,14 @@
 
 import math
 import os
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from cuobs.config import to_toml
-from cuobs.models import dry_run
+from cuobs.models import dry_run, memory
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
 from cuobs.models.checkpoints.checkpoint import masks_file
@@ -57,9 +58,9 @@ def prune(run, view, options):
         if not ranks.leads:
             nothing = lambda *_: None  # noqa: E731
             view = View(nothing, None, nothing, nothing)
-        existed = os.path.isdir(run.dst)
+        existed, began = os.path.isdir(run.dst), time.perf_counter()
         try:
-            return _prune(run, view, options, ranks)
+            return _prune(run, view, options, ranks, began)
         except (ValueError, TypeError):
             if ranks.leads and not run.resume:
                 abandon(run.dst, existed)
@@ -85,6 +86,8 @@ class _Job:
     mask : ndarray or None
     texts : dict of str to ndarray
         The windows of each text that is measured.
+    peak : int
+        Bytes at the peak before the first block.
     """
 
     run: object
@@ -97,6 +100,7 @@ class _Job:
     mixture: object
     mask: object
     texts: dict
+    peak: int = 0
 
     def measure(self, stage):
         """The perplexity on each text."""
@@ -126,7 +130,7 @@ def _open(run, view, options, ranks):
     return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts)
 
 
-def _prune(run, view, options, ranks):
+def _prune(run, view, options, ranks, began):
     job, before = _open(run, view, options, ranks), {}
     try:
         report = prune_model(
@@ -158,6 +162,9 @@ def _prune(run, view, options, ranks):
             "batch_tokens"
         ) from None
     report.perplexity = {name: (before[name], after[name]) for name in job.texts}
+    steps = [s for s in (report, report.rotation, report.distillation) if s is not None]
+    report.whole_peak = max(job.peak, memory.peak(job.place), *(s.memory_peak for s in steps))
+    report.whole_seconds = time.perf_counter() - began
     _write(run, job.model, job.names, report, save_dtype, job.recipe)
     return report
 
@@ -167,6 +174,7 @@ def _starting(job, before, report):
     report.left = [_file_name(name, job.names) for name in report.left]
     job.view.starting(report)
     before.update(job.measure("dense"))
+    job.peak = memory.peak(job.place)
     if bad := [name for name, value in before.items() if math.isnan(value)]:
         raise ValueError(
             f"model: found that its perplexity on {bad[0]} is no number, expected finite weights; "

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from cuobs.arrays import size_text
 from cuobs.models.checkpoints.source import BLOCKS
 from cuobs.models.distilling.distillation import distill
 from cuobs.models.evaluate import agreement
@@ -45,7 +46,8 @@ def recover(
     def starting(report):
         say(
             f"distillation {_count(passes, 'pass', 'es')} over {_count(report.windows, 'window')}, "
-            f"{_count(report.steps, 'step')}; {_count(report.aside, 'window')} kept aside"
+            f"{_count(report.steps, 'step')}; {_count(report.aside, 'window')} kept aside; "
+            f"{size_text(report.memory_predicted)} predicted"
         )
 
     def on_pass(report):

@@ -249,6 +249,9 @@ class ModelReport:
         Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
         Bytes on the device (on the CPU: of the process).
+    whole_seconds, whole_peak : float, int
+        From the start of a run over a folder to the writing of another: windows that the model
+        writes, rotation, distillation and evaluation included. 0 for a model in memory.
     rotation : RotationReport or None
         Where the model was rotated first.
     masks : dict of tensor of bool
@@ -273,6 +276,8 @@ class ModelReport:
     seconds: float = 0.0
     memory_predicted: int = 0
     memory_peak: int = 0
+    whole_seconds: float = 0.0
+    whole_peak: int = 0
     perplexity: dict = field(default_factory=dict)
     rotation: object = None
     masks: dict = field(default_factory=dict, repr=False)
@@ -383,13 +388,13 @@ def outcome(report):
     if not found:
         drift = next((b.drift for b in report.blocks[::-1] if b.drift is not None), None)
         found = ["not measured" if drift is None else f"drift {drift:.1%} behind the last block"]
-    steps = [step for step in (report.rotation, report.distillation) if step is not None]
-    seconds = report.seconds + sum(step.seconds for step in steps)
+    steps = [s for s in (report, report.rotation, report.distillation) if s is not None]
+    seconds = report.whole_seconds or sum(step.seconds for step in steps)
+    peak = max(report.whole_peak, *(step.memory_peak for step in steps))
     cost = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
-    peaks = [report.memory_peak] + [getattr(step, "memory_peak", 0) for step in steps]
     return [
         f"lost and won  {'; '.join(found)}",
-        f"cost          {cost}, {size_text(max(peaks))} at most",
+        f"cost          {cost}, {size_text(peak)} at most",
         f"to try next   {_next(report)}",
     ]
 

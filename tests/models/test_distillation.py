@@ -96,6 +96,17 @@ def test_the_gradient_is_that_of_the_whole_logits(family, monkeypatch):
         assert (total - c).norm() <= 1e-5 * c.norm() + 1e-9
 
 
+def test_logits_of_a_large_vocabulary_are_made_a_few_tokens_at_a_time(monkeypatch):
+    monkeypatch.setitem(logits.CHUNK, "cpu", 2**21)
+    dense = make_model("llama", vocab_size=262144)
+    model, masks = make_pruned(dense)
+    tokens, sizes = make_tokens(3, 8), []
+    model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.numel()))
+    report = distill(model, dense, masks, tokens, passes=1)
+    assert report.steps == 1 and len(report.divergence) == 2
+    assert max(sizes) <= logits.CHUNK["cpu"] < 2 * 8 * 262144  # those of the step's two windows
+
+
 def test_padding_enters_no_sum():
     dense = make_model("llama")
     mask = np.ones((16, 24), int)

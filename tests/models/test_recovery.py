@@ -97,6 +97,9 @@ def test_folder_is_distilled_and_opens_everywhere(source, tmp_path, calibration)
     done = report.distillation
     assert done.windows + done.aside == 40 and done.steps == 2 * 7 and done.kept
     assert any("pass 2/2     KL" in line for line in lines)
+    assert any("1 window kept aside; " in line and "predicted" in line for line in lines)
+    assert report.whole_seconds > report.seconds + done.seconds
+    assert report.whole_peak >= max(report.memory_peak, done.memory_peak)
     assert report.protocol["calibration"] == {calibration: 16, "self:24": 24}
     name = "tokens.npy"
     model, dense = load_model(dst), load_model(source)

@@ -49,6 +49,8 @@ def test_three_lines_at_the_end(report, tokens):
     assert following.startswith("to try next   --distill")
     report.seconds = 150.0
     assert outcome(report)[1].startswith("cost          2.5 minutes, ")
+    report.whole_seconds, report.whole_peak = 190.0, 2**40
+    assert outcome(report)[1] == "cost          3.2 minutes, 1024.00 GiB at most"
     options = {"device": "cpu", "method": "sparsegpt", "target": "pruned"}
     lost, _, following = outcome(prune_model(make_model("llama"), tokens, **options))
     assert "not measured" in lost and "--target mixed" in following
