@@ -49,7 +49,7 @@ def cupy_fault():
 
 def namespace(array):
     """The module (numpy or cupy) whose arrays hold this one's data."""
-    if _is_cuda(array):
+    if type(array) is not np.ndarray and _is_cuda(array):
         import cupy
 
         return cupy

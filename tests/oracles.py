@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -59,16 +60,26 @@ class Scopes:
     columns: np.ndarray  # (G, c)
     blocks: np.ndarray  # (r, c)
 
-    @property
+    @cached_property
     def count(self):
         return int(self.blocks.max()) + 1
 
-    @property
+    @cached_property
     def choices(self):
         """The sets of blocks a scope may lose, in the order in which ties are decided."""
         return list(itertools.combinations(range(self.count), self.count - self.keep))
 
+    @cached_property
+    def lost(self):
+        """(choices, r, c) True where a choice prunes."""
+        return self.among(np.array(self.choices)[:, None, None])
 
+    def among(self, lost):
+        """(..., r, c) True where the block of an element is one of the last axis of `lost`."""
+        return (self.blocks[..., None] == lost).any(-1)
+
+
+@cache
 def enumerate_view(name, M, K):
     """Walk the view element by element; return (scope, block), each (M, K), and keep."""
     view, block, scope, keep = re.fullmatch(
@@ -88,7 +99,9 @@ def enumerate_view(name, M, K):
         scope_of[offset] = np.ravel_multi_index([a for a, _ in at], scopes_along)
         block_of[offset] = np.ravel_multi_index([a for _, a in at], scope)
     assert (scope_of >= 0).all(), "the view leaves elements out"
-    return scope_of.reshape(M, K), block_of.reshape(M, K), int(keep)
+    scope_of, block_of = scope_of.reshape(M, K), block_of.reshape(M, K)
+    scope_of.flags.writeable = block_of.flags.writeable = False
+    return scope_of, block_of, int(keep)
 
 
 def scopes(name, M, K):
@@ -168,8 +181,7 @@ def separable(score, s, groups=None):
         inside = score[s.rows][:, :, columns]
         total = np.stack([inside[:, s.blocks == b].sum(-1) for b in range(s.count)], -1)
         lost = np.argsort(total, axis=-1, kind="stable")[:, : s.count - s.keep]
-        for rows, gone in zip(s.rows, lost, strict=True):
-            mask[np.ix_(rows, columns)] = ~np.isin(s.blocks, gone)
+        mask[s.rows[:, :, None], columns] = ~s.among(lost[:, None, None])
     return mask
 
 
@@ -187,7 +199,7 @@ def choice_costs(w, C, s):
 
 def removal_cost(w, C, s, lost):
     """w_P (C_PP)^-1 w_P^T of the blocks `lost`, summed over the rows of the scope."""
-    gone = np.isin(s.blocks, lost)
+    gone = s.among(np.array(lost))
     cost = 0.0
     for i in range(len(s.blocks)):
         P = np.flatnonzero(gone[i])
@@ -195,11 +207,6 @@ def removal_cost(w, C, s, lost):
         C_PP = C[..., i, P[:, None], P]
         cost = cost + (wp * np.linalg.solve(C_PP, wp)).sum((-2, -1))
     return cost
-
-
-def lost_columns(s, choice):
-    """(r, c) True where the choice (an index into s.choices) prunes."""
-    return np.isin(s.blocks, s.choices[choice])
 
 
 def shared_costs(W, C, s, groups):
@@ -216,7 +223,7 @@ def pruned_of(s, costs, groups, M, K):
     best = costs.argmin(-1)
     for R, rows in enumerate(s.rows):
         for k, g in enumerate(groups):
-            gone[np.ix_(rows, s.columns[g])] = lost_columns(s, best[R, k])
+            gone[rows[:, None], s.columns[g]] = s.lost[best[R, k]]
     return gone
 
 
@@ -256,12 +263,12 @@ def obs_local(target, Hl, s):
 def sequential(W, C, gone, s, groups, right):
     """obs-full's update of the scopes `groups`, in place, on the columns `right`."""
     for g in groups:
-        columns = s.columns[g]
+        columns, passed = s.columns[g], s.columns[groups[0]:g + 1].ravel()
         for i in range(len(W)):
             P = columns[gone[i, columns]]
             multiplier = np.linalg.solve(C[np.ix_(P, P)], W[i, P])
             W[i, right] -= multiplier @ C[np.ix_(P, right)]
-            W[i, gone[i] & np.isin(np.arange(W.shape[1]), s.columns[groups[0]:g + 1])] = 0
+            W[i, passed[gone[i, passed]]] = 0
 
 
 def spans(s, splits):
@@ -358,7 +365,7 @@ def true_obs(target, Hl, s, group, order="gap"):
                 key = ranked[:, 0] * (-1 if order == "largest" else 1)
             now = np.argsort(key, kind="stable")[:group]
             for k in now:
-                gone[np.ix_(rows, s.columns[left[k]])] = lost_columns(s, costs[k].argmin())
+                gone[rows[:, None], s.columns[left[k]]] = s.lost[costs[k].argmin()]
             columns = s.columns[[left[k] for k in now]].ravel()
             for k, i in enumerate(rows):
                 P = columns[gone[i, columns]]
@@ -422,10 +429,9 @@ def mask_costs(target, Hl, masks):
 def optimum(target, Hl, s):
     """Brute force over all masks: the least damped cost of each group of rows."""
     every = np.array(list(itertools.product(range(len(s.choices)), repeat=len(s.columns))))
-    lost = np.stack([lost_columns(s, choice) for choice in range(len(s.choices))])
     masks = np.ones((len(every), s.rows.shape[1], len(Hl)), bool)
     for columns, choice in zip(s.columns, every.T, strict=True):
-        masks[:, :, columns] = ~lost[choice]
+        masks[:, :, columns] = ~s.lost[choice]
     return np.array([
         sum(mask_costs(target[i], Hl, masks[:, k]) for k, i in enumerate(rows)).min()
         for rows in s.rows

@@ -6,10 +6,10 @@ import oracles
 import pytest
 from layers import TILE, prune
 
-# One group of rows by two to four scopes of columns; eight groups of rows for block16-row8.
-SHAPES = {"2:4": (1, 16), "4:8": (1, 24), "coupled-2:4": (1, 32), TILE: (2, 8),
+# Two to four scopes of columns by three groups of rows; by eight for block16-row8.
+SHAPES = {"2:4": (3, 16), "4:8": (3, 24), "coupled-2:4": (3, 32), TILE: (6, 8),
           "block16-row8": (16, 48)}
-LAYERS = {pattern: 60 if M < 16 else 8 for pattern, (M, _) in SHAPES.items()}
+LAYERS = {pattern: 20 if M < 16 else 8 for pattern, (M, _) in SHAPES.items()}
 METHODS = [
     ("magnitude", {}), ("wanda", {}), ("obs-local", {}), ("obs-full", {}),
     ("obs-split", {"splits": 2}), ("obs-interleaved", {"splits": 4}), ("sparsegpt", {}),
@@ -17,7 +17,7 @@ METHODS = [
     ("true-obs", {"group": 1, "order": "largest"}), ("true-obs", {"group": 1, "order": "gap"}),
     ("admm", {}),
 ]
-# Measured: true-obs gap 0.83 to 0.94, admm 0.73 to 0.87.
+# Measured: true-obs gap 0.83 to 0.94, admm 0.78 to 0.85.
 AT_LEAST = {"gap": 0.75, "admm": 0.6}
 
 
@@ -43,8 +43,8 @@ def test_no_method_is_better_than_the_best_mask(pattern, capsys):
             name = " ".join([method, *map(str, options.values())])
             found.setdefault(name, []).extend(after <= best * (1 + 1e-9))
     with capsys.disabled():
-        print(f"\n{pattern}: share of optima found on {LAYERS[pattern] * len(s.rows)} layers of "
-              f"{len(s.choices) ** len(s.columns)} masks")
+        print(f"\n{pattern}: share of optima found on {LAYERS[pattern] * len(s.rows)} groups of "
+              f"rows, {len(s.choices) ** len(s.columns)} masks")
         for name, hits in found.items():
             print(f"  {name:22} {np.mean(hits):.2f}")
     assert np.mean(found["true-obs 1 gap"]) >= AT_LEAST["gap"]
