@@ -70,10 +70,3 @@ def bars(stream, clock=None):
         # Lines for a file stay in it; those for a terminal go above the bars.
         redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
-
-
-def duration(seconds):
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -138,8 +138,12 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
         raise
     if as_json:
         click.echo(report.to_json(), nl=False)
-    if not folder["dry_run"]:
-        _show(report, view, dst, plot)
+    if plot and not folder["dry_run"]:
+        from cuobs.models.report import picture
+
+        picture(report, plot)
+    if not (folder["dry_run"] or quiet or as_json):
+        common.show_written(dst, plot)
 
 
 def _check_plot(path):
@@ -147,17 +151,6 @@ def _check_plot(path):
     if os.path.exists(path):
         raise FileExistsError(f"--plot: found {path}, expected a new path")
     files.check_output(path)
-
-
-def _show(report, view, dst, plot):
-    from cuobs.models.report import outcome, picture, summary
-
-    if plot:
-        picture(report, plot)
-    for line in ("", *summary(report), "", *outcome(report)):
-        view.say(line)
-    for path in filter(None, (dst, plot)):
-        view.say(f"written  {path}")
 
 
 def _arguments(config, target):

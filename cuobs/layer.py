@@ -64,29 +64,32 @@ def hessian_of(shape, X, hessian, settings, xp):
     if (X is None) == (hessian is None):
         found = "neither" if X is None else "both"
         raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
-    K = shape[1]
     if hessian is None:
-        part = Hessian(K, settings.dtype, arrays.device_name(xp), settings.precision)
-        if not are_batches(X):
-            X = arrays.typed(X, "X")
-            validation.floating("X", X)
-            validation.nonempty("X", X)
-            check_fits(shape, X.shape)
-        tokens = count_tokens(X, K)
-        if tokens is not None:  # said before the work, which may be long and for nothing
-            warn_of_few(tokens, shape, activations=True)
-        part.update(X, settings.progress)
-        check_held(part.matrix, settings.dtype, "X")
-        if tokens is None:
-            warn_of_few(part.tokens, shape, activations=True)
-        return part.matrix, part.tokens
+        return _hessian_of_activations(shape, X, settings, xp)
     tokens = None
     if isinstance(hessian, Hessian):
         hessian, tokens = hessian.matrix, hessian.tokens
-    H = check_symmetric(hessian, K)
+    H = check_symmetric(hessian, shape[1])
     check_held(H, settings.dtype)
     warn_of_few(tokens, shape, activations=False)
     return arrays.asarray(H, xp, settings.dtype), tokens
+
+
+def _hessian_of_activations(shape, X, settings, xp):
+    if not are_batches(X):
+        X = arrays.typed(X, "X")
+        validation.floating("X", X)
+        validation.nonempty("X", X)
+        check_fits(shape, X.shape)
+    tokens = count_tokens(X, shape[1])
+    if tokens is not None:  # said before the work, which may be long and for nothing
+        warn_of_few(tokens, shape, activations=True)
+    part = Hessian(shape[1], settings.dtype, arrays.device_name(xp), settings.precision)
+    part.update(X, settings.progress)
+    check_held(part.matrix, settings.dtype, "X")
+    if tokens is None:
+        warn_of_few(part.tokens, shape, activations=True)
+    return part.matrix, part.tokens
 
 
 def check_memory(shape, settings):

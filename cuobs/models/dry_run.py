@@ -8,6 +8,7 @@ import torch
 from cuobs.models.pruning.layers import choose_layers
 from cuobs.models.pruning.prediction import hold, predict, seconds_a_block, work_from_shapes
 from cuobs.models.pruning.prune import count_tokens, report_of
+from cuobs.models.report import time_text
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 
 # Order of the matrices whose product shows how fast a device is, and how often it is taken.
@@ -43,7 +44,8 @@ def plan(model, windows, recipe, device, batch, protocol, say):
     held = hold(work, device)
     report.memory_predicted = predict(work, device, held)
     each = seconds_a_block(work, held, _rate(device, next(model.parameters()).dtype))
-    say(f"time         about {each:.3g} s a block, {each * len(blocks):.3g} s for {len(blocks)}")
+    every = time_text(each * len(blocks))
+    say(f"time         {time_text(each)} a block, {every} for {len(blocks)}, by estimate")
     return report
 
 

@@ -4,7 +4,7 @@ from html import escape
 
 import cuobs
 from cuobs.arrays import size_text
-from cuobs.models.report import target_text
+from cuobs.models.report import target_text, time_text
 from cuobs.pattern import parse
 
 __all__ = ["report_page"]
@@ -111,7 +111,7 @@ def _tiles(report):
     tiles += [
         (f"{report.sparsity:.2%}", "of the weights in the blocks are zero"),
         (
-            _duration(report.seconds),
+            time_text(report.seconds),
             f"on {report.settings.get('device', '?')}, {size_text(report.memory_peak)} at most",
         ),
     ]
@@ -320,10 +320,3 @@ def _plain(value):
 def _command(report):
     command = report.protocol.get("command")
     return command and f"<pre>{escape(command)}</pre>"
-
-
-def _duration(seconds):
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

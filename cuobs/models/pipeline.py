@@ -30,6 +30,7 @@ from cuobs.models.pruning.prune import (
 from cuobs.models.pruning.warming import Warming
 from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, recover
+from cuobs.models.report import outcome, summary
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.tokens.calibration import load_tokens
@@ -102,9 +103,17 @@ class _Job:
     texts: dict
     peak: int = 0
 
-    def measure(self, stage):
-        """The perplexity on each text."""
-        return _measure(self.model, self.texts, self.place, self.view, self.ranks, stage)
+    def measure(self, stage, told=True):
+        """The perplexity on each text, which is said at once or with all else at the end."""
+        found = {}
+        for name, part in self.texts.items():
+            label = f"perplexity, {name}, {stage}"
+            found[name] = _perplexity(
+                self.model, part, self.place, self.progress(label), self.ranks
+            )
+            if told:
+                self.view.say(f"{label}: {found[name]:.2f}")
+        return found
 
     def progress(self, label):
         """Who is told how far a step is, or None."""
@@ -150,12 +159,10 @@ def _prune(run, view, options, ranks, began):
             job.model.to(save_dtype)  # what is measured is what is written
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
-        after = job.measure("distilled" if job.recipe.distill else "pruned")
+        after = job.measure("distilled" if job.recipe.distill else "pruned", told=False)
         if not ranks.leads:
             return report
-        report.agreement = agreements(
-            job.model, dense, job.texts, job.place, view.say, view.progress
-        )
+        report.agreement = agreements(job.model, dense, job.texts, job.place, view.progress)
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(
             "memory: found the device full, expected fewer samples, shorter windows or fewer "
@@ -166,6 +173,8 @@ def _prune(run, view, options, ranks, began):
     report.whole_peak = max(job.peak, memory.peak(job.place), *(s.memory_peak for s in steps))
     report.whole_seconds = time.perf_counter() - began
     _write(run, job.model, job.names, report, save_dtype, job.recipe)
+    for line in ("", *summary(report), "", *outcome(report)):
+        view.say(line)
     return report
 
 
@@ -300,17 +309,6 @@ def _protocol_lines(run, mixture, texts):
         yield f"calibration  {line}"
     for name, part in texts.items():
         yield f"evaluation   {name}: {len(part)} windows of {part.shape[1]} tokens, no overlap"
-
-
-def _measure(model, texts, place, view, ranks, stage):
-    """The perplexity on each text."""
-    found = {}
-    for name, part in texts.items():
-        label = f"perplexity, {name}, {stage}"
-        progress = view.progress and partial(view.progress, label)
-        found[name] = _perplexity(model, part, place, progress, ranks)
-        view.say(f"{label}: {found[name]:.2f}")
-    return found
 
 
 def _perplexity(model, windows, place, progress, ranks):

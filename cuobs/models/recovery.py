@@ -66,14 +66,12 @@ def recover(
     return report
 
 
-def agreements(model, dense, texts, device, say, progress):
+def agreements(model, dense, texts, device, progress):
     """How near a model is to the dense one on each text, by the text's name."""
     found = {}
     for name, tokens in texts.items():
         step = progress and partial(progress, f"agreement, {name}")
-        near = agreement(model, dense, tokens, device, step)
-        say(f"to the dense model, {name}: {near.text()}")
-        found[name] = near._asdict()
+        found[name] = agreement(model, dense, tokens, device, step)._asdict()
     return found
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "read_report",
     "summary",
     "target_text",
+    "time_text",
 ]
 
 
@@ -352,19 +353,11 @@ def read_report(folder):
 
 
 def summary(report):
-    """Lines of a table: perplexity before and after, loss, seconds, memory."""
+    """Lines of a table: what there is to say of the steps and layers, besides the `outcome`."""
     losses = [row.loss for row in report.layers if row.loss is not None]
     whole = [row.name for row in report.layers if row.loss is None]
     peak, predicted = size_text(report.memory_peak), size_text(report.memory_predicted)
-    lines = [
-        ("method", report.settings["method"]),
-        ("pattern", report.settings["pattern"]),
-        ("target", target_text(report.settings)),
-    ]
-    if report.rotation is not None:
-        lines += report.rotation.summary()
-    for name in report.perplexity:
-        lines.append((f"perplexity, {name}", _perplexities(report, name)))
+    lines = [] if report.rotation is None else report.rotation.summary()
     for name, near in report.agreement.items():
         lines.append((f"to the dense model, {name}", Agreement(**near).text()))
     if report.distillation is not None:
@@ -375,8 +368,7 @@ def summary(report):
     lines += [
         ("zeros", f"{report.sparsity:.2%} of the weights in the blocks"),
         ("left as they are", f"{len(whole)} of {len(report.layers)} linears in the blocks"),
-        ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", f"{peak} ({predicted} predicted)"),
+        ("memory of pruning", f"{peak} ({predicted} predicted)"),
     ]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {value}" for name, value in lines]
@@ -391,10 +383,9 @@ def outcome(report):
     steps = [s for s in (report, report.rotation, report.distillation) if s is not None]
     seconds = report.whole_seconds or sum(step.seconds for step in steps)
     peak = max(report.whole_peak, *(step.memory_peak for step in steps))
-    cost = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
     return [
         f"lost and won  {'; '.join(found)}",
-        f"cost          {cost}, {size_text(peak)} at most",
+        f"cost          {time_text(seconds)}, {size_text(peak)} at most",
         f"to try next   {_next(report)}",
     ]
 
@@ -423,6 +414,15 @@ def _perplexities(report, name):
         return f"{before:.2f} dense, {after:.2f} pruned"
     pruned = report.perplexity_pruned[name]
     return f"{before:.2f} dense, {pruned:.2f} pruned, {after:.2f} distilled"
+
+
+def time_text(seconds):
+    """Seconds for people."""
+    if seconds < 0.1:
+        return "under 0.1 s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def target_text(settings):

@@ -59,9 +59,3 @@ def test_progress_is_silent_elsewhere(capsys):
     with display.Progress("admm") as progress:
         assert progress.callback() is None
     assert capsys.readouterr().err == ""
-
-
-def test_duration():
-    assert [display.duration(s) for s in (0.4, 80, 3600, 10020)] == [
-        "0:00", "1:20", "1:00:00", "2:47:00"
-    ]  # fmt: skip

@@ -13,7 +13,7 @@ from cuobs.arrays import size_text
 from cuobs.models import BlockReport, ModelReport, RotationReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
 from cuobs.models.pruning.prediction import Work, batches_to_hold, predict, stages_of
-from cuobs.models.report import outcome, picture, summary
+from cuobs.models.report import outcome, picture, summary, time_text
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_sparsity_counts_weights(report):
 
 def test_summary(report):
     report.perplexity = {"text": (10.0, 12.5)}
-    text = "\n".join(summary(report))
-    assert "10.00 dense, 12.50 pruned" in text
+    text = "\n".join([*summary(report), *outcome(report)])
+    assert text.count("10.00 dense, 12.50 pruned") == 1
     assert "3 of 21 linears" in text
 
 
@@ -59,6 +59,14 @@ def test_three_lines_at_the_end(report, tokens):
     lost, _, following = outcome(harmed)
     assert "drift" in lost and "lower --distill-rate" in following
     assert "none of it kept" in "\n".join(summary(harmed))
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.00279, "under 0.1 s"), (1.04, "1.0 s"), (59.9, "59.9 s"), (150, "2.5 minutes"),
+    (9000, "2.5 hours"),
+])  # fmt: skip
+def test_time(seconds, text):
+    assert time_text(seconds) == text
 
 
 def test_picture(report, tmp_path):

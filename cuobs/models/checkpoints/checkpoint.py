@@ -64,7 +64,10 @@ def begin(folder, identity, resume):
         for key in sorted(before.keys() | identity.keys()):
             if key in ("tokens", "model") and before.get(key) != identity.get(key):
                 what = "other tokens" if key == "tokens" else "another model"
-                raise ValueError(f"resume: found {what} than the run began with")
+                raise ValueError(
+                    f"resume: found {what} than the run began with; where they are the same, "
+                    "another version of cuobs or transformers began it, and a new folder is needed"
+                )
             if before.get(key) != identity.get(key):
                 raise ValueError(
                     f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "

@@ -1,5 +1,6 @@
 """The linears of a model that are pruned, by which recipe, and why others stay as they are."""
 
+import re
 from dataclasses import dataclass
 
 from cuobs.models.structure import linears, oriented, shared_weights
@@ -57,7 +58,9 @@ def choose_layers(model, prefix, blocks, recipe):
             else:
                 found.recipes[place] = own
     if not found.recipes:
-        reasons = "; ".join(dict.fromkeys(found.left.values()))
+        # those that differ in names and shapes alone are said once
+        alike = {re.sub(r"\d+", "", reason): reason for reason in [*found.left.values()][::-1]}
+        reasons = "; ".join([*alike.values()][::-1])
         raise ValueError(
             f"model: found no linear that could be pruned ({reasons}), expected at least one"
         )
