@@ -39,7 +39,7 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
     assert result.exit_code == 0, result.output
     text = result.output
     order = ["8 windows of 24 tokens", "memory ", "text, dense: ", "block 1/3", "block 3/3",
-             "linears in the blocks", "lost and won", "predicted)", "written "]  # fmt: skip
+             "linears in the blocks", "predicted)", "lost and won", "written "]  # fmt: skip
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     assert "layers.1.mlp.up_proj: left as it is: skipped" in text
