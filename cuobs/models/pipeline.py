@@ -23,7 +23,6 @@ from cuobs.models.planning import View
 from cuobs.models.pruning.prune import (
     batch_of,
     check_arguments,
-    check_single,
     choose_device,
     prune_model,
 )
@@ -123,7 +122,6 @@ class _Job:
 def _open(run, view, options, ranks):
     """Read the model and all texts, and say what they are; a `_Job`."""
     recipe, place = check_arguments(device=run.device, **options)
-    check_single(recipe, ranks)
     source = run.source
     warming = _warm(source, recipe, place)
     model = loading.load_model(source, run.trust_remote_code)
@@ -132,8 +130,10 @@ def _open(run, view, options, ranks):
         check_all_known(model, source, names)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
-    mixture, mask, texts = _read_all(run, model, recipe.distill, place, view)
-    for line in _protocol_lines(run, mixture, texts):
+    # Texts are read, and windows of the model's own written, by one for all.
+    found = _read_all(run, model, recipe.distill, place, view) if ranks.leads else None
+    mixture, mask, texts = ranks.agree(found)
+    for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
     warming.finish()
     return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts)
@@ -150,7 +150,7 @@ def _prune(run, view, options, ranks, began):
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
         dense = None
-        if job.recipe.distill or job.texts:
+        if job.recipe.distill or (job.texts and ranks.leads):
             dense = loading.load_model(run.source, run.trust_remote_code)
         if job.recipe.distill:
             _distill(job, dense, report)
@@ -315,7 +315,7 @@ def _perplexity(model, windows, place, progress, ranks):
     """The perplexity on windows that processes share."""
     if ranks.size == 1:
         return perplexity(model, windows, place, progress)
-    own = windows[ranks.share(len(windows))]
+    own = windows[ranks.share]
     found = math.log(perplexity(model, own, place, progress)) if len(own) else 0.0
     mean = ranks.total(len(own) * found) / len(windows)
     return math.inf if mean > 700 else math.exp(mean)

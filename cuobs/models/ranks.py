@@ -34,15 +34,27 @@ class Ranks:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
-    def share(self, count):
-        """The range of this process's things out of so many."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+    @property
+    def share(self):
+        """This process's things out of many: every so-many-th, so that some in a row are shared."""
+        return slice(self.rank, None, self.size)
+
+    def before(self, number):
+        """How many things this process has before one of a number."""
+        return len(range(number)[self.share])
 
     def add_up(self, *sums):
         """Make tensors that hold sums over this process's windows those over all, in place."""
         if self.size > 1:
             for tensor in sums:
                 distributed.all_reduce(tensor)
+
+    def add_up_gradients(self, weights):
+        """Make gradients of sums over this process's windows those over all, in place."""
+        for weight in weights if self.size > 1 else ():
+            if weight.grad is None:  # the others may have one
+                weight.grad = torch.zeros_like(weight)
+            distributed.all_reduce(weight.grad)
 
     def total(self, numbers):
         """The sum of a number over all processes, or those of each number in lists."""

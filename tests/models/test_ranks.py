@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import learn_together
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from cuobs.models import load_model, prune_folder
 from cuobs.models.ranks import Ranks
 from cuobs.recipe import Recipe
 from cuobs.sharing import row_counts
+
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +35,32 @@ def place(tmp_path_factory):
 
 def torchrun(place, dst, *options, processes=2, wait=True, device="cpu"):
     """`cuobs prune-model` under torchrun; the finished process."""
+    process = start(
+        processes, "-m", "cuobs", "prune-model", place / "source", dst,
+        "--calibration", f"{place}/tokens.npz:t", "--device", device, *options,
+    )  # fmt: skip
+    return finished(process) if wait else process
+
+
+def start(processes, *what):
+    """A process of torchrun."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={processes}", "-m", "cuobs", "prune-model", place / "source", dst,
-        "--calibration", f"{place}/tokens.npz:t", "--device", device, *options,
+        f"--nproc-per-node={processes}", *what,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
+    folders = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": folders,
+    }  # fmt: skip
+    return subprocess.Popen(
         [str(part) for part in command], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    if not wait:
-        return process
+
+
+def finished(process):
     out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def losses(folder):
@@ -94,9 +110,27 @@ def test_two_gpus_give_what_one_gives(place, cp, method):
         assert (kept[0] == kept[1]).float().mean() > (0.999 if "layers.0." in name else 0.9), name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_processes_learn_what_one_learns(tmp_path, device):
+    """Tuning, distillation and rotation: the same steps, gradients added up."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    learn_together.main(tmp_path / "one.npz", device)
+    found = finished(start(2, learn_together.__file__, tmp_path / "two.npz", device))
+    assert found.returncode == 0, found.stderr
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert set(one) == set(two)
+        for name in one:
+            away = np.linalg.norm(two[name] - one[name]) / np.linalg.norm(one[name])
+            assert away < (1e-4 if device == "cpu" else 1e-2), name
+        assert one["errors"][1] < 0.95 * one["errors"][0]
+        assert one["divergence"].min() < 0.95 * one["divergence"][0]
+        assert one["share"][1] < one["share"][0]
+
+
 def test_what_is_wrong_is_said_once(place):
-    found = torchrun(place, place / "bad", "--tune", 1)
-    assert found.returncode and found.stderr.count("tune: found it with 2 processes") == 1
+    found = torchrun(place, place / "bad", "--samples", 1)
+    assert found.returncode and found.stderr.count("found 1 windows for 2 processes") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -137,6 +171,9 @@ def test_one_process_talks_to_nobody():
     ranks, tensor = Ranks(), torch.ones(3)
     ranks.add_up(tensor)
     assert ranks.leads and ranks.total(2) == 2 and ranks.agree("a") == "a"
-    assert ranks.share(5) == slice(0, 5) and tensor.sum() == 3
-    shares = [Ranks(rank, 3).share(8) for rank in range(3)]
-    assert [s.stop - s.start for s in shares] == [2, 3, 3] and shares[-1].stop == 8
+    assert list(range(5)[ranks.share]) == [0, 1, 2, 3, 4] and tensor.sum() == 3
+    shares = [list(range(8)[Ranks(rank, 3).share]) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 2]
+    assert sorted(sum(shares, [])) == list(range(8))
+    for rank, share in enumerate(shares):
+        assert [Ranks(rank, 3).before(n) for n in share] == list(range(len(share)))

@@ -1,8 +1,6 @@
 """Distillation and windows of the model's own, from folder to folder."""
 
-import contextlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from cuobs.models import (
     evaluate_folder,
     load_masks,
     load_model,
-    pipeline,
     prune_folder,
     write_calibration,
 )
@@ -190,18 +187,3 @@ def test_other_models_are_no_measure(source, tmp_path, calibration):
     make_model("llama", vocab_size=99).save_pretrained(other)
     with pytest.raises(ValueError, match="dense: found a vocabulary of 99"):
         evaluate_folder(source, calibration, against=other, device="cpu")
-
-
-def test_several_processes_do_not_distil(source, tmp_path, calibration, monkeypatch):
-    """Before the weights are read."""
-
-    @contextlib.contextmanager
-    def several(device):
-        with joined(device) as ranks:
-            yield SimpleNamespace(size=2, leads=ranks.leads)
-
-    joined = pipeline.joined
-    monkeypatch.setattr(pipeline, "joined", several)
-    monkeypatch.setattr(pipeline.loading, "load_model", None)
-    with pytest.raises(ValueError, match="distill: found it with 2 processes"):
-        prune_folder(source, tmp_path / "out", calibration, distill=1, device="cpu")

@@ -28,6 +28,7 @@ from cuobs.models import memory
 from cuobs.models.blocks import evaluating
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import CHUNK, Cut
+from cuobs.models.ranks import current
 from cuobs.models.repeatable import repeatable
 from cuobs.models.report import DistillationReport
 from cuobs.models.structure import find_blocks
@@ -76,6 +77,9 @@ def distill(
     bfloat16 on a GPU and logits made a few tokens at a time. One window in 32, at least one, is
     kept aside, and the model ends with the weights of the pass that did best there, or with those
     it had.
+
+    Processes that torchrun started share the windows of each step and add up their gradients; each
+    holds all weights.
 
     Parameters
     ----------
@@ -139,7 +143,7 @@ def distill(
     report.windows, report.aside = len(learned), len(aside)
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
-    saved = _Saved(state, SAVE_SECONDS if save_seconds is None else save_seconds)
+    saved = _Saved(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
     if state is not None:
         given = {
             "tokens": _digest(tokens, mask, torch.from_numpy(times)),
@@ -199,7 +203,7 @@ class _Pair:
         self.kept = [masks[name].to(device) for name in weights]
         self.tokens = tokens.to(device)
         self.mask = None if mask is None else mask.to(device)
-        self.device = device
+        self.device, self.ranks = device, current()
         self.model = model
         with self._products():
             self.pruned, self.dense = Cut(model, self.tokens), Cut(dense, self.tokens)
@@ -226,11 +230,15 @@ class _Pair:
             both = (self.hidden(cut, tokens, mask) for cut in (self.pruned, self.dense))
             return divergence(self.pruned, self.dense, *both, counts)
 
-        return float(sum(room.each(len(windows), part)) / self.given(windows)[2].sum())
+        counts = self.given(windows)[2].sum()
+        windows = windows[self.ranks.share]
+        lost = sum(room.each(len(windows), part))
+        return self.ranks.total(float(lost)) / float(counts)
 
     def gradient(self, windows, room):
         """Set the gradients of the mean over some windows, 0 where a weight is pruned."""
         whole = self.given(windows)[2].sum()
+        windows = windows[self.ranks.share]
 
         def add(start, stop):
             tokens, mask, counts = self.given(windows[start:stop])
@@ -246,6 +254,7 @@ class _Pair:
         for weight in self.weights:
             weight.grad = None
         room.each(len(windows), add)
+        self.ranks.add_up_gradients(self.weights)
 
     def _gradient(self, tokens, mask, counts):
         with torch.no_grad():
@@ -496,8 +505,8 @@ def _check_tokens(model, tokens, attention_mask, times):
 class _Saved:
     """The state of a run in a file, written every so often."""
 
-    def __init__(self, path, seconds):
-        self._path, self._seconds = path, seconds
+    def __init__(self, path, seconds, ranks):
+        self._path, self._seconds, self._writes = path, seconds, ranks.leads
         self._last = time.monotonic()
 
     def begin(self, identity, resume):
@@ -538,7 +547,8 @@ class _Saved:
 
     def due(self, done, weights, optimizer, best, report):
         """Write the state where the last one is old enough."""
-        if self._path is None or time.monotonic() - self._last < self._seconds:
+        early = time.monotonic() - self._last < self._seconds
+        if self._path is None or early or not self._writes:
             return
         tensors = {}
         for i, weight in enumerate(weights):

@@ -151,7 +151,7 @@ def prune_model(
         raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
     ranks = processes.current()
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
-    mine = check_shares(recipe, windows, ranks)
+    mine = share_windows(windows, ranks)
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
     dense = copy.deepcopy(model) if recipe.distill else None
@@ -216,18 +216,8 @@ def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
     )  # fmt: skip
 
 
-def check_single(recipe, ranks):
-    """Refuse what one process does, where there are several."""
-    for name in ("tune", "rotate", "distill"):
-        if ranks.size > 1 and getattr(recipe, name):
-            raise ValueError(
-                f"{name}: found it with {ranks.size} processes, expected a single one with it"
-            )
-
-
-def check_shares(recipe, windows, ranks):
+def share_windows(windows, ranks):
     """This process's windows."""
-    check_single(recipe, ranks)
     if ranks.size == 1:
         return windows
     if len(windows.tokens) < ranks.size:
@@ -235,7 +225,7 @@ def check_shares(recipe, windows, ranks):
             f"tokens: found {len(windows.tokens)} windows for {ranks.size} processes, expected at "
             "least one for each"
         )
-    return windows.part(ranks.share(len(windows.tokens)))
+    return windows.part(ranks.share)
 
 
 def batch_of(batch_tokens, windows, device):
@@ -380,6 +370,7 @@ def _prune_block(job, streams, index):
             found.tuned = tune_block(
                 block, masks, streams.pruned, streams.dense, streams.calls[index], streams.counts,
                 passes=job.recipe.tune, rate=job.recipe.tune_rate,
+                batch=job.report.settings["batch_windows"], ranks=job.ranks,
             )  # fmt: skip
             _measure_sparsity(block, found)
         measured = dense is None or found.drift is not None

@@ -21,6 +21,7 @@ from cuobs import files
 from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.pruning.checks import check_alone
+from cuobs.models.ranks import current
 from cuobs.models.recipe import RATE, STEPS, WINDOWS, check_rotation
 from cuobs.models.report import RotationReport
 from cuobs.models.rotating import folding
@@ -54,6 +55,9 @@ def rotate(
     basis R1, and the values of each key-value head another basis R2; all of it is folded into the
     weights, so that the result is a plain model of the same architecture. A head that is tied to
     the embedding is untied for that.
+
+    Processes that torchrun started share the windows and the weights that the basis is learned
+    from.
 
     Parameters
     ----------
@@ -124,15 +128,15 @@ def rotate(
         "model": _digest(*model.get_submodule(stream.prefix)[0].parameters()),
         **arguments,
     }
-    learning = time.perf_counter()
-    if stored is not None and os.path.exists(stored):
+    learning, ranks = time.perf_counter(), current()
+    if ranks.agree(stored is not None and os.path.exists(stored)):
         learned = load(stored, identity)
     else:
-        learned = learn(
+        learned = ranks.agree(learn(
             model, stream, tokens, counted, patterns, attention_mask=mask, device=device,
             progress=progress, **arguments,
-        )  # fmt: skip
-        if stored is not None:
+        ))  # fmt: skip
+        if stored is not None and ranks.leads:
             store(stored, learned, identity)
     learning = time.perf_counter() - learning
     dense = folding.logits_of(model, tokens)

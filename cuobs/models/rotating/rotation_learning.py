@@ -1,10 +1,12 @@
 """Learn another basis by gradient descent on the share of the score that a pattern prunes."""
 
 import math
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
+from cuobs.models.ranks import current
 from cuobs.models.recipe import RATE, STEPS
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
@@ -204,18 +206,22 @@ class Objective:
         return Rotation(bases[0], tuple(values), orders)
 
     def backward(self, bases):
-        """The objective; its gradient is added to that of the bases, which are leaves."""
-        roots = self._scales(bases)
+        """The objective; its gradient is added to that of the bases, which are leaves.
+
+        Processes share the pieces of the weights.
+        """
+        ranks, roots = current(), self._scales(bases)
         scales = [root.detach().requires_grad_() for root in roots]
         total = 0.0
-        for stack, part in self._pieces():
+        for stack, part in islice(self._pieces(), ranks.rank, None, ranks.size):
             W, h = self._rotated(stack, part, bases, scales)
             share = pruned_share(W, h, stack.scopes).sum()
             loss = share * (W[0].numel() / self.size)
             loss.backward()
             total += loss.detach()
+        ranks.add_up_gradients([*bases, *scales])
         _back(roots, scales)
-        return float(total)
+        return ranks.total(float(total))
 
     @torch.no_grad()
     def scopes_in_order(self, generators):

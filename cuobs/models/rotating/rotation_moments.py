@@ -9,6 +9,7 @@ import torch
 
 from cuobs.models import memory
 from cuobs.models.blocks import capture, evaluating, run, windows_of
+from cuobs.models.ranks import Ranks, current
 from cuobs.models.rotating.folding import fold_block
 from cuobs.models.structure import linears, oriented
 
@@ -49,6 +50,8 @@ def gather(
 ):  # fmt: skip
     """Weights and moments of all blocks, the hidden states going from one to the next.
 
+    Processes share the windows where there is one for each.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
@@ -70,6 +73,9 @@ def gather(
     list of BlockMoments
     """
     blocks = model.get_submodule(stream.prefix)
+    ranks = current() if len(tokens) >= current().size else Ranks()
+    tokens, counted = tokens[ranks.share], counted[ranks.share]
+    mask = None if mask is None else mask[ranks.share]
     batch = max(1, BATCH_TOKENS.get(device.type, 4096) // tokens.shape[1])
     parts = tokens.split(batch)
     masks = [None] * len(parts) if mask is None else mask.split(batch)
@@ -82,7 +88,8 @@ def gather(
             own = calls[index]
             block = copy.deepcopy(block).to(device)
             fold_block(block, part)
-            sums = _sums(block, part, hidden, own, counts, room, whole=compensated or permute)
+            whole = compensated or permute
+            sums = _sums(block, part, hidden, own, counts, room, ranks, whole=whole)
             found.append(_measured(block, part, sums, device, compensated, damp))
             if permute:
                 where = f"{stream.prefix}.{index}"
@@ -103,7 +110,7 @@ def _home(blocks, device):
     return device if 2 * size <= free // 3 else torch.device("cpu")
 
 
-def _sums(block, part, hidden, calls, counts, room, whole):
+def _sums(block, part, hidden, calls, counts, room, ranks, whole):
     """Mean second moments of what linears read, while the hidden states pass through a block."""
     modules = linears(block)
     inputs = {norm.readers[0]: None for norm in part.norms} | dict.fromkeys(part.writers)
@@ -132,7 +139,8 @@ def _sums(block, part, hidden, calls, counts, room, whole):
     finally:
         for handle in handles:
             handle.remove()
-    tokens = sum(int(c.sum()) for c in counts)
+    ranks.add_up(*sums.values())
+    tokens = ranks.total(sum(int(c.sum()) for c in counts))
     return {name: total / tokens for name, total in sums.items()}
 
 

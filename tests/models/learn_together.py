@@ -1,0 +1,79 @@
+"""What processes learn together: run by test_ranks.py, alone and under torchrun.
+
+    python learn_together.py OUT DEVICE
+
+OUT is an .npz of numbers by which one can tell whether all came to the same.
+"""
+
+import copy
+import sys
+
+import numpy as np
+import torch
+from small_models import make_model, make_tokens, prune_all
+
+from cuobs.models import distill, rotate
+from cuobs.models.blocks import capture, run
+from cuobs.models.pruning.tuning import tune_block
+from cuobs.models.ranks import joined
+from cuobs.models.structure import find_blocks, linears
+
+WINDOWS, BATCH = 21, 10
+
+
+def masks_of(modules):
+    return {name: module.weight != 0 for name, module in modules.items()}
+
+
+@torch.no_grad()
+def tuned(ranks, device):
+    """Errors and a block's weights; some windows count for nothing, a whole step among them."""
+    dense, ids = make_model("llama").to(device), torch.tensor(make_tokens(WINDOWS))
+    block, counts = find_blocks(dense)[1][0], torch.ones(ids.shape, dtype=bool, device=device)
+    counts[8:10], counts[3, 5:] = False, False
+    parts = ids[ranks.share].split(BATCH)
+    entry = capture(dense, [block], [(part, None) for part in parts], device)
+    goals = [run(block, h, c) for h, c in zip(entry.hidden, entry.calls[0], strict=True)]
+    pruned = find_blocks(prune_all(copy.deepcopy(dense)))[1][0]
+    errors = tune_block(
+        pruned, masks_of(linears(pruned)), entry.hidden, goals, entry.calls[0],
+        counts[ranks.share].split(BATCH), passes=3, rate=1e-3, batch=BATCH, ranks=ranks,
+    )  # fmt: skip
+    return {"errors": errors, "tuned": flat(linears(pruned).values())}
+
+
+def distilled(device):
+    """Divergences and a model's weights; the last step has a single window."""
+    dense = make_model("llama").to(device)
+    model = prune_all(copy.deepcopy(dense))
+    modules, mask = linears(model), np.ones((WINDOWS - 3, 24), int)
+    masks = {name: m for name, m in masks_of(modules).items() if "layers" in name}
+    mask[2, 7:] = 0
+    report = distill(
+        model, dense, masks, make_tokens(WINDOWS - 3), attention_mask=mask, passes=2, rate=1e-3
+    )
+    return {"divergence": report.divergence, "distilled": flat(modules[name] for name in masks)}
+
+
+def rotated(device):
+    """The objective before and after, and what a model's weights became."""
+    model = make_model("llama")
+    report = rotate(model, make_tokens(7), steps=5, device=device, permute=True)
+    return {"share": [report.before, report.after], "rotated": flat(linears(model).values())}
+
+
+def flat(modules):
+    return torch.cat([module.weight.detach().cpu().flatten() for module in modules]).numpy()
+
+
+def main(path, device):
+    with joined(device) as ranks:
+        place = torch.device(device)
+        found = tuned(ranks, place) | distilled(place) | rotated(device)
+        if ranks.leads:
+            np.savez(path, **found)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
