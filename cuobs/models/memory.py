@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -50,6 +51,13 @@ def free(device):
         return arrays.free_memory(np)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def whole(device):
+    """Bytes that there are, free or not: of the device, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak(device):

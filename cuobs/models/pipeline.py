@@ -28,7 +28,7 @@ from cuobs.models.pruning.prune import (
 )
 from cuobs.models.pruning.warming import Warming
 from cuobs.models.ranks import joined
-from cuobs.models.recovery import agreements, recover
+from cuobs.models.recovery import agreements, check_room, recover
 from cuobs.models.report import outcome, summary
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
@@ -128,6 +128,8 @@ def _open(run, view, options, ranks):
     names = names_in_files(source, model, lambda name: recipe.of(name) is None)
     if recipe.rotate:
         check_all_known(model, source, names)
+    if recipe.distill:
+        check_room(model, recipe, place)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
     # Texts are read, and windows of the model's own written, by one for all.

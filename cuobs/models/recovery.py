@@ -7,10 +7,19 @@ import numpy as np
 
 from cuobs.arrays import size_text
 from cuobs.models.checkpoints.source import BLOCKS
-from cuobs.models.distilling.distillation import distill
+from cuobs.models.distilling.distillation import check_fits, distill
 from cuobs.models.evaluate import agreement
+from cuobs.models.structure import find_blocks, linears
 
 STATE = "distillation.safetensors"
+
+
+def check_room(model, recipe, device):
+    """Refuse, before it is pruned, a model that a device has no room to distil."""
+    prefix, blocks = find_blocks(model)
+    modules = linears(blocks).items()
+    learning = (m for name, m in modules if recipe.of(f"{prefix}.{name}") is not None)
+    check_fits(model, sum(m.weight.numel() for m in learning), device)
 
 
 def recover(

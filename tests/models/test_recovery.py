@@ -12,11 +12,14 @@ from cuobs.models import (
     evaluate_folder,
     load_masks,
     load_model,
+    memory,
+    pipeline,
     prune_folder,
     write_calibration,
 )
 from cuobs.models.distilling import distillation
 from cuobs.models.report import read_report, summary
+from cuobs.models.structure import find_blocks, linears
 from cuobs.models.tokens import mixture
 from cuobs.models.tokens.mixture import gather
 
@@ -187,3 +190,19 @@ def test_other_models_are_no_measure(source, tmp_path, calibration):
     make_model("llama", vocab_size=99).save_pretrained(other)
     with pytest.raises(ValueError, match="dense: found a vocabulary of 99"):
         evaluate_folder(source, calibration, against=other, device="cpu")
+
+
+def test_a_model_that_no_device_holds_is_not_distilled(
+    source, tmp_path, calibration, monkeypatch
+):
+    """Before it is pruned: 8 bytes a weight, and 12 for each that learns."""
+    model = load_model(source)
+    learning = sum(m.weight.numel() for m in linears(find_blocks(model)[1]).values())
+    needed = 8 * sum(p.numel() for p in model.parameters()) + 12 * learning
+    monkeypatch.setattr(pipeline, "prune_model", None)
+    monkeypatch.setattr(memory, "whole", lambda device: needed - 1)
+    with pytest.raises(ValueError, match="distill: found a model that takes"):
+        prune_folder(source, tmp_path / "out", calibration, distill=1, device="cpu")
+    monkeypatch.setattr(memory, "whole", lambda device: needed)
+    with pytest.raises(TypeError, match="NoneType"):  # it goes on
+        prune_folder(source, tmp_path / "out", calibration, distill=1, device="cpu")

@@ -143,6 +143,7 @@ def distill(
     report.windows, report.aside = len(learned), len(aside)
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
+    check_fits(model, sum(weight.numel() for weight in weights.values()), device)
     saved = _Saved(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
     if state is not None:
         given = {
@@ -179,6 +180,30 @@ def check_arguments(passes, rate, step_windows, seed):
     validation.integer("seed", seed, low=0)
     if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
         raise ValueError(f"rate: found {rate!r}, expected a positive number")
+
+
+def check_fits(model, learning, device):
+    """Refuse a model that distillation has no room for, however few windows run at once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    learning : int
+        Weights that learn.
+    device : torch.device
+
+    Raises
+    ------
+    ValueError
+        The model and the dense one, in float32, gradients and two moments take more than there is.
+    """
+    needed = 12 * learning + 8 * sum(parameter.numel() for parameter in model.parameters())
+    if needed > memory.whole(device):
+        raise ValueError(
+            f"distill: found a model that takes {arrays.size_text(needed)} with the dense one, its "
+            f"gradients and moments, expected one for the {arrays.size_text(memory.whole(device))} "
+            "of a device: processes share windows, and each holds all weights"
+        )
 
 
 def set_aside(windows):

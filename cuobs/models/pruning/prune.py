@@ -29,7 +29,7 @@ from cuobs.models.pruning.tuning import tune_block
 from cuobs.models.pruning.warming import Warming
 from cuobs.models.ranks import Ranks
 from cuobs.models.recipe import read_arguments
-from cuobs.models.recovery import recover
+from cuobs.models.recovery import check_room, recover
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.rotating.folding import examine
 from cuobs.models.rotating.rotation import rotate
@@ -154,6 +154,8 @@ def prune_model(
     mine = share_windows(windows, ranks)
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
+    if recipe.distill:
+        check_room(model, recipe, device)
     dense = copy.deepcopy(model) if recipe.distill else None
     for index, inner in layers.recipes:
         check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
