@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from cuobs.models.parked import home_of
+
 
 class Entry(NamedTuple):
     """What the blocks are called with.
@@ -110,8 +112,53 @@ def plain_torch():
             torch.backends.cuda.enable_cudnn_sdp(planned)
 
 
+class Passing:
+    """Blocks that hand their input on unchanged while this is entered, in their own form.
+
+    Parameters
+    ----------
+    blocks : torch.nn.ModuleList
+
+    Attributes
+    ----------
+    last : tensor, shape (B, T, D), or None
+        What the last block gives instead of its input.
+    """
+
+    def __init__(self, blocks):
+        self._blocks, self._own, self._form = blocks, [], []
+        self.last = None
+
+    def __enter__(self):
+        self._own = [b.__dict__.get("forward") for b in self._blocks]  # whoever set one has it back
+        for block in self._blocks:
+            block.forward = self._forward(block, block is self._blocks[-1])
+        return self
+
+    def __exit__(self, *_):
+        for block, forward in zip(self._blocks, self._own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+    def _forward(self, block, is_last):
+        whole = block.forward
+
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not self._form:  # a tensor, or a tuple that begins with it: its own forward tells
+                one = windows_of((args, kwargs), 0, 1, len(hidden))
+                with running_alone(partial(whole, *args, **kwargs)):
+                    out = whole(*one[0], **one[1])
+                self._form.append(None if torch.is_tensor(out) else tuple(out[1:]))
+            hidden = self.last if is_last and self.last is not None else hidden
+            return hidden if self._form[0] is None else (hidden, *self._form[0])
+
+        return forward
+
+
 @torch.no_grad()
-def capture(model, blocks, batches, device):
+def capture(model, blocks, batches, device, passing=None):
     """Run the model up to its blocks and note what each of them is called with.
 
     The blocks hand their input on unchanged meanwhile, so this costs an embedding.
@@ -124,62 +171,44 @@ def capture(model, blocks, batches, device):
         Tensors of shape (B, T).
     device : torch.device
         Where the result is kept.
+    passing : Passing, optional
+        Of these blocks, where it is needed afterwards too.
 
     Returns
     -------
     Entry
     """
-    home = next(model.parameters()).device
+    home = home_of(model)
     body = getattr(model, "base_model", model)
-    seen, form = [], []
+    seen = []
 
     def watch(block, args, kwargs):
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         seen.append((hidden, args[1:], kwargs))
 
-    def passing(block):
-        whole = block.forward
-
-        def forward(*args, **kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if not form:  # a tensor, or a tuple that begins with it: its own forward tells
-                one = windows_of((args, kwargs), 0, 1, len(hidden))
-                with running_alone(partial(whole, *args, **kwargs)):
-                    out = whole(*one[0], **one[1])
-                form.append(None if torch.is_tensor(out) else tuple(out[1:]))
-            return hidden if form[0] is None else (hidden, *form[0])
-
-        return forward
-
     hidden, calls = [], [[] for _ in blocks]
     handles = [b.register_forward_pre_hook(watch, with_kwargs=True) for b in blocks]
-    own = [b.__dict__.get("forward") for b in blocks]  # whoever set one has it back
-    for block in blocks:
-        block.forward = passing(block)
     try:
-        for tokens, mask in batches:
-            seen.clear()
-            arguments = {} if mask is None else {"attention_mask": mask.to(home)}
-            with taking_windows():
-                body(input_ids=tokens.to(home), use_cache=False, **arguments)
-            if len(seen) != len(blocks):
-                raise ValueError(
-                    f"model: found that {len(seen)} of {len(blocks)} blocks run once a forward, "
-                    "expected each of them"
-                )
-            moved = {}
-            hidden.append(seen[0][0].to(device))
-            for i, (_, args, kwargs) in enumerate(seen):
-                before = calls[i][0] if calls[i] else None
-                calls[i].append(_place((args, kwargs), before, device, moved))
+        with passing or Passing(blocks):
+            for tokens, mask in batches:
+                seen.clear()
+                arguments = {} if mask is None else {"attention_mask": mask.to(home)}
+                with taking_windows():
+                    body(input_ids=tokens.to(home), use_cache=False, **arguments)
+                if len(seen) != len(blocks):
+                    raise ValueError(
+                        f"model: found that {len(seen)} of {len(blocks)} blocks run once a "
+                        "forward, expected each of them"
+                    )
+                moved = {}
+                hidden.append(seen[0][0].to(device))
+                for i, (_, args, kwargs) in enumerate(seen):
+                    before = calls[i][0] if calls[i] else None
+                    calls[i].append(_place((args, kwargs), before, device, moved))
     finally:
         for handle in handles:
             handle.remove()
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
     return Entry(hidden, calls)
 
 

@@ -3,14 +3,15 @@
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from cuobs.models.blocks import evaluating
+from cuobs.models.by_block import Runner
 from cuobs.models.distilling.divergence import comparison
 from cuobs.models.distilling.logits import Cut
-from cuobs.models.memory import Room
+from cuobs.models.parked import home_of
 from cuobs.models.report import Agreement
 from cuobs.models.tokens.calibration import check_tokens
 
@@ -47,21 +48,11 @@ def perplexity(
     tokens = torch.from_numpy(check_tokens(model, tokens))
     if tokens.shape[1] < 2:
         raise ValueError("tokens: found windows of 1, expected at least 2")
-    home = next(model.parameters()).device
-    device = torch.device(home if device is None else device)
-    batch = _batch(tokens, device)
-
-    def part(start, stop):
-        found = _surprise(model, tokens[start:stop].to(device))
-        if progress:
-            progress(stop, len(tokens))
-        return found
-
-    try:
-        with _whole_on_device(), evaluating(model.to(device)):
-            total = sum(Room(batch).each(len(tokens), part))
-    finally:
-        model.to(home)
+    device = torch.device(home_of(model) if device is None else device)
+    with _whole_on_device(), Runner(model, device) as runner:
+        total = sum(
+            runner.each(tokens, _batch(tokens, device), partial(_surprise, model), progress)
+        )
     mean = total / (len(tokens) * (tokens.shape[1] - 1))
     return math.inf if mean > 700 else math.exp(mean)
 
@@ -92,46 +83,36 @@ def agreement(
     Agreement
     """
     tokens = torch.from_numpy(check_tokens(model, tokens))
-    homes = {part: next(part.parameters()).device for part in (model, dense)}
-    device = torch.device(homes[model] if device is None else device)
-    try:
-        with _whole_on_device():
-            hidden = [
-                _hidden(part, tokens, device, progress, place * len(tokens))
-                for place, part in enumerate((model, dense))
-            ]
-            cuts, states = zip(*hidden, strict=True)
-            lost = same = 0.0
-            for cut in cuts:
-                if cut.head is not None:
-                    cut.head.to(device)
-            for h, g in zip(*states, strict=True):
-                found = comparison(*cuts, h.to(device), g.to(device))
-                lost, same = lost + found[0], same + found[1]
-    finally:
-        for part, home in homes.items():
-            part.to(home)
+    homes = [home_of(part) for part in (model, dense)]
+    device = torch.device(homes[0] if device is None else device)
+    with _whole_on_device(), contextlib.ExitStack() as stack:
+        hidden = [
+            _hidden(part, tokens, device, progress, place * len(tokens))
+            for place, part in enumerate((model, dense))
+        ]
+        cuts, states = zip(*hidden, strict=True)
+        for cut, home in zip(cuts, homes, strict=True):
+            stack.enter_context(Runner(cut.model, device).without_blocks())
+            if cut.head is not None:
+                stack.callback(cut.head.to, home)
+                cut.head.to(device)
+        lost = same = 0.0
+        for h, g in zip(*states, strict=True):
+            found = comparison(*cuts, h.to(device), g.to(device))
+            lost, same = lost + found[0], same + found[1]
     return Agreement(float(lost) / tokens.numel(), float(same) / tokens.numel())
 
 
 @torch.no_grad()
 def _hidden(model, tokens, device, progress, done):
     """A model cut before its head, and what its head reads of each window, on the CPU."""
-    home = next(model.parameters()).device
-    batch = _batch(tokens, device)
-    try:
-        with evaluating(model.to(device)):
+    with Runner(model, device) as runner:
+        with runner.without_blocks():
             cut = Cut(model, tokens.to(device))
-
-            def part(start, stop):
-                states = cut.hidden(tokens[start:stop].to(device)).cpu()
-                if progress:
-                    progress(done + stop, 2 * len(tokens))
-                return states
-
-            parts = Room(batch).each(len(tokens), part)
-    finally:
-        model.to(home)
+        tell = progress and (lambda count, total: progress(done + count, 2 * total))
+        parts = runner.each(
+            tokens, _batch(tokens, device), lambda some: cut.hidden(some).cpu(), tell
+        )
     return cut, [window for states in parts for window in states]
 
 

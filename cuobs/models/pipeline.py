@@ -12,13 +12,14 @@ from cuobs.config import to_toml
 from cuobs.models import dry_run, memory
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
-from cuobs.models.checkpoints.checkpoint import masks_file
+from cuobs.models.checkpoints.checkpoint import finished, set_aside, write_masks
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.marker import abandon
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
 from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
+from cuobs.models.parked import park
 from cuobs.models.planning import View
 from cuobs.models.pruning.prune import (
     batch_of,
@@ -126,6 +127,8 @@ def _open(run, view, options, ranks):
     warming = _warm(source, recipe, place)
     model = loading.load_model(source, run.trust_remote_code)
     names = names_in_files(source, model, lambda name: recipe.of(name) is None)
+    if whole_for(run, recipe) is None:
+        park_blocks(model, source, names)
     if recipe.rotate:
         check_all_known(model, source, names)
     if recipe.distill:
@@ -147,13 +150,15 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=run.save_masks or job.recipe.distill > 0, device=run.device,
+            keep_masks=job.recipe.distill > 0, device=run.device,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
         dense = None
         if job.recipe.distill or (job.texts and ranks.leads):
             dense = loading.load_model(run.source, run.trust_remote_code)
+            if whole_for(run, job.recipe) is None:
+                park_blocks(dense, run.source, job.names)
         if job.recipe.distill:
             _distill(job, dense, report)
         save_dtype = written_dtype(run.source, run.save_dtype)
@@ -174,10 +179,24 @@ def _prune(run, view, options, ranks, began):
     steps = [s for s in (report, report.rotation, report.distillation) if s is not None]
     report.whole_peak = max(job.peak, memory.peak(job.place), *(s.memory_peak for s in steps))
     report.whole_seconds = time.perf_counter() - began
-    _write(run, job.model, job.names, report, save_dtype, job.recipe)
+    _write(job, report, save_dtype)
     for line in ("", *summary(report), "", *outcome(report)):
         view.say(line)
     return report
+
+
+def whole_for(run, recipe):
+    """What needs the whole model in memory, None where its blocks may stay in their files."""
+    if run.source.gguf is not None:
+        return "a GGUF"
+    if any(self_written(spec) is not None for spec in run.calibration):
+        return "calibration by windows of the model's own"
+    return next((name for name in ("rotate", "distill") if getattr(recipe, name)), None)
+
+
+def park_blocks(model, source, names):
+    stored = stored_tensors(source)
+    park(model, *find_blocks(model), source, {own: stored[name] for own, name in names.items()})
 
 
 def _starting(job, before, report):
@@ -398,27 +417,49 @@ def _file_name(linear, names):
     return names.get(f"{linear}.weight", f"{linear}.weight").removesuffix(".weight")
 
 
-def _write(run, model, names, report, save_dtype, recipe):
+def _write(job, report, save_dtype):
+    run, model, names, recipe = job.run, job.model, job.names, job.recipe
     source, config, extra = run.source, None, {}
+    weights, masks = _finished(job)
     if source.gguf is None:
-        changed = changed_tensors(model, source, names)
+        parked = whole_for(run, recipe) is None
+        changed = weights if parked else changed_tensors(model, source, names)
         report.carried = ignored(stored_tensors(source), names, model)
         report.left_out = source.left_out
         config = untied_config(source.config) if report.rotation else None
     else:
         changed, config, extra = loading.as_checkpoint(model)
     if run.packed:
-        found = pack_changed(model, changed, names, partial(_pattern_of, recipe))
+        found = pack_changed(
+            model, changed, names, partial(_pattern_of, recipe),
+            lambda index, tensors: set_aside(run.dst, f"packed-{index:05}", tensors),
+        )  # fmt: skip
         config = {**(config or source.config), "quantization_config": found.config()}
     extra[REPORT] = report.to_json()
     extra[RECIPE] = to_toml(recipe.as_config())
     extra[CARD] = _card(source, model, report, run.packed)
     if run.save_masks:
-        extra[MASKS] = masks_file({_file_name(n, names): m for n, m in report.masks.items()})
+        columns = {n: job.model.get_submodule(n).weight.shape[1] for n in masks}
+        extra[MASKS] = partial(
+            write_masks, source=source, masks={_file_name(n, names): m for n, m in masks.items()},
+            columns={_file_name(n, names): count for n, count in columns.items()},
+        )  # fmt: skip
     finish(
         source, run.dst, changed, config=config, extra=extra, without=(REPORT, MASKS),
         save_dtype=save_dtype, shard_size=run.shard_bytes,
     )  # fmt: skip
+
+
+def _finished(job):
+    """Where the weights of finished blocks lie, by their names in SRC, and masks by linear."""
+    weights, masks = {}, {}
+    for index in range(len(find_blocks(job.model)[1])):
+        for name, tensor in finished(job.run.dst, index).items():
+            if name.endswith(".mask"):
+                masks[name.removesuffix(".mask")] = tensor
+            else:
+                weights[job.names[name]] = tensor
+    return weights, masks
 
 
 def _pattern_of(recipe, name):

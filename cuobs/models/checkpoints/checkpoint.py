@@ -14,13 +14,16 @@ from os import PathLike
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import safe_open, save
+from safetensors.torch import safe_open
 
 import cuobs
 from cuobs import files
+from cuobs.containers import write_tensors
 from cuobs.cores import cores
 from cuobs.models.checkpoints.marker import sync
-from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS
+from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
+from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
+from cuobs.models.parked import state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
 
@@ -28,6 +31,10 @@ from cuobs.models.structure import linears
 NO_MATTER = (
     "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
 )  # fmt: skip
+
+
+# Blocks that are read side by side to make a fingerprint of them.
+READERS = 4
 
 
 def begin(folder, identity, resume):
@@ -81,7 +88,7 @@ def begin(folder, identity, resume):
 def digest(block):
     """A fingerprint of all weights of a block, as they are now."""
     result = hashlib.sha256()
-    for name, tensor in block.state_dict().items():
+    for name, tensor in state_of(block):
         _add(result, name, tensor)
     return result.hexdigest()
 
@@ -89,9 +96,8 @@ def digest(block):
 def fingerprint(model, blocks):
     """A fingerprint of all that a model is: its config and its tensors.
 
-    Those that are not stored too; blocks are read side by side by as many threads as there are
-    cores. A rotation and windows of the model's own depend on all blocks, also before any of them
-    is pruned.
+    Those that are not stored too; some blocks are read side by side, each tensor by tensor. A
+    rotation and windows of the model's own depend on all blocks, also before any of them is pruned.
 
     Parameters
     ----------
@@ -106,31 +112,46 @@ def fingerprint(model, blocks):
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in inside:
             _add(result, name, tensor.detach())
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(min(cores(), READERS)) as pool:
         for found in pool.map(digest, blocks):
             result.update(found.encode())
     return result.hexdigest()
 
 
 def _add(result, name, tensor):
-    tensor = tensor.cpu().contiguous()
     result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    result.update(tensor.flatten().view(torch.uint8).numpy())
+    result.update(bytes_of(tensor))
 
 
 def save_block(folder, index, prefix, block, masks, report, before):
     """Write a finished block, whole or not at all."""
-    modules = linears(block)
-    tensors = {}
+    modules, tensors = linears(block), {}
     for name, mask in masks.items():
-        weight = modules[name].weight.detach().cpu().contiguous()
-        tensors[f"{prefix}.{name}.weight"] = weight
+        tensors[f"{prefix}.{name}.weight"] = modules[name].weight.detach()
         tensors[f"{prefix}.{name}.mask"] = pack(mask)
-    metadata = {"before": before, "report": json.dumps(asdict(report))}
     path = _block_path(folder, index)
-    with files.replacing(path, force=True) as file:
-        file.write(save(tensors, metadata))
+    _write(path, tensors, {"before": before, "report": json.dumps(asdict(report))})
     sync(os.path.dirname(path))
+
+
+def set_aside(folder, title, tensors):
+    """Keep tensors in a file beside the finished blocks; a dict of `Stored`."""
+    path = os.path.join(os.path.abspath(folder), BLOCKS, f"{title}.safetensors")
+    _write(path, tensors)
+    return safetensors_header("", path)
+
+
+def _write(path, tensors, metadata=None):
+    with files.replacing(path, force=True) as file:
+        write_tensors(
+            file, {name: entry_of(tensor) for name, tensor in tensors.items()},
+            lambda name: [bytes_of(tensors[name])], metadata,
+        )  # fmt: skip
+
+
+def finished(folder, index):
+    """The tensors that a finished block's file holds: a dict of `Stored`."""
+    return safetensors_header("", _block_path(os.path.abspath(folder), index))
 
 
 def load_block(folder, index, prefix, block, before):
@@ -186,12 +207,26 @@ def unpack(packed, columns):
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
-def masks_file(masks):
-    """Masks by the name of their linear, packed, with the columns of each: a file's bytes."""
-    tensors = {f"{name}.mask": pack(mask) for name, mask in masks.items()}
-    columns = {f"{name}.mask": mask.shape[1] for name, mask in masks.items()}
-    # One entry: safetensors writes several in no fixed order.
-    return save(tensors, {"columns": json.dumps(columns, sort_keys=True)})
+def write_masks(file, source, masks, columns):
+    """Write masks that finished blocks hold into one file.
+
+    Parameters
+    ----------
+    file : file
+        Open for writing bytes.
+    source : Source
+    masks : dict of str to Stored
+        By the name of the linear.
+    columns : dict of str to int
+        Likewise.
+    """
+    stored = {f"{name}.mask": mask for name, mask in masks.items()}
+    columns = json.dumps({f"{name}.mask": columns[name] for name in masks}, sort_keys=True)
+    read = Reader(source, stored)
+    write_tensors(
+        file, {name: entry_of(mask) for name, mask in stored.items()},
+        lambda name: [bytes_of(read(name))], {"columns": columns},
+    )  # fmt: skip
 
 
 def load_masks(path: str | PathLike) -> dict:

@@ -8,22 +8,19 @@ is the same to the last bit.
 
 import contextlib
 import json
-import math
 import os
 import shutil
 
 import torch
 
 from cuobs import files
-from cuobs.containers import Entry, write_tensors
+from cuobs.containers import write_tensors
 from cuobs.models.checkpoints.loading import load_tokenizer
 from cuobs.models.checkpoints.marker import settle, sync
-from cuobs.models.checkpoints.names import TORCH, Reader, equal
+from cuobs.models.checkpoints.names import TORCH, Reader, bytes_of, described, entry_of, equal
 from cuobs.models.checkpoints.source import (
-    BYTES,
     FLOATS,
     LEFTOVER,
-    Stored,
     find_source,
     stored_tensors,
     torch_name,
@@ -93,8 +90,9 @@ def finish(
         Names of the source's tensors that are not written.
     config : dict, optional
         What ``config.json`` is to say; as in the source by default. Of a GGUF it is needed.
-    extra : mapping of str to (str or bytes), optional
-        Further files by name, which take the place of the source's own.
+    extra : mapping of str to (str, bytes or callable), optional
+        Further files by name, which take the place of the source's own; a callable writes its own
+        into the open file that it is given.
     without : collection of str
         Names of the source's files that are not carried over, because they no longer hold.
     save_dtype : torch.dtype or str, optional
@@ -129,9 +127,11 @@ def finish(
                 os.path.join(staging, "config.json"), json.dumps(config, indent=2) + "\n", True
             )
         for name, content in (extra or {}).items():
-            content = content.encode() if isinstance(content, str) else content
             with files.replacing(os.path.join(staging, name), force=True) as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
     _move(staging, dst)
 
 
@@ -146,7 +146,7 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
         The names of the files.
     """
     stored = stored_tensors(source)
-    held = {name: _described(tensor) for name, tensor in changed.items()}
+    held = {name: described(tensor) for name, tensor in changed.items()}
     read = Reader(source, stored | held)
     names = [name for name in (*stored, *(changed.keys() - stored.keys())) if name not in dropped]
     names.sort(key=lambda name: (name not in stored, "" if name in stored else name))
@@ -156,13 +156,13 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
         dtype, like = tensor.dtype, stored.get(name, tensor).dtype
         if like in FLOATS:
             dtype = like if save_dtype is None else torch_name(save_dtype)
-        entries[name] = Entry(dtype, tensor.shape, math.prod(tensor.shape) * BYTES[dtype])
+        entries[name] = entry_of(tensor._replace(dtype=dtype))
 
     def take(name):
         tensor = changed.get(name)
         tensor = tensor.detach().cpu() if torch.is_tensor(tensor) else read(name)
-        tensor = _cast(name, tensor, TORCH[entries[name].dtype]).contiguous()
-        yield tensor.reshape(-1).view(torch.uint8).numpy()
+        tensor = _cast(name, tensor, TORCH[entries[name].dtype])
+        yield bytes_of(tensor)
 
     shards = _shards(names, entries, shard_size)
     titles = [WEIGHTS] if len(shards) == 1 else [
@@ -179,13 +179,6 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
     title = WEIGHTS + ".index.json"
     files.write_text(os.path.join(folder, title), json.dumps(index, indent=2) + "\n")
     return {*titles, title}
-
-
-def _described(tensor):
-    """What a tensor is, wherever it lies."""
-    if torch.is_tensor(tensor):
-        return Stored("", torch_name(tensor.dtype), tuple(tensor.shape))
-    return tensor
 
 
 def _shards(names, entries, limit):

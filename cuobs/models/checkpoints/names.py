@@ -10,7 +10,8 @@ from threading import Lock
 
 import torch
 
-from cuobs.models.checkpoints.source import stored_tensors
+from cuobs.containers import Entry
+from cuobs.models.checkpoints.source import Stored, stored_tensors, torch_name
 
 # The dtypes of PyTorch by the names that safetensors gives them.
 TORCH = {
@@ -35,12 +36,12 @@ class Reader:
     """
 
     def __init__(self, source, stored):
-        self._source, self._stored = source, stored
+        self._source, self.stored = source, stored
         self._open, self._lock = (None, None), Lock()
 
     def __call__(self, name, rows=None):
         """A tensor on the CPU, or some of its rows."""
-        entry = self._stored[name]
+        entry = self.stored[name]
         path = self._source.path(entry.file)
         if entry.start is None:
             with self._lock:
@@ -67,6 +68,24 @@ class Reader:
                 content = torch.load(path, map_location="cpu", weights_only=True)
             self._open = path, content.get("state_dict", content)
         return self._open[1]
+
+
+def bytes_of(tensor):
+    """The bytes of a tensor, as a file holds them."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def described(tensor):
+    """What a tensor is, wherever it lies: a `Stored`, of one in memory without a file."""
+    if torch.is_tensor(tensor):
+        return Stored("", torch_name(tensor.dtype), tuple(tensor.shape))
+    return tensor
+
+
+def entry_of(tensor):
+    """What a header of safetensors says of a tensor or of a `Stored`."""
+    found = described(tensor)
+    return Entry(found.dtype, found.shape, found.nbytes)
 
 
 def _take(file, start, shape, dtype):

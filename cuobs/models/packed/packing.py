@@ -22,6 +22,7 @@ from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.checkpoints.marker import check_destination
 from cuobs.models.checkpoints.names import Reader
 from cuobs.models.checkpoints.source import METHOD, REPORT, find_source, stored_tensors
+from cuobs.models.parked import at_hand
 from cuobs.models.structure import find_blocks, is_transposed, linears, oriented, shared_weights
 from cuobs.ops.packed import VERSION
 from cuobs.packed import check_obeys
@@ -190,7 +191,7 @@ def pack_folder(
     return found
 
 
-def pack_changed(model, changed, names, pattern_of):
+def pack_changed(model, changed, names, pattern_of, keep):
     """Pack the linears of a pruned model among the tensors that are to be written.
 
     Parameters
@@ -203,6 +204,8 @@ def pack_changed(model, changed, names, pattern_of):
         The names in the files by those in the model.
     pattern_of : callable
         The `Pattern` of a linear by its name, None where it was not pruned.
+    keep : callable
+        Called with the number of a block and its packed tensors by name; gives what is written.
 
     Returns
     -------
@@ -210,16 +213,22 @@ def pack_changed(model, changed, names, pattern_of):
     """
     prefix, blocks = find_blocks(model)
     found, shared = Packing({}, {}), _shared(model, prefix, blocks)
-    for name, module in _named_linears(prefix, blocks).items():
-        own, file_name = pattern_of(name), names.get(f"{name}.weight", f"{name}.weight")
-        weight = oriented(module)
-        reason = shared.get(name) or ("it was not pruned" if own is None else _broken(weight, own))
-        if reason:
-            found.left[name] = reason
-            continue
-        values, index = (t.cpu() for t in pack_tensor(weight, own, name))
-        _note(found, name, weight, values, index, pattern_text(own))
-        changed[file_name], changed[_index_name(file_name)] = values, index
+    for index, block in enumerate(blocks):
+        packed = {}
+        with at_hand(block):
+            for inner, module in linears(block).items():
+                name = f"{prefix}.{index}.{inner}"
+                file_name, own = names.get(f"{name}.weight", f"{name}.weight"), pattern_of(name)
+                weight, reason = oriented(module), shared.get(name)
+                if not reason:
+                    reason = "it was not pruned" if own is None else _broken(weight, own)
+                if reason:
+                    found.left[name] = reason
+                    continue
+                values, index_of = (t.cpu() for t in pack_tensor(weight, own, name))
+                _note(found, name, weight, values, index_of, pattern_text(own))
+                packed[file_name], packed[_index_name(file_name)] = values, index_of
+        changed |= keep(index, packed) if packed else {}
     if not found.modules:
         _refuse("model", found)
     return found

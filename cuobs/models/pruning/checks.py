@@ -12,6 +12,7 @@ from cuobs.models.blocks import (
     windows_of,
 )
 from cuobs.models.memory import Room
+from cuobs.models.parked import at_hand, home_of
 
 # What a block adds to a window's hidden states differs by less, however many windows run with it.
 WINDOWS_DIFFER = 0.1
@@ -42,8 +43,8 @@ def check_alone(model, blocks, tokens, mask):
     expected = Room(1).each(1, lambda *_: _own(model, blocks, *window))[0]
     (hidden,), calls = capture(model, blocks, [window], expected.device)
     for block, (call,) in zip(blocks, calls, strict=True):
-        entering = hidden.to(next(block.parameters()).device)
-        with running_alone():
+        with at_hand(block), running_alone():
+            entering = hidden.to(home_of(block))
             hidden = run(block, entering, call)
             # What a block keeps for those after it is then that of another window, as it will be.
             run(block, entering.flip(1), call)
@@ -76,7 +77,7 @@ def check_by_window(block, hidden, call, room):
 
 def _own(model, blocks, tokens, mask):
     """The hidden states that leave the last block in the model's own forward."""
-    home = next(model.parameters()).device
+    home = home_of(model)
     found = []
     handle = blocks[-1].register_forward_hook(lambda *args: found.append(args[-1]))
     try:

@@ -6,6 +6,7 @@ import torch
 
 from cuobs.models import memory
 from cuobs.models.blocks import capture
+from cuobs.models.parked import at_hand, home_of
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.tuning import STEP_WINDOWS
@@ -198,9 +199,8 @@ def work_of(model, blocks, windows, batch, recipe, device):
     block = blocks[0]
     shown = [(t[:1], None if m is None else m[:1]) for t, m in windows.batches(batch)[:1]]
     entry = capture(model, blocks, shown, device)
-    home = next(block.parameters()).device
-    block.to(device)
-    try:
+    home = home_of(block)
+    with at_hand(block, device):
         streams = Streams.begin(entry.hidden, entry.calls, [None], False, memory.Room(1))
         plan = probe(block, *streams.first_window(0))
         modules = linears(block)
@@ -209,8 +209,6 @@ def work_of(model, blocks, windows, batch, recipe, device):
         if device.type == "cuda":
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
-    finally:
-        block.to(home)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
     here = home.type == device.type
     return _work(model, block, groups, stages, windows, batch, recipe, device, width, element, here)

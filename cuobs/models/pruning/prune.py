@@ -17,6 +17,7 @@ from cuobs.models import ranks as processes
 from cuobs.models.blocks import capture, evaluating, plain_torch
 from cuobs.models.checkpoints import checkpoint
 from cuobs.models.checkpoints.source import BLOCKS
+from cuobs.models.parked import parked
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.layers import choose_layers
@@ -158,7 +159,8 @@ def prune_model(
         check_room(model, recipe, device)
     dense = copy.deepcopy(model) if recipe.distill else None
     for index, inner in layers.recipes:
-        check_plain(f"{prefix}.{index}.{inner}", linears(blocks[index])[inner])
+        block = blocks[index]
+        check_plain(f"{prefix}.{index}.{inner}", linears(block)[inner], parked(block) is None)
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
@@ -385,8 +387,13 @@ def _prune_block(job, streams, index):
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
         found.seconds = time.perf_counter() - began
-        if job.folder is not None and job.ranks.leads:
-            checkpoint.save_block(job.folder, index, job.name(index), block, masks, found, before)
+        if job.folder is not None:
+            if job.ranks.leads:
+                name = job.name(index)
+                checkpoint.save_block(job.folder, index, name, block, masks, found, before)
+            job.ranks.agree(None)  # the file is there
+    if job.folder is not None:
+        job.source.kept(checkpoint.finished(job.folder, index))
     if job.keep_masks:
         job.report.masks.update({job.name(index, n): m.cpu() for n, m in masks.items()})
     job.source.store(index)

@@ -1,14 +1,18 @@
-"""The blocks of a model in memory, one of which at a time is on a device."""
+"""The blocks of a model in memory or in files, one of which at a time is on a device."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
+from cuobs.models.parked import parked
+
 
 class Resident:
-    """Takes blocks to a device and their weights back, to the very memory that they came from.
+    """Takes blocks to a device, and their weights back to the very memory that they came from.
 
-    While one is worked on, the next is already copied.
+    Those of a parked block come from files; what has become of them is to be kept before it is
+    stored. While one is worked on, the next is already copied to a GPU.
 
     Parameters
     ----------
@@ -20,7 +24,7 @@ class Resident:
 
     def __init__(self, blocks, device):
         self._blocks, self._device = blocks, device
-        self._homes, self._next = {}, {}
+        self._homes, self._next, self._parked = {}, {}, None
         self._pool = ThreadPoolExecutor(1)
 
     def __len__(self):
@@ -31,6 +35,8 @@ class Resident:
 
     def __exit__(self, *_):
         self._pool.shutdown()
+        if self._parked is not None:
+            self._parked.put_away()
         for tensor, home in self._homes.values():
             tensor.data = home
         self._homes.clear()
@@ -39,6 +45,9 @@ class Resident:
         """A block, on the device."""
         waiting = self._next.pop(index, None)
         copies = waiting.result() if waiting is not None else {}
+        self._parked = parked(self._blocks[index])
+        if self._parked is not None:
+            self._parked.load(self._device, copies)
         for tensor in self._away(index):
             self._homes[id(tensor)] = tensor, tensor.data
             copy = copies.get(id(tensor))
@@ -47,24 +56,39 @@ class Resident:
             self._copy_ahead(index + 1)
         return self._blocks[index]
 
-    def store(self, index):
-        """Take a block back to where it was."""
+    def store(self, index, changed=True):
+        """Take a block back to where it was, with its weights if they have changed."""
         for tensor, home in self._homes.values():
-            _copy_back(tensor.data, home)
+            if changed:
+                _copy_back(tensor.data, home)
             tensor.data = home
         self._homes.clear()
+        if self._parked is not None:
+            self._parked.put_away()
+            self._parked = None
+
+    def kept(self, stored):
+        """Say in what files the weights of the block that is loaded are kept, by their names."""
+        if self._parked is not None:
+            self._parked.replace(stored)
 
     def _away(self, index):
-        """The tensors of a block that are not on the device, each once."""
+        """The tensors of a block that are in memory and not on the device, each once."""
         block = self._blocks[index]
         tensors = {id(t): t for t in (*block.parameters(), *block.buffers())}
-        return [t for t in tensors.values() if t.device != self._device]
+        return [t for t in tensors.values() if t.device != self._device and not t.is_meta]
 
     def _copy_ahead(self, index):
         """Begin to copy a block's tensors in a thread beside the work on another block."""
-        sources = {id(tensor): tensor.data for tensor in self._away(index)}
+        sources = {id(tensor): (tensor, tensor.detach) for tensor in self._away(index)}
+        own = parked(self._blocks[index])
+        for slot in own.slots if own is not None else ():
+            sources[slot.name] = slot.held[slot.key], partial(own.take, slot)
         try:
-            copies = {n: torch.empty_like(s, device=self._device) for n, s in sources.items()}
+            copies = {
+                n: torch.empty_like(like, device=self._device, requires_grad=False)
+                for n, (like, _) in sources.items()
+            }
         except torch.cuda.OutOfMemoryError:
             return
         ready = torch.cuda.current_stream(self._device).record_event()
@@ -73,8 +97,8 @@ class Resident:
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)  # until then the memory may be in use
-                for name, source in sources.items():
-                    copies[name].copy_(source)
+                for name, (_, take) in sources.items():
+                    copies[name].copy_(take())
             stream.synchronize()
             return copies
 

@@ -1,0 +1,143 @@
+"""Blocks that are read from files when they are wanted give what a model in memory gives."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_models import make_model, make_source, make_tokens
+
+from cuobs.models import load_model, perplexity, pipeline, prune_folder
+from cuobs.models.checkpoints.source import find_source, stored_tensors
+from cuobs.models.parked import Parked, at_hand, park, parked, state_of
+from cuobs.models.structure import find_blocks
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """A file of calibration windows."""
+    np.savez(tmp_path / "tokens.npz", windows=make_tokens(16), text=make_tokens(5, seed=1))
+    return f"{tmp_path / 'tokens.npz'}:windows"
+
+
+def written(folder):
+    """The bytes of each file of a folder, and its report without what differs from run to run."""
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("cuobs_report.json", "README.md")
+    }
+    report = json.loads((folder / "cuobs_report.json").read_text())
+    for part in (report, *report["blocks"], *(r for b in report["blocks"] for r in b["layers"])):
+        part.pop("seconds", None)
+    for name in ("memory_peak", "memory_predicted", "protocol"):
+        report.pop(name, None)
+    return found, report
+
+
+def open_parked(source):
+    """A model of a folder whose blocks are parked."""
+    model, source = load_model(source), find_source(source)
+    names = pipeline.names_in_files(source, model)
+    pipeline.park_blocks(model, source, names)
+    return model
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {"method": "sparsegpt", "save_masks": True}),
+        ("gemma3", {"method": "magnitude", "tune": 1, "packed": True}),
+        ("opt", {"method": "magnitude", "target": "dense"}),
+        ("gpt2", {"method": "wanda", "target": "pruned", "save_dtype": "bfloat16",
+                  "shard_size": "20KB"}),
+    ],
+)  # fmt: skip
+def test_same_bits_as_in_memory(family, options, tmp_path, calibration, monkeypatch):
+    source = make_source(tmp_path / "source", family)
+    given = {"device": "cpu", "evaluate": [calibration.replace("windows", "text")], **options}
+    prune_folder(source, tmp_path / "parked", calibration, **given)
+    monkeypatch.setattr(pipeline, "whole_for", lambda *_: "a test")
+    prune_folder(source, tmp_path / "whole", calibration, **given)
+    assert written(tmp_path / "parked") == written(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_parked_model_gives_what_it_gave(form, tmp_path):
+    source = make_source(tmp_path / "source", "qwen3", tie_word_embeddings=True)
+    if form == "bin":
+        torch.save(load_model(source).state_dict(), source / "pytorch_model.bin")
+        for path in source.glob("model*"):
+            path.unlink()
+    whole, model = load_model(source), open_parked(source)
+    tokens = torch.tensor(make_tokens(3))
+    with torch.no_grad():
+        expected = whole(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+        for block in find_blocks(model)[1]:
+            assert parked(block) and all(t.is_meta for t in block.parameters())
+            with at_hand(block):
+                assert parked(block) is None and not any(t.is_meta for t in block.parameters())
+            assert parked(block)
+        assert torch.equal(model(tokens).logits, expected)
+    for mine, theirs in zip(find_blocks(model)[1], find_blocks(whole)[1], strict=True):
+        found = dict(state_of(mine))
+        assert found.keys() == theirs.state_dict().keys()
+        assert all(torch.equal(found[n], t) for n, t in theirs.state_dict().items())
+    assert perplexity(model, tokens.numpy()) == perplexity(whole, tokens.numpy())
+
+
+def test_what_was_changed_is_lost_unless_it_is_kept(tmp_path):
+    model = open_parked(make_source(tmp_path / "source"))
+    block = find_blocks(model)[1][1]
+    with at_hand(block):
+        before = block.mlp.up_proj.weight.detach().clone()
+        block.mlp.up_proj.weight.data.zero_()
+    with at_hand(block):
+        assert torch.equal(block.mlp.up_proj.weight, before)
+
+
+def test_shared_weights_and_what_is_in_no_file_stay_in_memory(tmp_path):
+    source = make_source(tmp_path / "source")
+    model = load_model(source)
+    prefix, blocks = find_blocks(model)
+    blocks[2].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
+    stored = {n: t for n, t in stored_tensors(find_source(source)).items() if "k_proj" not in n}
+    park(model, prefix, blocks, find_source(source), stored)
+    for block in blocks:
+        assert not block.self_attn.k_proj.weight.is_meta and block.mlp.down_proj.weight.is_meta
+    assert not blocks[0].mlp.up_proj.weight.is_meta and blocks[1].mlp.up_proj.weight.is_meta
+
+
+def test_one_block_at_a_time_is_in_memory(tmp_path, calibration, monkeypatch):
+    source, seen, most = make_source(tmp_path / "source"), {}, []
+    fetch = Parked._fetch
+
+    def look(self, device, copies=()):
+        fetch(self, device, copies)
+        seen[id(self)] = self
+        most.append(sum(any(s.tensor.numel() for s in own.slots) for own in seen.values()))
+
+    monkeypatch.setattr(Parked, "_fetch", look)
+    text = calibration.replace("windows", "text")
+    prune_folder(source, tmp_path / "out", calibration, device="cpu", evaluate=[text])
+    assert len(seen) == 6  # of the dense model again, for the agreement
+    assert set(most) == {1}
+
+
+def test_a_model_that_is_cut_short_is_said(tmp_path):
+    source = make_source(tmp_path / "source")
+    model = open_parked(source)
+    path = next(source.glob("model-00003*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="found it truncated"):
+        model(torch.tensor(make_tokens(1)))
+
+
+def test_dtypes_of_files_are_those_of_the_model(tmp_path):
+    make_model("llama").half().save_pretrained(tmp_path / "source")
+    model = open_parked(tmp_path / "source").bfloat16()
+    block = find_blocks(model)[1][0]
+    with at_hand(block):
+        assert block.mlp.up_proj.weight.dtype == torch.bfloat16
