@@ -1,23 +1,22 @@
 """cuobs write-calibration: it needs the extra ``model``, imported when called."""
 
 import click
-from cuobs_cli import common, display, options
-from cuobs_cli.models import load
+from cuobs_cli import common, display, models, options
 
 
 @click.command("write-calibration", cls=options.Command,
                short_help="Let a model write its own calibration windows.")
 @click.argument("src", type=click.Path())
 @options.output("-o", "--out", metavar="F.npz", required=True, help="Where to write.")
-@options.option("--windows", default=1024, type=int, metavar="N", help="How many.")
-@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
-                help="Tokens of a window.")
-@options.option("--temperature", default=1.0, type=float, metavar="T",
+@options.option("--windows", default=1024, type=options.Integer(), metavar="N",
+                group=options.WHAT, help="How many.")
+@options.option("--sequence-length", type=options.Integer(), metavar="N", group=options.WHAT,
+                show_default="2048, or what the model allows", help="Tokens of a window.")
+@options.option("--temperature", default=1.0, type=float, metavar="T", group=options.WHAT,
                 help="Below 1 the likelier tokens come even oftener.")
-@options.option("--seed", default=0, type=int, help="Draws the tokens.")
+@models.seed("Draws the tokens.", options.WHAT)
 @options.setting("device")
-@options.option("--trust-remote-code", is_flag=True, group=options.INPUT,
-                help="Run code that the model's folder holds, where it needs it.")
+@models.trust
 @options.force
 def write_calibration(
     src, out, windows, sequence_length, temperature, seed, device, trust_remote_code, force
@@ -29,9 +28,9 @@ def write_calibration(
     and uses them in one go.
     """
     common.check_outputs([src], {"-o": out}, force)
-    models = load()
+    found = models.load()
     with display.Progress("tokens") as progress:
-        tokens = models.write_calibration(
+        tokens = found.write_calibration(
             src, out, windows, sequence_length, temperature=temperature, seed=seed, device=device,
             trust_remote_code=trust_remote_code, force=force, progress=progress.callback(),
         )  # fmt: skip

@@ -21,26 +21,33 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 # Where each command is. A module is imported when its command is asked for, and imports neither
 # PyTorch nor matplotlib before it runs.
-COMMANDS = {
-    "prune": "prune:prune",
-    "compare": "compare:compare",
-    "hessian": "hessian:hessian",
-    "verify": "verify:verify",
-    "plot": "plot:plot",
-    "patterns": "listing:patterns",
-    "methods": "listing:methods",
-    "info": "info:info",
-    "prune-model": "models:prune_model",
-    "rotate": "rotating:rotate",
-    "pack": "packing:pack",
-    "unpack": "packing:unpack",
-    "pack-model": "packing:pack_model",
-    "unpack-model": "packing:unpack_model",
-    "eval-model": "models:eval_model",
-    "write-calibration": "distilling:write_calibration",
-    "speedup": "models:speedup",
-    "report": "reporting:report",
+SECTIONS = {
+    "A layer": {
+        "prune": "prune:prune",
+        "compare": "compare:compare",
+        "hessian": "hessian:hessian",
+        "verify": "verify:verify",
+        "pack": "packing:pack",
+        "unpack": "packing:unpack",
+        "plot": "plot:plot",
+    },
+    "A whole model": {
+        "prune-model": "models:prune_model",
+        "eval-model": "models:eval_model",
+        "report": "reporting:report",
+        "rotate": "rotating:rotate",
+        "write-calibration": "distilling:write_calibration",
+        "pack-model": "packing:pack_model",
+        "unpack-model": "packing:unpack_model",
+        "speedup": "models:speedup",
+    },
+    "What there is": {
+        "methods": "listing:methods",
+        "patterns": "listing:patterns",
+        "info": "info:info",
+    },
 }
+COMMANDS = {name: place for section in SECTIONS.values() for name, place in section.items()}
 
 
 class Stopped(KeyboardInterrupt):
@@ -118,6 +125,17 @@ class Commands(click.Group):
             return None
         module, attribute = COMMANDS[name].split(":")
         return getattr(importlib.import_module(f"cuobs_cli.{module}"), attribute)
+
+    def format_commands(self, ctx, formatter):
+        """Write a section for each kind of command."""
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                formatter.write_dl([
+                    (f"{name:{width}}", command.get_short_help_str(formatter.width))
+                    for name, command in commands.items()
+                ])  # fmt: skip
 
     def parse_args(self, ctx, args):
         """Read the options before the command, plugins among them."""

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 
 import click
+from cuobs_cli import options
 
 import cuobs
 from cuobs import arrays
@@ -30,7 +31,7 @@ extern "C" __global__ void probe(__half* x) { x[threadIdx.x] = __float2half(1.0f
 """
 
 
-@click.command(short_help="Show versions, device and compiler.")
+@click.command(cls=options.Command, short_help="Show versions, device and compiler.")
 def info():
     """Show versions, whether a device is found and whether a kernel compiles."""
     click.echo(f"cuobs        {cuobs.__version__}, Python {platform.python_version()}")

@@ -36,7 +36,7 @@ def patterns(chosen, svg, force):
     common.show_written(svg)
 
 
-@click.command(short_help="List the methods and their options.")
+@click.command(cls=options.Command, short_help="List the methods and their options.")
 def methods():
     """List the methods, what they do and which options they take."""
     known = cuobs.methods()

@@ -18,6 +18,11 @@ FOLDER = (
     "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",
     "save_dtype", "trust_remote_code", "resume", "batch_tokens", "distill_calibration", "dry_run",
 )  # fmt: skip
+# Options that say how something is done, and the one that asks for it.
+LEANING = {
+    "tune_rate": "tune", "rotate_steps": "rotate", "rotate_score": "rotate",
+    "rotate_permute": "rotate", "distill_rate": "distill",
+}  # fmt: skip
 CALIBRATION, TARGET = "Calibration", "Target and tuning"
 ROTATION, DISTILLATION, GENERATE = "Rotation", "Distillation", "End to end"
 SCORES = ("activations", "compensated")
@@ -39,8 +44,34 @@ def _share(ctx, parameter, value):
 
 
 trust = options.option(
-    "--trust-remote-code", is_flag=True, group=options.INPUT,
+    "--trust-remote-code", is_flag=True, group=options.HOW,
     help="Run code that the model's folder holds, where it needs it.",
+)  # fmt: skip
+
+
+def samples(default):
+    """The decorator that gives a command ``--samples``."""
+    return options.option("--samples", default=default, type=options.Integer(), metavar="N",
+                          group=CALIBRATION, help="Calibration windows.")  # fmt: skip
+
+
+def sequence_length(group):
+    """The decorator that gives a command ``--sequence-length``."""
+    return options.option("--sequence-length", type=options.Integer(), metavar="N", group=group,
+                          show_default="that of tokens; of a text 2048, or what the model allows",
+                          help="Tokens of a window.")  # fmt: skip
+
+
+def seed(what, group):
+    """The decorator that gives a command ``--seed``."""
+    return options.option("--seed", default=0, type=int, metavar="N", group=group, help=what)
+
+
+shard_size = options.option("--shard-size", default="5GB", metavar="SIZE", group=options.OUTPUT,
+                            help="Largest file of weights.")  # fmt: skip
+save_dtype = options.option(
+    "--save-dtype", type=options.Name(SAVE_DTYPES), group=options.OUTPUT,
+    show_default="as in SRC, of a GGUF half precision", help="What the weights are written in.",
 )  # fmt: skip
 
 
@@ -50,17 +81,18 @@ trust = options.option(
 @click.argument("dst", type=click.Path())
 @options.option("--skip", metavar="REGEX", group=options.WHAT,
                 help="Linears that stay as they are.")
+@options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
+                group=options.WHAT,
+                help="Perplexity on a text or tokens, before and after, in windows as long, and "
+                "how near the result is to SRC; may be repeated.")
 @options.option("--calibration", required=True, multiple=True, type=click.Path(), metavar="F",
                 group=CALIBRATION,
                 help="A text, tokens.npz:key (windows, length), or self:1024, windows that the "
                 "dense model writes itself; may be repeated. With --distill, self beside another "
                 "serves distillation alone.")
-@options.option("--samples", default=128, type=int, group=CALIBRATION,
-                help="Calibration windows.")
-@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
-                group=CALIBRATION, help="Tokens of a window.")
-@options.option("--seed", default=0, type=int, group=CALIBRATION,
-                help="Draws the windows of a text.")
+@samples(128)
+@sequence_length(CALIBRATION)
+@seed("Draws the windows of a text.", CALIBRATION)
 @options.option("--attention-mask", type=click.Path(), metavar="F:K", group=CALIBRATION,
                 help="0 where a calibration token is padding.")
 @options.option("--drop-first-token/--keep-first-token", default=True, group=CALIBRATION,
@@ -80,8 +112,8 @@ trust = options.option(
                 help="Give the model another basis first, in which it prunes more easily.")
 @options.option("--rotate-steps", type=int, metavar="N", show_default="100", group=ROTATION,
                 help="Steps of learning it.")
-@options.option("--rotate-score", type=options.Name(SCORES), metavar="S",
-                show_default="activations", group=ROTATION, help=SCORE)
+@options.option("--rotate-score", type=options.Name(SCORES), show_default="activations",
+                group=ROTATION, help=SCORE)
 @options.option("--rotate-permute", is_flag=True, group=ROTATION, help=PERMUTE)
 @options.option("--distill", default=0, type=int, metavar="N", group=DISTILLATION,
                 help="Passes in which all kept weights learn together what the dense model says.")
@@ -91,25 +123,18 @@ trust = options.option(
                 group=DISTILLATION,
                 help="As --calibration, for distillation alone, which then sees what prunes "
                 "twice; may be repeated.")
-@options.option("--batch-tokens", type=int, metavar="N", group=options.HOW,
-                help="Tokens in a block at once.")
+@options.option("--batch-tokens", type=options.Integer(), metavar="N", group=options.HOW,
+                show_default="by the device", help="Tokens in a block at once.")
 @options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
 @options.option("--dry-run", is_flag=True, group=options.HOW,
                 help="Say what would be pruned, and what it would take; read no weights.")
-@options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
-                group=options.OUTPUT,
-                help="Perplexity on a text or tokens, before and after, in windows as long, and "
-                "how near the result is to SRC.")
 @options.option("--masks", is_flag=True, group=options.OUTPUT,
                 help="Write cuobs_masks.safetensors too.")
 @options.option("--packed", is_flag=True, group=options.OUTPUT,
                 help="Write the pruned linears packed, see pack-model.")
 @options.output("--plot", metavar="F.png", help="Draw the loss by layer.")
-@options.option("--shard-size", default="5GB", group=options.OUTPUT,
-                help="Largest file of weights.")
-@options.option("--save-dtype", type=options.Name(SAVE_DTYPES), metavar="T", group=options.OUTPUT,
-                show_default="as in SRC, of a GGUF half precision",
-                help="Write the weights in " + ", ".join(SAVE_DTYPES) + ".")
+@shard_size
+@save_dtype
 @options.quiet
 @options.as_json
 @trust
@@ -157,6 +182,9 @@ def _arguments(config, target):
     """A config, and options that go before its ``[model]``, as arguments of `prune_folder`."""
     recipe, settings = config.recipe, config.settings
     given = config.model | options.chosen(click.get_current_context(), target)
+    for name, other in LEANING.items():
+        if name in given and name not in config.model and not given.get(other):
+            raise ValueError(f"{name}: found it without {other}, expected both")
     if config.skip and given.get("skip"):
         raise ValueError(
             f"skip: found {given['skip']!r} beside the globs of --config, expected one of them"
@@ -171,11 +199,10 @@ def _arguments(config, target):
 
 @click.command("eval-model", cls=options.Command, short_help="Perplexity of a model.")
 @click.argument("folder", metavar="DIR", type=click.Path())
-@options.option("--text", required=True, type=click.Path(), metavar="F",
+@options.option("--text", required=True, type=click.Path(), metavar="F", group=options.WHAT,
                 help="A text, or tokens.npz:key.")
-@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
-                help="Tokens of a window.")
-@options.option("--against", type=click.Path(), metavar="SRC",
+@sequence_length(options.WHAT)
+@options.option("--against", type=click.Path(), metavar="SRC", group=options.WHAT,
                 help="The dense model: say how near DIR is to it.")
 @options.setting("device")
 @trust
@@ -203,17 +230,18 @@ def eval_model(folder, text, sequence_length, against, device, trust_remote_code
 @click.argument("source", metavar="DIR|MxK", type=click.Path())
 @options.option("--pattern", "patterns", multiple=True, metavar="P", group=options.WHAT,
                 show_default="all named ones, of --generate 2:4", help="May be repeated.")
-@options.option("--batch", "batches", type=int, multiple=True, metavar="N", group=options.WHAT,
+@options.option("--batch", "batches", type=options.Integer(), multiple=True, metavar="N",
+                show_default="from 1 to 2048", group=options.WHAT,
                 help="Tokens in a product; may be repeated.")
-@options.option("--dtype", type=options.Name(("float16", "bfloat16")), metavar="T",
+@options.option("--dtype", type=options.Name(("float16", "bfloat16")),
                 show_default="float16, of --generate bfloat16", group=options.WHAT,
-                help="float16 or bfloat16.")
+                help="What the weights are in.")
 @options.option("--generate", is_flag=True, group=GENERATE,
                 help="Measure the model in DIR end to end: static cache, CUDA graph.")
-@options.option("--sequences", type=int, multiple=True, metavar="N", group=GENERATE,
+@options.option("--sequences", type=options.Integer(), multiple=True, metavar="N", group=GENERATE,
                 show_default="1, 8, 32", help="Written side by side; may be repeated.")
-@options.option("--new-tokens", default=128, type=int, metavar="N", group=GENERATE,
-                help="Steps that are timed.")
+@options.option("--new-tokens", type=options.Integer(), metavar="N", group=GENERATE,
+                show_default="128", help="Steps that are timed.")
 @options.option("--compile", "compiled", is_flag=True, group=GENERATE,
                 help="Compile the blocks with torch.compile, dense and packed.")
 @options.output("--plot", metavar="F.png", help="Draw the gain against the tokens.")
@@ -230,11 +258,19 @@ def speedup(
             raise ValueError("--plot: found it with --generate, expected it without")
         plotting.check_picture(plot)
         files.check_output(plot, force)
+    if generate and batches:
+        raise ValueError("--batch: found it with --generate, expected it without")
+    own = {"--sequences": sequences, "--new-tokens": new_tokens, "--compile": compiled}
+    for name in (name for name, value in own.items() if value and not generate):
+        raise ValueError(f"{name}: found it without --generate, expected both")
     for pattern in patterns:
         cuobs.pattern.parse(pattern)
     found = load()
+    from cuobs.models.planning import check_timing
+
+    check_timing(source)
     if generate:
-        _generate(source, patterns or ("2:4",), sequences, new_tokens, dtype, compiled)
+        _generate(source, patterns or ("2:4",), sequences, new_tokens or 128, dtype, compiled)
         return
     from cuobs.models.packed import timing
 

@@ -9,9 +9,11 @@ import cuobs
 from cuobs import recipe
 from cuobs.config import Config, load_config
 
-WHAT, OWN, HOW, INPUT, OUTPUT, OTHERS = (
-    "What to do", "Options of methods", "How to run", "Input", "Output", "Other options"
+WHAT, OWN, INPUT, HOW, OUTPUT, OTHERS = (
+    "What to do", "Options of methods", "Input", "How to run", "Output", "Other options"
 )  # fmt: skip
+# The order in which a help shows them; a command's own groups come between.
+FIRST, LAST = (WHAT, INPUT), (OWN, HOW, OUTPUT, OTHERS)
 NOT_GIVEN = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
 
 
@@ -21,6 +23,14 @@ class Option(click.Option):
     def __init__(self, *args, group=OTHERS, show_default=True, **kwargs):
         super().__init__(*args, show_default=show_default, **kwargs)
         self.group = group
+
+    def get_help_extra(self, ctx):
+        """The default as it is, in words or not; limits are told where they are broken."""
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        if "default" in extra and isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
 
 
 def option(*names, **keys):
@@ -32,16 +42,20 @@ class Command(click.Command):
     """A command whose help shows its options by group."""
 
     def format_options(self, ctx, formatter):
-        """Write a section for each group, in the order in which they first come."""
+        """Write a section for each group, in one order for all commands."""
         groups = {}
         for parameter in self.get_params(ctx):
             if not isinstance(parameter, click.Option):
                 continue
             if record := parameter.get_help_record(ctx):
                 groups.setdefault(getattr(parameter, "group", OTHERS), []).append(record)
-        for group in sorted(groups, key=lambda group: group == OTHERS):
-            with formatter.section(group):
-                formatter.write_dl(groups[group])
+        if list(groups) == [OTHERS]:
+            groups = {"Options": groups[OTHERS]}
+        own = [group for group in groups if group not in FIRST + LAST]
+        for group in (*FIRST, *own, *LAST):
+            if group in groups:
+                with formatter.section(group):
+                    formatter.write_dl(groups[group])
 
 
 class RecipeCommand(Command):
@@ -213,7 +227,8 @@ def _flag(one):
 
 
 def _keys(one):
-    metavars = {int: "N", float: "NUMBER", str: None if one.choices else "TEXT"}
+    text = "SIZE" if one.name == "memory_limit" else "TEXT"
+    metavars = {int: "N", float: "NUMBER", str: None if one.choices else text}
     types = {int: Integer(), float: Number(), str: Name(one.choices) if one.choices else None}
     return {
         "type": types[one.type],

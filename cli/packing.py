@@ -48,8 +48,7 @@ def unpack(packed, out, force):
                 show_default="what cuobs_report.json in DIR says, or 2:4",
                 help="What the linears obey; those that do not stay dense.")
 @options.setting("device")
-@options.option("--shard-size", default="5GB", group=options.OUTPUT,
-                help="Largest file of weights.")
+@models.shard_size
 @models.trust
 def pack_model(src, dst, pattern, **given):
     """Pack the pruned model in DIR into DST.
@@ -57,6 +56,11 @@ def pack_model(src, dst, pattern, **given):
     After `import cuobs.models`, transformers opens DST with AutoModelForCausalLM.from_pretrained.
     """
     found = models.load()
+    from cuobs.models.planning import check_packing
+
+    if pattern:
+        cuobs.pattern.parse(pattern)
+    check_packing(src, dst, False, given["shard_size"], given["device"])
     with display.Progress("packing") as bar:
         report = found.pack_folder(src, dst, pattern, progress=bar.callback(),
                                    **common.given(given))  # fmt: skip
@@ -69,12 +73,14 @@ def pack_model(src, dst, pattern, **given):
 @click.command("unpack-model", cls=options.Command, short_help="Undo pack-model.")
 @click.argument("src", metavar="DIR", type=click.Path())
 @click.argument("dst", type=click.Path())
-@options.option("--shard-size", default="5GB", group=options.OUTPUT,
-                help="Largest file of weights.")
+@models.shard_size
 @models.trust
 def unpack_model(src, dst, **given):
     """Write the packed model in DIR as a plain checkpoint with exact zeros, bit for bit."""
     found = models.load()
+    from cuobs.models.planning import check_packing
+
+    check_packing(src, dst, True, given["shard_size"])
     with display.Progress("unpacking") as bar:
         names = found.unpack_folder(src, dst, progress=bar.callback(), **common.given(given))
     click.echo(f"unpacked {len(names)} linears")

@@ -14,7 +14,7 @@ def plot():
     """Draw pictures (extra: plot)."""
 
 
-@plot.command(cls=options.Command)
+@plot.command(cls=options.Command, short_help="Draw what is not zero in a weight.")
 @click.argument("w", metavar="W", type=click.Path())
 @options.output("-o", "--out", metavar="F.png", help="Where to draw it: .png, .svg or .pdf.",
                 show_default="W-mask.png")

@@ -11,25 +11,19 @@ from cuobs_cli import common, display, models, options
 @options.pattern
 @options.option("--steps", type=int, metavar="N", show_default="100", group=models.ROTATION,
                 help="Steps of Adam; 0 folds the norms' scales alone.")
-@options.option("--score", type=options.Name(models.SCORES), metavar="S",
-                show_default="activations", group=models.ROTATION, help=models.SCORE)
+@options.option("--score", type=options.Name(models.SCORES), show_default="activations",
+                group=models.ROTATION, help=models.SCORE)
 @options.option("--permute", is_flag=True, group=models.ROTATION, help=models.PERMUTE)
 @options.option("--calibration", required=True, type=click.Path(), metavar="F",
                 group=models.CALIBRATION, help="A text, or tokens.npz:key (windows, length).")
-@options.option("--samples", default=64, type=int, group=models.CALIBRATION,
-                help="Calibration windows.")
-@options.option("--sequence-length", type=int, metavar="T", show_default="2048",
-                group=models.CALIBRATION, help="Tokens of a window.")
-@options.option("--seed", default=0, type=int, group=models.CALIBRATION,
-                help="Draws the windows of a text.")
+@models.samples(64)
+@models.sequence_length(models.CALIBRATION)
+@models.seed("Draws the windows of a text.", models.CALIBRATION)
 @options.option("--attention-mask", type=click.Path(), metavar="F:K", group=models.CALIBRATION,
                 help="0 where a calibration token is padding.")
 @options.setting("device")
-@options.option("--shard-size", default="5GB", group=options.OUTPUT,
-                help="Largest file of weights.")
-@options.option("--save-dtype", type=options.Name(models.SAVE_DTYPES), metavar="T",
-                group=options.OUTPUT, show_default="as in SRC, of a GGUF half precision",
-                help="Write the weights in " + ", ".join(models.SAVE_DTYPES) + ".")
+@models.shard_size
+@models.save_dtype
 @models.trust
 def rotate(src, dst, calibration, **given):
     """Write the model in the folder SRC (or a .gguf) into DST in another basis: the same function.

@@ -13,7 +13,7 @@ from cuobs import files
 NAMED = 10
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Check a weight, or a pruned model.")
 @click.argument("w", metavar="W|DIR", type=click.Path())
 @options.pattern
 @click.pass_context

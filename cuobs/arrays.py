@@ -5,6 +5,7 @@ its result back in the kind that came with `hand_back`.
 """
 
 import contextlib
+import ctypes
 import numbers
 import os
 import re
@@ -45,6 +46,18 @@ def cupy_fault():
     except Exception as error:
         fault = str(error).splitlines()[0]
     return f"CuPy {cupy.__version__} finds no CUDA device ({fault}): check the NVIDIA driver"
+
+
+def count_devices():
+    """How many CUDA devices the driver shows, whatever packages there are to use them."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def namespace(array):

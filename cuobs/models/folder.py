@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuobs import files, validation
-from cuobs.arrays import DEVICES
 from cuobs.models.checkpoints.source import find_source, unfinished
 from cuobs.models.planning import (
     Run,
     View,
+    check_device,
     check_folders,
     check_model,
     check_sources,
@@ -122,6 +122,7 @@ def prune_folder(
     calibration, distill_calibration = listed(calibration), listed(distill_calibration)
     if distill_calibration and not recipe.distill:
         raise ValueError("distill_calibration: found it without distill, expected its passes too")
+    check_device(device)
     source, shard_bytes, save_dtype = check_folders(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
@@ -189,7 +190,7 @@ def evaluate_folder(
     -------
     Evaluation
     """
-    validation.name_of("device", device, DEVICES)
+    check_device(device)
     check_cut(None, sequence_length)
     source = find_source(folder, packed=None)
     check_model(source)
@@ -240,7 +241,7 @@ def write_calibration(
     -------
     ndarray of int64, shape (windows, length)
     """
-    validation.name_of("device", device, DEVICES)
+    check_device(device)
     check_cut(windows, sequence_length)
     validation.integer("seed", seed, low=0)
     out = os.fspath(out)

@@ -4,14 +4,17 @@ Neither PyTorch nor transformers is imported here: what is wrong is said in a se
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cuobs import arrays, files, validation
+from cuobs.arrays import DEVICES
 from cuobs.models.checkpoints.marker import check_destination
 from cuobs.models.checkpoints.source import Source, find_source, stored_tensors
 from cuobs.models.tokens.calibration import (
+    POSITIONS,
     check_cut,
     check_tokens_file,
     is_tokens,
@@ -20,6 +23,9 @@ from cuobs.models.tokens.calibration import (
     self_written,
 )
 from cuobs.models.tokens.texts import read_documents
+
+# What is public; the rest is for the package.
+__all__ = ["check_packing", "check_timing"]
 
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
 # How the names of a tokenizer's files begin.
@@ -80,12 +86,7 @@ def check_folders(
     """
     check_cut(samples, sequence_length)
     validation.integer("seed", seed, low=0)
-    try:
-        shard_bytes = arrays.parse_size(shard_size)
-    except ValueError:
-        raise ValueError(
-            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
-        ) from None
+    shard_bytes = _shard_bytes(shard_size)
     if save_dtype is not None:
         validation.name_of("save_dtype", save_dtype, SAVE_DTYPES)
     source = find_source(src)
@@ -104,6 +105,64 @@ def check_folders(
             )
         _check_mask(attention_mask, calibration[0], samples, sequence_length)
     return source, shard_bytes, save_dtype
+
+
+def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
+    """Refuse what can't be packed into a folder, or unpacked, whatever the weights are.
+
+    Parameters
+    ----------
+    src, dst, shard_size, device
+        See `cuobs.models.pack_folder`.
+    packed : bool
+        Whether SRC is to be packed already.
+    """
+    check_device(device)
+    _shard_bytes(shard_size)
+    source = find_source(src, packed=packed)
+    if source.gguf is not None:
+        raise ValueError(f"{source.name}: found a GGUF, expected the folder of a pruned model")
+    check_destination(source, dst)
+    if source.in_safetensors:
+        stored_tensors(source)
+
+
+def check_timing(source):
+    """Refuse a source of layer shapes that is none, and a machine without a CUDA device.
+
+    Parameters
+    ----------
+    source : str
+        See `cuobs.models.speedup`.
+    """
+    if not re.fullmatch(r"\s*\d+\s*[xX×]\s*\d+\s*", source) and not os.path.isfile(
+        os.path.join(source, "config.json")
+    ):
+        what = "config.json" if os.path.isdir(source) else "such folder"
+        raise FileNotFoundError(
+            f"{source}: found no {what}, expected a checkpoint's folder or a shape MxK"
+        )
+    if not arrays.count_devices():
+        raise ValueError(
+            "device: found no CUDA device, expected one: packed weights pay on NVIDIA GPUs from "
+            "Ampere on, nowhere else"
+        )
+
+
+def check_device(device):
+    """Refuse a device that there is not."""
+    validation.name_of("device", device, DEVICES)
+    if device == "cuda":
+        arrays.choose(device)
+
+
+def _shard_bytes(shard_size):
+    try:
+        return arrays.parse_size(shard_size)
+    except ValueError:
+        raise ValueError(
+            f"shard_size: found {shard_size!r}, expected bytes, or a size like '5GB'"
+        ) from None
 
 
 def check_sources(source, specs, samples, length):
@@ -141,14 +200,30 @@ def check_text(source, spec, samples, length):
     if is_tokens(spec):
         config = source.config.get("text_config") or source.config
         vocabulary = config.get("vocab_size") or source.config.get("vocab_size")
-        return check_tokens_file(spec, vocabulary, samples, length).shape[1]
+        found = check_tokens_file(spec, vocabulary, samples, length).shape[1]
+        _check_length(source, spec, found)
+        return found
     read_documents(spec)
+    if length is not None:
+        _check_length(source, spec, length)
     if source.gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(source.folder)):
         raise ValueError(
             f"{source.name}: found no tokenizer, expected one to read {spec} with; tokens.npz:key "
             "needs none"
         )
     return length
+
+
+def _check_length(source, spec, length):
+    """Refuse windows that are longer than a config says that its model may read."""
+    places = (source.config, source.config.get("text_config") or {})
+    known = [place.get(key) for place in places for key in POSITIONS]
+    longest = min((n for n in known if isinstance(n, int) and n > 0), default=length)
+    if length > longest:
+        raise ValueError(
+            f"{spec}: tokens: found windows of {length}, expected at most {longest}, the model's "
+            "longest"
+        )
 
 
 def _check_mask(mask, calibration, samples, length):

@@ -9,6 +9,8 @@ import pytest
 from extras import MODEL
 from small_models import make_tokens
 
+from cuobs.arrays import count_devices
+
 pytestmark = pytest.mark.skipif(not MODEL, reason="needs the extra model")
 
 CHILD = """
@@ -44,7 +46,10 @@ def run(tmp_path):
 
 
 def test_before_torch_is_imported(run, source, tmp_path):
-    np.savez(tmp_path / "t.npz", t=make_tokens(8), big=np.full((2, 8), 97))
+    np.savez(
+        tmp_path / "t.npz", t=make_tokens(8), big=np.full((2, 8), 97), long=make_tokens(2, 70)
+    )
+    (tmp_path / "long.txt").write_text("w3 " * 200)
     np.save(tmp_path / "short.npy", np.ones((8, 9), bool))
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "a.jsonl").write_text('{"text": "w3"}\n{"text"\n')
@@ -55,7 +60,7 @@ def test_before_torch_is_imported(run, source, tmp_path):
     tokens = f"{tmp_path / 't.npz'}:t"
     plain = ["prune-model", source, tmp_path / "out", "--calibration", tokens]
     cases = {
-        "found no array 'none' among 2": ["--calibration", f"{tmp_path / 't.npz'}:none"],
+        "found no array 'none' among 3": ["--calibration", f"{tmp_path / 't.npz'}:none"],
         "found 97 to 97, expected 0 to 96": ["--calibration", f"{tmp_path / 't.npz'}:big"],
         "expected at least 25": ["--sequence-length", 25],
         "pattern: found '3:2'": ["--pattern", "3:2"],
@@ -84,7 +89,31 @@ def test_before_torch_is_imported(run, source, tmp_path):
         "steps: found -1": ["rotate", source, tmp_path / "out", "--calibration", tokens,
                             "--steps", -1],
         "found no array 'x'": ["eval-model", source, "--text", f"{tmp_path / 't.npz'}:x"],
+        "found windows of 65, expected at most 64": [
+            "eval-model", source, "--text", tmp_path / "long.txt", "--sequence-length", 65
+        ],
+        "windows of 70, expected at most 64": [*plain[:4], f"{tmp_path / 't.npz'}:long"],
+        "none: found no such file, expected a weight, or the": ["verify", tmp_path / "none"],
+        "none: found no such folder, expected a folder that": ["report", tmp_path / "none"],
+        "none: found no such folder, expected a checkpoint's": ["speedup", tmp_path / "none"],
+        "config.json, expected a checkpoint's folder or": ["speedup", tmp_path / "full"],
+        "--compile: found it without --generate": ["speedup", source, "--compile"],
+        "--sequences: found it without": ["speedup", source, "--sequences", 2],
+        "--batch: found it with --generate": ["speedup", source, "--generate", "--batch", 2],
+        "batches: found 0": ["speedup", "64x64", "--batch", 0],
+        "found the source itself, expected one": ["pack-model", source, source],
+        "full: found files": ["pack-model", source, tmp_path / "full"],
+        "found no packed model": ["unpack-model", source, tmp_path / "out"],
+        "pattern: found '9:5'": ["pack-model", source, tmp_path / "out", "--pattern", "9:5"],
+        "shard_size: found '5ZB'": ["pack-model", source, tmp_path / "out", "--shard-size", "5ZB"],
+        "windows: found 0": ["write-calibration", source, "-o", tmp_path / "w", "--windows", 0],
+        "tune_rate: found it without tune": [*plain, "--tune-rate", 1],
+        "rotate_permute: found it without rotate": [*plain, "--rotate-permute"],
+        "distill_rate: found it without distill": [*plain, "--distill-rate", 1],
     }
+    if not count_devices():
+        commands["found no CUDA device, expected one: packed"] = ["speedup", "64x64"]
+        commands["device: found no CUDA device"] = ["speedup", source, "--generate"]
     for match, (code, output, heavy) in zip(commands, run(commands.values()), strict=True):
         assert (code, heavy) == (2, []), (match, output)
         assert match.lower() in output.lower()

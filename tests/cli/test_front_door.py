@@ -268,11 +268,24 @@ def test_help_shows_options_by_group_and_defaults_in_one_way():
         assert method.name in words
         for option in method.options:
             assert "--" + option.name in words and option.help in words
-    assert "[default: (a tenth of them)" in words and "[default: 0.01]" in words
-    assert "[default: (largest for obs-ordered, gap for true-obs)]" in words
+    assert "[default: a tenth of them]" in words and "[default: 0.01]" in words
+    assert "[default: largest for obs-ordered, gap for true-obs]" in words
     for name in group.COMMANDS:
         said = run(name, "--help").output
-        assert not re.search(r"\.  \[(?!default: |required|x)", " ".join(said.split("\n"))), said
+        words = " ".join(said.split())
+        assert not re.search(r"\. \[(?!default: [^(\]]+\]|required\])", words), said
+        assert not re.search(r"\b(INTEGER|RANGE|FLOAT|BOOLEAN)\b|…|\.\.\.$", words), said
+        others = said.partition("\nOther options:\n")[2]
+        assert not others or others.split("--")[1:] == ["help  Show this message and exit.\n"]
+
+
+def test_the_help_shows_every_command_once_by_what_it_is_for():
+    said = run("--help").output
+    assert all(f"\n{title}:\n" in said for title in group.SECTIONS)
+    for name in group.COMMANDS:
+        assert len(re.findall(rf"^  {name}  +\w", said, re.MULTILINE)) == 1
+    assert max(map(len, said.splitlines())) <= 80 and "..." not in said.partition("A layer")[2]
+    assert "..." not in run("plot", "--help").output.partition("Commands")[2]
 
 
 @pytest.mark.parametrize(("words", "expected"), [

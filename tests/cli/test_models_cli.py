@@ -152,7 +152,7 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         (["--samples", "0"], "samples: found 0"),
         (["--seed", "-1"], "seed: found -1"),
         (["--shard-size", "big"], "shard_size: found 'big'"),
-        (["--tune-rate", "0"], "tune_rate: found 0"),
+        (["--tune", "1", "--tune-rate", "0"], "tune_rate: found 0"),
         (["--batch-tokens", "0"], "batch_tokens: found 0"),
         (["--skip", "proj"], "no linear that could be pruned (skipped)"),
         (["--eval", "none.txt"], "none.txt: found no such file"),
@@ -286,7 +286,7 @@ def test_speedup_without_a_device(cuobs):
         pytest.skip("there is a device")
     result = cuobs("speedup", "64x128")
     assert result.exit_code == 2
-    assert "sees no CUDA device" in result.output
+    assert "no CUDA device, expected one" in result.output
 
 
 RECIPE = """

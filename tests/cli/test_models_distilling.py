@@ -51,7 +51,7 @@ def test_what_is_refused_before_weights_are_read(tmp_path):
         (["--calibration", text, "--distill-calibration", "self"], "distill_calibration: found"),
         (["--calibration", "self:0"], "self:0: found 0"),
         (["--calibration", text, "--distill", -1], "distill: found -1"),
-        (["--calibration", text, "--distill-rate", 0], "distill_rate: found 0"),
+        (["--calibration", text, "--distill", 1, "--distill-rate", 0], "distill_rate: found 0"),
         (["--calibration", text, "--distill", 1, "--distill-calibration", "no.txt"], "no.txt"),
     ):
         found = run("prune-model", source, dst, *args)

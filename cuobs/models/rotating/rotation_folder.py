@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cuobs
-from cuobs import validation
-from cuobs.arrays import DEVICES
-from cuobs.models.planning import check_folders
+from cuobs.models.planning import check_device, check_folders
 from cuobs.models.recipe import WINDOWS, check_rotation
 
 
@@ -57,7 +55,7 @@ def rotate_folder(
         shard_size, save_dtype,
     )  # fmt: skip
     pattern = cuobs.pattern.parse(pattern)
-    validation.name_of("device", device, DEVICES)
+    check_device(device)
     check_rotation(**{key: value for key, value in options.items() if key != "permute"})
     from cuobs.models.rotating import rotation_pipeline
 
