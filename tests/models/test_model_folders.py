@@ -3,12 +3,11 @@
 import hashlib
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -181,19 +180,6 @@ def test_padded_calibration(source, tmp_path, calibration):
     assert all(torch.equal(model.state_dict()[n], tensor) for n, tensor in written.items())
 
 
-CHILD = """
-    import sys
-    from cuobs.models import prune_folder
-
-    print("started", flush=True)
-    prune_folder(
-        sys.argv[1], sys.argv[2], sys.argv[3], device="cpu", resume=True, method="sparsegpt",
-        tune=4, shard_size="20KB", save_masks=True,
-        on_block=lambda report, blocks: print("block", flush=True),
-    )
-"""
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
     source = make_source(tmp_path / "source", num_hidden_layers=6)
@@ -201,21 +187,21 @@ def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
                  "save_masks": True}  # fmt: skip
     prune_folder(source, tmp_path / "whole", calibration, **arguments)
     out = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), source, out, calibration],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        # A test run in the background ignores it, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ended, end = os.pipe()
+    child = forks.start(
+        lambda: prune_folder(
+            source, out, calibration, resume=True, **arguments,
+            on_block=lambda report, blocks: os.write(end, b"."),
+        )
     )  # fmt: skip
-    done = 0
-    while done < 2:
-        line = child.stdout.readline()
-        assert line, "the run ended before its second block"
-        done += line == "block\n"
+    os.close(end)
+    for _ in range(2):
+        assert os.read(ended, 1), "the run ended before its second block"
     time.sleep(0.05)  # into the third block
     os.kill(child.pid, how)
-    child.wait()
-    child.stdout.close()
+    child.join()
+    os.close(ended)
+    assert child.exitcode
 
     assert (out / MARKER).exists() and not (out / "config.json").exists()
     finished = sorted(p.name for p in (out / BLOCKS).iterdir() if p.suffix == ".safetensors")
@@ -442,26 +428,21 @@ def test_resume_says_what_is_damaged_or_other(source, tmp_path, calibration):
     assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
 
 
-FULL = """
-    import resource, signal, sys
-    from cuobs.models import prune_folder
-
+def prune_on_a_full_disk(*args):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a block's file is smaller
     try:
-        prune_folder(*sys.argv[1:], device="cpu", method="wanda")
+        prune_folder(*args, device="cpu", method="wanda")
     except OSError as error:
         print(error)
-"""
 
 
 def test_a_full_disk_names_the_file(source, tmp_path, calibration):
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FULL), source, out, calibration],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    (line,) = done.stdout.splitlines()
+    forks.start(
+        prune_on_a_full_disk, source, out, calibration, said=tmp_path / "said"
+    ).join()
+    (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.startswith(f"{out / 'model.safetensors'}: found that it can't be written (")
     assert "File too large" in line
     report = prune_folder(source, out, calibration, device="cpu", method="wanda", resume=True)
