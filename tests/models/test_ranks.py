@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import learn_together
 import numpy as np
 import pytest
 import torch
+from cuobs_cli import main
 from small_models import make_source, make_tokens
 
 from cuobs import verify
@@ -33,13 +36,35 @@ def place(tmp_path_factory):
     return folder
 
 
-def torchrun(place, dst, *options, processes=2, wait=True, device="cpu"):
-    """`cuobs prune-model` under torchrun; the finished process."""
-    process = start(
-        processes, "-m", "cuobs", "prune-model", place / "source", dst,
-        "--calibration", f"{place}/tokens.npz:t", "--device", device, *options,
-    )  # fmt: skip
-    return finished(process) if wait else process
+def command(place, dst, *options, device="cpu"):
+    """Words of `cuobs`."""
+    words = ("prune-model", place / "source", dst, "--calibration", f"{place}/tokens.npz:t",
+             "--device", device, *options)  # fmt: skip
+    return [str(word) for word in words]
+
+
+def together(folder, function, *args, processes=2):
+    """Call a function in forked processes that find each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(rank):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        function(*args)
+
+    files = [folder / f"rank{rank}" for rank in range(processes)]
+    started = [forks.start(call, rank, said=said) for rank, said in enumerate(files)]
+    for process in started:
+        process.join(240)
+        process.kill()
+        process.join()
+    out, err = ("".join(Path(f"{said}{end}").read_text() for said in files) for end in ("", ".err"))
+    code = max(abs(process.exitcode) for process in started)
+    return subprocess.CompletedProcess(args, code, out, err)
 
 
 def start(processes, *what):
@@ -73,7 +98,8 @@ def test_two_processes_give_what_one_gives(place):
         place / "source", place / "one", f"{place}/tokens.npz:t", device="cpu",
         evaluate=[f"{place}/tokens.npz:text"],
     )  # fmt: skip
-    found = torchrun(place, place / "two", "--eval", f"{place}/tokens.npz:text")
+    words = command(place, place / "two", "--eval", f"{place}/tokens.npz:text")
+    found = together(place, main, words)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("block 3/3") == 1  # one speaks for both
     mine, report = losses(place / "two")
@@ -98,7 +124,8 @@ def test_two_gpus_give_what_one_gives(place, cp, method):
     report = prune_folder(
         place / "source", one, f"{place}/tokens.npz:t", device="cuda", method=method
     )
-    found = torchrun(place, two, "--method", method, device="cuda")
+    words = command(place, two, "--method", method, device="cuda")
+    found = finished(start(2, "-m", "cuobs", *words))
     assert found.returncode == 0, found.stderr
     mine, _ = losses(two)
     assert mine[:3] == pytest.approx([r.loss for r in report.layers[:3]], rel=1e-3)
@@ -118,7 +145,10 @@ def test_processes_learn_what_one_learns(tmp_path, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     learn_together.main(tmp_path / "one.npz", device)
-    found = finished(start(2, learn_together.__file__, tmp_path / "two.npz", device))
+    if device == "cpu":
+        found = together(tmp_path, learn_together.main, tmp_path / "two.npz", device)
+    else:  # CUDA does not outlive a fork
+        found = finished(start(2, learn_together.__file__, tmp_path / "two.npz", device))
     assert found.returncode == 0, found.stderr
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert set(one) == set(two)
@@ -131,14 +161,14 @@ def test_processes_learn_what_one_learns(tmp_path, device):
 
 
 def test_what_is_wrong_is_said_once(place):
-    found = torchrun(place, place / "bad", "--samples", 1)
+    found = together(place, main, command(place, place / "bad", "--samples", 1))
     assert found.returncode and found.stderr.count("found 1 windows for 2 processes") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_process_ends_all_and_one_goes_on(place):
     dst = place / "killed"
-    process = torchrun(place, dst, wait=False)
+    process = start(2, "-m", "cuobs", *command(place, dst))
     blocks = dst / "cuobs_blocks"
     until = time.monotonic() + 120
     while not (blocks / "00000.safetensors").exists() and time.monotonic() < until:
