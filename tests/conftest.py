@@ -1,5 +1,6 @@
 """Fixtures: the array namespaces, and the example layer."""
 
+import os
 import zlib
 from pathlib import Path
 
@@ -16,8 +17,12 @@ EXAMPLE = TESTS.parent / "examples" / "smollm2"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_blas_thread():
-    """Threads of BLAS only wait for each other on matrices as small as most of these."""
-    with threadpool_limits(1):
+    """Threads of BLAS only wait for each other on matrices as small as most of these.
+
+    Processes that tests start begin with one as well.
+    """
+    with threadpool_limits(1), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         yield
 
 

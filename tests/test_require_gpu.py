@@ -1,5 +1,6 @@
 """What --require-gpu does where there is no device."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ def test_a_missing_device_fails_instead_of_skipping():
     if not arrays.cupy_fault():
         pytest.skip("a device is here")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TEST]
-    root = Path(__file__).parent.parent
-    skipped = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    how = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True,
+           "env": {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}}  # fmt: skip
+    skipped = subprocess.run(command, **how)
     assert skipped.returncode == 0 and "1 skipped" in skipped.stdout
-    failed = subprocess.run([*command, "--require-gpu"], cwd=root, capture_output=True, text=True)
+    failed = subprocess.run([*command, "--require-gpu"], **how)
     assert failed.returncode == 1 and "CuPy" in failed.stdout
