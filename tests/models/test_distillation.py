@@ -10,10 +10,12 @@ from torch import nn
 
 from cuobs.models import distill
 from cuobs.models.distilling import logits
-from cuobs.models.distilling.distillation import _order, set_aside
+from cuobs.models.distilling.distillation import _order, _Pair, set_aside
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import Cut
+from cuobs.models.memory import Room
 from cuobs.models.structure import find_blocks, linears
+from cuobs.torch.keep_zeros import masked_weights
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -94,6 +96,36 @@ def test_the_gradient_is_that_of_the_whole_logits(family, monkeypatch):
     for a, b, c in zip(found, at_head, expected, strict=True):
         total = sum(part for part in (a, b) if part is not None)
         assert (total - c).norm() <= 1e-5 * c.norm() + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("cpu", 1e-4), pytest.param("cuda", 5e-2, marks=[pytest.mark.gpu, GPU])],
+)
+def test_a_steps_gradient_is_that_of_the_definition(name, limit):
+    """In parts, with padding; products in bfloat16 on a GPU."""
+    dense, device = make_model("llama"), torch.device(name)
+    model, masks = make_pruned(dense)
+    tokens, padding = torch.from_numpy(make_tokens(8)), torch.ones(8, 24, dtype=torch.long)
+    padding[::3, -7:] = 0
+    wide, wider = copy.deepcopy(model).double(), copy.deepcopy(dense).double()
+    weights, kept = masked_weights(wide, masks)
+    chosen = np.array([6, 0, 2, 5, 3])
+    q, p = (
+        m(input_ids=tokens[chosen], attention_mask=padding[chosen]).logits.softmax(-1)
+        for m in (wide, wider)
+    )
+    counted = padding[chosen].double()
+    lost = ((p * (p / q).log()).sum(-1) * counted).sum() / counted.sum()
+    expected = torch.autograd.grad(lost, list(weights.values()))
+    mine, _ = masked_weights(model.to(device), masks)
+    pair = _Pair(model, dense.to(device), mine, kept, [], tokens, padding, device)
+    pair.gradient(chosen, Room(2))
+    for (key, weight), goal in zip(mine.items(), expected, strict=True):
+        found = weight.grad.cpu().double()
+        assert not found[~kept[key]].any()
+        goal = goal * kept[key]
+        assert (found - goal).norm() <= limit * goal.norm(), key
 
 
 def test_logits_of_a_large_vocabulary_are_made_a_few_tokens_at_a_time(monkeypatch):
