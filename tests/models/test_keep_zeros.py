@@ -1,6 +1,10 @@
 """Zeros stay zero in any training loop."""
 
 import inspect
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +248,27 @@ def test_adapters_that_begin_at_zero_are_free():
     found = merged.model.layers[0].mlp.up_proj.weight
     assert not found[:, ::2].any()
     torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
+
+
+def test_the_example_ends_in_a_folder_that_still_has_its_pattern(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from cuobs_cli import main
+
+    path = Path(__file__).parents[2] / "examples" / "fine_tune_pruned.py"
+    example = runpy.run_path(str(path))["main"]
+    commands = []
+    monkeypatch.setattr(sys, "argv", [str(path)])
+
+    def run(command):
+        commands.append(command)
+        result = CliRunner().invoke(main, command[3:])
+        assert "2:4" in result.output
+        return SimpleNamespace(returncode=result.exit_code)
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(SystemExit) as ended:
+        example()
+    assert ended.value.code == 0 and commands[0][1:4] == ["-m", "cuobs", "verify"]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
