@@ -8,6 +8,7 @@ import torch
 from small_models import make_model, make_tokens, same, weights_of
 from torch import nn
 
+from cuobs import arrays
 from cuobs.models import distill
 from cuobs.models.distilling import logits
 from cuobs.models.distilling.distillation import _order, _Pair, set_aside
@@ -268,6 +269,19 @@ def test_doing_forwards_again_gives_the_same_bits():
         found.append(weights_of(model))
         assert "forward" not in model.model.layers[0].__dict__
     assert same(*found)
+
+
+def test_forwards_are_done_again_where_a_window_does_not_fit(monkeypatch):
+    dense, seen, found = make_model("llama"), [], []
+    for free in (2**40, 0):
+        monkeypatch.setattr(arrays, "free_memory", lambda xp, free=free: free)
+        model, masks = make_pruned(dense)
+        report = distill(
+            model, dense, masks, make_tokens(16), passes=1,
+            starting=lambda _, block=model.model.layers[0]: seen.append("forward" in vars(block)),
+        )  # fmt: skip
+        found.append(report.memory_predicted)
+    assert seen == [False, True] and found[1] < found[0]
 
 
 def test_half_the_windows_do_as_well():
