@@ -53,6 +53,21 @@ def load_hessian(spec, device="auto"):
     return files.load(spec)
 
 
+def check_inputs(*specs):
+    """Refuse files that are not there or hold no arrays; a None is left out."""
+    for spec in specs:
+        if spec:
+            files.keys(files.split(spec)[0])
+
+
+def check_layer(w, x, hessian):
+    """Refuse what can't be the files of a layer, before it is asked what may be written."""
+    if (x is None) == (hessian is None):
+        found = "neither" if x is None else "both"
+        raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
+    check_inputs(w, x, hessian)
+
+
 def check_outputs(inputs, outputs, force):
     """Refuse outputs that can't or mustn't be written, before any work.
 

@@ -30,6 +30,7 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
         "damp": config.recipe.damp,
     }
     comparing.recipes_of(methods, own, **shared)
+    common.check_layer(w, x, hessian)
     common.check_outputs(
         [w, x, hessian], {"--plot": plot, "--rst": rst, "--json": json_path}, force
     )

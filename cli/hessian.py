@@ -20,6 +20,7 @@ def hessian(specs, out, dtype, device, force):
 
     An X may also be what this command wrote before, here or on another machine.
     """
+    common.check_inputs(*specs)
     common.check_outputs(specs, {"-o": out}, force)
     files.check_format(out, dtype or "float32")
     if not files.by_name(out):

@@ -16,6 +16,7 @@ from cuobs import files
 @options.force
 def pack(w, pattern, out, force):
     """Pack the weight W, which obeys a pattern, into a .npz or .safetensors file."""
+    common.check_inputs(w)
     common.check_outputs([w], {"--out": out}, force)
     _check_named(out)
     W = files.load(w)
@@ -34,6 +35,7 @@ def pack(w, pattern, out, force):
 @options.force
 def unpack(packed, out, force):
     """Write the dense weight of PACKED, which cuobs pack has written."""
+    common.check_inputs(packed)
     common.check_outputs([packed], {"--out": out}, force)
     found = cuobs.Packed.load(packed)
     files.check_format(out, found.dtype)

@@ -25,6 +25,7 @@ def mask(w, out, pattern, force):
     """Draw what is not zero in a weight, a corner of it and the whole from afar."""
     if out is None:
         out = os.path.splitext(os.path.basename(files.split(w)[0]))[0] + "-mask.png"
+    common.check_inputs(w)
     common.check_outputs([w], {"-o": out}, force)
     plotting.check_picture(out)
     W = files.load(w)

@@ -22,6 +22,7 @@ from cuobs import files
 def prune(w, x, hessian, config, out, mask_out, report, force, quiet, as_json):
     """Prune the weight W under the activations X, or under their Hessian."""
     common.one_layer(config)
+    common.check_layer(w, x, hessian)
     out = _output(w, out)
     common.check_outputs(
         [w, x, hessian], {"-o": out, "--mask-out": mask_out, "--report": report}, force

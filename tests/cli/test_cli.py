@@ -640,6 +640,20 @@ def test_shapes_and_tokens_are_told_and_few_are_warned_of():
     ]
 
 
+def test_inputs_are_looked_at_before_outputs():
+    """One who names a wrong file is not told first that the right one's result is there."""
+    for name in ("W-pruned.npy", "none-pruned.npy", "a.npz", "none-mask.png", "a.json"):
+        open(name, "w").close()
+    for command in (
+        "prune W.npy none.npy", "prune none.npy X.npy", "prune W.npy --hessian none.npz",
+        "compare W.npy none.npy --json a.json", "hessian X.npy none.npy -o a.npz",
+        "pack none.npy -o a.npz", "unpack none.npz -o a.npz", "plot mask none.npy",
+    ):  # fmt: skip
+        assert re.match(r"Error: none\.np[yz]: found no such file", refused(*command.split()))
+    assert "found neither" in refused("prune", "W.npy")
+    assert "W-pruned.npy: found an existing file" in refused("prune", "W.npy", "X.npy")
+
+
 def test_the_output_is_called_by_the_weight():
     os.mkdir("deeper")
     np.savez("deeper/down.npz", a=np.load("W.npy"))
