@@ -1,4 +1,9 @@
-"""The card of a pruned model: what was done to it, below what its source's card says."""
+"""The card of a pruned model: what was done to it, below what its source's card says.
+
+``huggingface_hub.ModelCard`` reads what is written here, but does not write it: of the metadata
+of a source it drops entries that are null, those fields of a ``model-index`` that it has no class
+for, and all of one that it can't parse; a head that is no mapping it refuses. Here they stay.
+"""
 
 import os
 import re
