@@ -6,6 +6,26 @@ NO_COLOR is set.
 
 import sys
 
+import click
+
+# The bars that are on the terminal now: a line of something else has to come above them.
+_DRAWN = []
+
+
+def say(line="", err=False):
+    """Print a line, above the bar where one is drawn."""
+    drawn = list(_DRAWN)
+    clear()
+    click.echo(line, err=err)
+    for progress in drawn:
+        progress.draw()
+
+
+def clear():
+    """Take away the bars that are on the terminal."""
+    for progress in list(_DRAWN):
+        progress.clear()
+
 
 class Progress:
     """A bar that goes away when the work is done; silence in a pipe.
@@ -33,28 +53,34 @@ class Progress:
     def __exit__(self, *_):
         self.clear()
 
+    def draw(self):
+        """Put the bar on the terminal."""
+        if self not in _DRAWN:
+            self._bars.start()
+            _DRAWN.append(self)
+
     def clear(self):
-        """Make room for a line of something else; the bar comes back with the next step."""
-        if self._bars is not None:
+        """Take the bar away; it comes back with the next step, as far as it was."""
+        if self in _DRAWN:
+            _DRAWN.remove(self)
             self._bars.stop()
-            self._bars = None
 
     def callback(self):
         """What to give as ``progress``: None unless somebody looks."""
         return self if self._stream.isatty() else None
 
     def __call__(self, done, total):
-        if self._bars is None and done >= total:
+        if self not in _DRAWN and done >= total:
             return  # a stage of one step: there is nothing to wait for
         if self._bars is None:
             self._bars = bars(self._stream, self._clock)
             self._task = self._bars.add_task(self.label, total=total, completed=done)
-            self._bars.start()
         elif total != self._position[1] or done < self._position[0]:
             # Another stage has begun, and the old pace is no guide.
             self._bars.reset(self._task, total=total, completed=done)
         self._position = (done, total)
         self._bars.update(self._task, description=self.label, completed=done)
+        self.draw()
 
 
 def bars(stream, clock=None):
@@ -67,6 +93,6 @@ def bars(stream, clock=None):
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TimeLeft(compact=True), TextColumn("left"),
         console=Console(file=stream), transient=True, get_time=clock,
-        # Lines for a file stay in it; those for a terminal go above the bars.
-        redirect_stdout=sys.stdout.isatty(),
+        # Not by rich: click writes past what it puts in the place of the streams.
+        redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip

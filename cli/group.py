@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import click
+from cuobs_cli import display
 from cuobs_cli.common import COMMAND
 
 import cuobs
@@ -84,7 +85,10 @@ def one_sentence():
     try:
         with stopped_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            yield
+            try:
+                yield
+            finally:
+                display.clear()
     except Stopped as stopped:
         click.echo("Stopped.", err=True)
         raise click.exceptions.Exit(128 + stopped.args[0]) from None
@@ -109,7 +113,7 @@ def _another_says_it():
 
 
 def _show_warning(message, *_, **__):
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    display.say(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 class Commands(click.Group):

@@ -1,13 +1,11 @@
 """What a run over a whole model shows: a line a block, and on a terminal a bar below them."""
 
-
-import click
 from cuobs_cli import display
 
 import cuobs
 from cuobs.arrays import size_text
 
-DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the hidden states h behind a block, dense and pruned"
+DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the states behind a block, dense h and pruned ĥ"
 
 
 class View:
@@ -27,7 +25,7 @@ class View:
     def say(self, line=""):
         """A line."""
         if not self._quiet:
-            click.echo(line)
+            display.say(line)
 
     def progress(self, label, done, total):
         """How far a stage of the run is."""
