@@ -6,7 +6,7 @@ import click
 from cuobs_cli import options
 
 import cuobs
-from cuobs import files
+from cuobs import files, sharing
 
 # Where a context keeps the whole command, for reports.
 COMMAND = "cuobs.command"
@@ -30,12 +30,13 @@ def given(keys):
 
 
 def one_layer(config):
-    """Refuse a config with entries for whole models."""
+    """Refuse a config with entries for whole models, and devices that are not there."""
     for name in ("layers", "skip", "model"):
         if entries := getattr(config, name):
             raise ValueError(
                 f"{name}: found {', '.join(entries)}, expected such entries with prune-model alone"
             )
+    sharing.first(config.settings)
 
 
 def load_layer(w, x, hessian, device):

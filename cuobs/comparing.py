@@ -4,7 +4,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
-from cuobs import arrays, recipe, validation
+from cuobs import arrays, recipe, sharing, validation
 from cuobs.layer import check_layer, check_memory, hessian_of, prune_checked
 from cuobs.modules import weight_of
 from cuobs.pattern import Pattern
@@ -199,11 +199,13 @@ def compare(
     recipes = recipes_of(names, options, pattern=pattern, refine=refine, damp=damp)
     pattern = recipes[names[0]].pattern
     W = weight_of(W, "W")
-    with arrays.stream_of(W, X, hessian):
+    with sharing.first(settings), arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         shape = layer.weight.shape
         pattern.compile(*shape)
         check_memory(shape, settings)
+        for own in recipes.values():
+            sharing.check(own, settings, shape)
         H, _ = hessian_of(shape, X, hessian, settings, settings.namespace(W))
         done = {}
         # The others' ratios are known at once where the reference is the first to run.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuobs import arrays, validation
+from cuobs import arrays, sharing, validation
 from cuobs.activations import are_batches, count_tokens
 from cuobs.hessian import Hessian, check_fits, check_held, check_symmetric, warn_of_few
 from cuobs.loss import loss
@@ -106,10 +106,11 @@ def check_memory(shape, settings):
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
     """Check a weight, make or check its Hessian, and prune it; a `Result`."""
     W = weight_of(W, "W")
-    with arrays.stream_of(W, X, hessian):
+    with sharing.first(settings), arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         recipe.pattern.compile(*layer.weight.shape)
         check_memory(layer.weight.shape, settings)
+        sharing.check(recipe, settings, layer.weight.shape)
         xp = settings.namespace(layer.W)
         began = time.perf_counter()
         H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp)
@@ -121,7 +122,7 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
     """Prune a `Layer` under an undamped Hessian on the namespace and of the dtype to compute in."""
     xp = arrays.namespace(H)
     began = time.perf_counter()
-    new, mask, cost, converged = solve_layer(recipe, settings, layer, H)
+    new, mask, cost, converged = _solve(recipe, settings, layer, H)
     seconds = _since(began, xp)
     base = arrays.asarray(layer.weight, xp, settings.dtype)
     if cost is not None:
@@ -138,6 +139,13 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
         cost=cost,
         converged=converged,
     )
+
+
+def _solve(recipe, settings, layer, H):
+    """`solve_layer`, on as many devices as the settings say."""
+    if settings.devices is None:
+        return solve_layer(recipe, settings, layer, H)
+    return sharing.solve_on(solve_layer, recipe, settings, layer, H)
 
 
 def solve_layer(recipe, settings, layer, H, pull=None):

@@ -29,6 +29,7 @@ def prune(
     memory_limit: int | str | None = None,
     workers: int | None = None,
     batch_rows: int | None = None,
+    devices: str | int | None = None,
     progress: Callable | None = None,
     **options: Any,
 ) -> Result:
@@ -70,6 +71,10 @@ def prune(
         default.
     batch_rows : int, optional
         Rows in a batch; sized from the free memory by default.
+    devices : str or int, optional
+        GPUs of this host that share the rows: "all", how many, or which ("0,2"), for methods that
+        prune rows apart or add up over them (all but obs-ordered and true-obs in order "shared").
+        The results are those of one but for rounding; a memory limit is that of each.
     progress : callable, optional
         Called with (done, total) as the method goes.
     **options
@@ -102,7 +107,9 @@ def prune(
     True
     """
     recipe = Recipe(pattern, method, options, refine, damp)
-    settings = Settings(device, dtype, precision, workers, batch_rows, memory_limit, progress)
+    settings = Settings(
+        device, dtype, precision, workers, batch_rows, memory_limit, progress, devices
+    )
     return prune_layer(recipe, settings, W, X, hessian, target)
 
 

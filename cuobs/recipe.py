@@ -16,6 +16,7 @@ from typing import Any
 from cuobs import arrays, layer, validation
 from cuobs.ops.checks import PRECISIONS
 from cuobs.pattern import Pattern, parse
+from cuobs.sharing import numbers_of
 
 __all__ = [
     "DAMP",
@@ -250,6 +251,12 @@ def _memory_limit(value):
     return found
 
 
+def _devices(value):
+    """Devices as a text, refused where it names none whatever there is."""
+    numbers_of(value, 1)
+    return str(value)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to run, as opposed to what to compute: nothing but rounding depends on it.
@@ -271,6 +278,10 @@ class Settings:
         on the way comes on top.
     progress : callable, optional
         Called with (done, total) as the work goes.
+    devices : str or int, optional
+        GPUs of this host that share the rows of a weight: "all", how many, or which ("0,2").
+    others : object, optional
+        Those who have the other rows of a weight, where some are at hand; see `over_all_rows`.
 
     Examples
     --------
@@ -286,13 +297,17 @@ class Settings:
     batch_rows: int | None = None
     memory_limit: int | None = None
     progress: object = field(default=None, compare=False)
+    devices: str | None = None
+    others: object = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         for option in SETTING_OPTIONS:
             value = getattr(self, option.name)
             if value is None and option.default is None:
                 continue
-            check = _memory_limit if option.name == "memory_limit" else option.check
+            check = {"memory_limit": _memory_limit, "devices": _devices}.get(
+                option.name, option.check
+            )
             object.__setattr__(self, option.name, check(value))
 
     def report(self, done, total):
@@ -301,8 +316,8 @@ class Settings:
             self.progress(done, total)
 
     def over_all_rows(self, number):
-        """The sum over all rows of a number that is one over those at hand: here, all of them."""
-        return number
+        """The sum over all rows of a number that is one over those at hand."""
+        return number if self.others is None else self.others.total(number)
 
     def namespace(self, *given):
         """The namespace to compute on, NumPy or CuPy, for arrays that were given."""
@@ -425,6 +440,8 @@ SETTING_OPTIONS = (
     Option("batch_rows", int, (), Settings.batch_rows, "Rows in a batch.", "by the free memory"),
     Option("memory_limit", str, (), Settings.memory_limit,
            "What the computation may hold, such as 8GiB.", "the free memory"),
+    Option("devices", str, (), Settings.devices,
+           "GPUs that share a layer's rows: all, how many, or which (0,2).", "one"),
 )  # fmt: skip
 # Keys of a recipe beside a method's options, and those of the settings that a file may hold.
 KEYS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "options")

@@ -1,11 +1,14 @@
 """The rows of a weight shared out over processes or devices, no scope torn apart."""
 
-from dataclasses import dataclass, field, fields
+import contextlib
+import dataclasses
+import threading
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from cuobs.recipe import Settings
+from cuobs import arrays
 
 # Methods that prune a row without a look at others, or add up over all of them where they do look.
 BY_ROW = (
@@ -14,29 +17,6 @@ BY_ROW = (
 )  # fmt: skip
 # What the rows of a share may be a multiple of.
 UNITS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class SharedRows(Settings):
-    """Settings of whoever has some rows of a weight, and can ask the others.
-
-    Attributes
-    ----------
-    others : object
-        With a method `total` that adds up a number over all shares.
-    """
-
-    others: object = field(default=None, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, settings, others, **changes):
-        """Settings of one of those that share rows."""
-        same = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-        return cls(**{**same, **changes}, others=others)
-
-    def over_all_rows(self, number):
-        """The sum over all rows of a number that is one over those at hand."""
-        return self.others.total(number)
 
 
 def row_counts(recipe, rows, K, size):
@@ -71,3 +51,193 @@ def stackable(pattern, counts, K):
         for layout in alone
     )
     return same and found == {tuple(group) for group in stacked.row_order.tolist()}
+
+
+class Place(NamedTuple):
+    """A device that some rows are pruned on.
+
+    Attributes
+    ----------
+    number : int or None
+        Of a GPU; None is the CPU.
+    """
+
+    number: int | None
+
+    def here(self):
+        """A context in which this is the current device."""
+        if self.number is None:
+            return contextlib.nullcontext()
+        return arrays.find_cupy().cuda.Device(self.number)
+
+    def take(self, array):
+        """An array of NumPy as it is, one of CuPy copied here where it lies on another device."""
+        elsewhere = not isinstance(array, np.ndarray) and array.device.id != self.number
+        return array.copy() if elsewhere else array
+
+
+def places(settings):
+    """The GPUs that settings name.
+
+    Parameters
+    ----------
+    settings : Settings
+
+    Returns
+    -------
+    list of Place
+
+    Raises
+    ------
+    ValueError
+        There are not so many, or the rows are pruned on the CPU.
+    """
+    devices = settings.devices
+    if arrays.choose(settings.device) is np:
+        raise ValueError(
+            f"devices: found {devices!r} on the CPU, whose cores share the rows as they are, "
+            "expected it with GPUs alone"
+        )
+    there = arrays.find_cupy().cuda.runtime.getDeviceCount()
+    numbers = numbers_of(devices, there)
+    if not 0 <= max(numbers) < there:
+        raise ValueError(f"devices: found {devices!r}, expected no more than the {there} there are")
+    return [Place(number) for number in numbers]
+
+
+def numbers_of(devices, there):
+    """The numbers of devices that a setting names, of so many that there are.
+
+    Raises
+    ------
+    ValueError
+        It names none.
+    """
+    text = str(devices)
+    try:
+        if text == "all":
+            return list(range(there))
+        which = [int(part) for part in text.split(",") if part.strip()]
+        numbers = which if "," in text else list(range(*which))
+    except (ValueError, TypeError):
+        numbers = []
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"devices: found {devices!r}, expected 'all', how many, or which, such as '0,2'"
+        )
+    return numbers
+
+
+class _Sums:
+    """Numbers that threads add up."""
+
+    def __init__(self, size):
+        self.numbers = [0.0] * size
+        self.barrier = threading.Barrier(size)
+
+
+class _Share:
+    """One of the threads that share rows, as `Settings.others`."""
+
+    def __init__(self, sums, place):
+        self._sums, self._place = sums, place
+
+    def total(self, number):
+        """The sum of a number over all threads."""
+        self._sums.numbers[self._place] = number
+        self._sums.barrier.wait()
+        found = sum(self._sums.numbers)
+        self._sums.barrier.wait()  # nobody writes before all have read
+        return found
+
+
+def first(settings):
+    """A context in which the first of several devices is the current one."""
+    return contextlib.nullcontext() if settings.devices is None else places(settings)[0].here()
+
+
+def check(recipe, settings, shape):
+    """Refuse devices that are not there, and a recipe whose rows they can't share.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    settings : Settings
+    shape : (int, int)
+        Of the weight.
+    """
+    if settings.devices is None:
+        return
+    size = len(places(settings))
+    if size > 1 and row_counts(recipe, *shape, size) is None:
+        raise ValueError(
+            f"devices: found {size} for {recipe.method} and {recipe.pattern.label} on "
+            f"{shape[0]} rows, expected a method that looks at few rows at once, and whole scopes "
+            "for each device"
+        )
+
+
+def solve_on(solve, recipe, settings, layer, H):
+    """What a function gives of a layer whose rows are shared out over the devices of settings.
+
+    Parameters
+    ----------
+    solve : callable
+        `cuobs.layer.solve_layer`.
+    recipe : Recipe
+    settings : Settings
+    layer : Layer
+    H : array, shape (K, K)
+
+    Returns
+    -------
+    weight, mask : array, shape (M, K)
+    cost : array, shape (M,), or None
+    converged : bool
+    """
+    devices = places(settings)
+    if len(devices) == 1:
+        return solve(recipe, settings, layer, H)
+    counts = row_counts(recipe, *layer.weight.shape, len(devices))
+    stops = np.cumsum(counts).tolist()
+    sums, found, errors = _Sums(len(devices)), [None] * len(devices), []
+    arrays.synchronize(arrays.namespace(H))
+
+    def run(number, device):
+        rows = slice(stops[number] - counts[number], stops[number])
+        own = dataclasses.replace(
+            settings, others=_Share(sums, number), progress=None if number else settings.progress
+        )
+        try:
+            with device.here():
+                parts = (None if a is None else device.take(a[rows]) for a in layer[1:])
+                part = type(layer)(layer.W, *parts)
+                found[number] = solve(recipe, own, part, device.take(H))
+                arrays.synchronize(arrays.namespace(H))
+        except threading.BrokenBarrierError:
+            pass  # another says why
+        except BaseException as error:
+            errors.append(error)
+            sums.barrier.abort()
+
+    threads = [
+        threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(devices)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    new, mask, cost, converged = zip(*found, strict=True)
+    return _together(new), _together(mask), _together(cost), all(converged)
+
+
+def _together(parts):
+    """Rows that lie on several devices in one array on the current one; None of None."""
+    if parts[0] is None:
+        return None
+    xp = arrays.namespace(parts[0])
+    if xp is not np:
+        parts = [Place(xp.cuda.Device().id).take(part) for part in parts]
+    return xp.concatenate(parts)

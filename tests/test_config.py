@@ -119,6 +119,7 @@ SETTINGS = st.fixed_dictionaries({
     "precision": st.sampled_from(["tensor", "fp32"]),
     "workers": st.none() | st.integers(1, 99),
     "memory_limit": st.none() | st.integers(2**30, 2**40),
+    "devices": st.none() | st.sampled_from(["all", "2", "0,3"]),
 })  # fmt: skip
 GLOBS = st.text(st.characters(codec="utf-8"))
 WHOLE = st.booleans() | st.integers() | GLOBS

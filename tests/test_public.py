@@ -46,7 +46,7 @@ def test_signatures_that_others_rely_on():
     parameters = inspect.signature(cuobs.prune).parameters
     assert list(parameters) == [
         "W", "X", "hessian", "pattern", "method", "refine", "damp", "target", "dtype", "device",
-        "precision", "memory_limit", "workers", "batch_rows", "progress", "options",
+        "precision", "memory_limit", "workers", "batch_rows", "devices", "progress", "options",
     ]
     assert parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
     defaults = {name: p.default for name, p in parameters.items()
@@ -75,7 +75,8 @@ def test_signatures_that_others_rely_on():
         "pattern", "method", "options", "refine", "damp"
     ]
     assert [f.name for f in dataclasses.fields(cuobs.Settings)] == [
-        "device", "dtype", "precision", "workers", "batch_rows", "memory_limit", "progress"
+        "device", "dtype", "precision", "workers", "batch_rows", "memory_limit", "progress",
+        "devices", "others",
     ]
     for method in cuobs.methods().values():
         defaults = {o.name: o.default for o in method.options}

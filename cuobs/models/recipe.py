@@ -175,6 +175,11 @@ def read_arguments(given):
             raise TypeError(
                 f"{key}: found an unknown argument, expected one of {', '.join(known)}"
             )
+    if "devices" in given:
+        raise ValueError(
+            f"devices: found {given['devices']!r}, expected it for a single layer: torchrun "
+            "--nproc-per-node N shares a model out"
+        )
     globs = given.pop("skip") if isinstance(given.get("skip"), list | tuple) else ()
     layers = given.pop("layers", {})
     own, recipe, settings, whole = (

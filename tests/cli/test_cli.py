@@ -102,7 +102,7 @@ def test_mask_and_report():
         "method": "wanda", "pattern": str(cuobs.patterns()["2:4"]), "refine": None,
         "damp": 0.01, "options": {}, "sparsity": 0.5, "device": "cpu", "tokens": N,
         "settings": {"device": "cpu", "dtype": "float32", "precision": "tensor", "workers": None,
-                     "batch_rows": None, "memory_limit": None},
+                     "batch_rows": None, "memory_limit": None, "devices": None},
     }  # fmt: skip
     assert result.stdout.count("written") == 3
 

@@ -12,7 +12,7 @@ from cuobs.layer import check_layer, hessian_of, solve_layer
 from cuobs.loss import energies, energy_unit, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
-from cuobs.sharing import SharedRows, row_counts, stackable
+from cuobs.sharing import row_counts, stackable
 
 # Where the Hessian of a layer is not positive definite, λ grows tenfold up to this share.
 MAX_DAMP = 10.0
@@ -138,7 +138,7 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
     with arrays.stream_of(W):
         H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
         if call.counts is not None:
-            settings = SharedRows.of(settings, ranks)
+            settings = replace(settings, others=ranks)
         layer = check_layer(W, goal, settings.dtype)
         pull = None if pull is None else arrays.receive(pull)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)

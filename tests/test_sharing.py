@@ -1,0 +1,167 @@
+"""Rows of a layer shared out over devices: NumPy in threads stands for several GPUs."""
+
+import threading
+
+import numpy as np
+import pytest
+from cuobs_cli import main
+from layers import random_layer
+
+import cuobs
+from cuobs import Recipe, Settings, sharing
+from cuobs.problem import Pruned
+
+SHARED = [(name, {}) for name in sharing.BY_ROW] + [("true-obs", {"group": 4})]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three devices that are the CPU."""
+    found = [sharing.Place(None)] * 3
+    monkeypatch.setattr(sharing, "places", lambda settings: found)
+    return Settings(device="cpu", dtype="float64", devices="3")
+
+
+@pytest.mark.parametrize("method, options", SHARED)
+@pytest.mark.parametrize("pattern", ["2:4", "block16-row8"])
+def test_devices_give_what_one_gives(three, pattern, method, options):
+    """And each looks at its own rows."""
+    W, H = random_layer(64, 48)
+    recipe, seen = Recipe(pattern, method, options, "exact"), []
+    one = recipe.run(W, H, Settings(device="cpu", dtype="float64"))
+    several = Settings(device="cpu", dtype="float64", devices="3", progress=None)
+    solved = sharing.solve_on
+
+    def watched(solve, recipe, settings, layer, H):
+        def own(recipe, settings, layer, H):
+            seen.append(len(layer.weight))
+            return solve(recipe, settings, layer, H)
+
+        return solved(own, recipe, settings, layer, H)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "solve_on", watched)
+        found = recipe.run(W, H, several)
+    unit = 16 if pattern == "block16-row8" else 1
+    assert sorted(seen) == ([16, 16, 32] if unit == 16 else [21, 21, 22])
+    assert np.array_equal(found.mask, one.mask)
+    np.testing.assert_allclose(found.weight, one.weight, rtol=1e-7, atol=1e-9)
+    assert found.loss == pytest.approx(one.loss, rel=1e-9)
+    assert (found.cost is None) == (one.cost is None)
+    if one.cost is not None:
+        np.testing.assert_allclose(found.cost, one.cost, rtol=1e-9)
+
+
+def test_a_target_is_shared_too(three):
+    W, H = random_layer(9, 32)
+    target = W + 0.1 * np.roll(W, 1)
+    one = Recipe("2:4", "sparsegpt").run(
+        W, H, Settings(device="cpu", dtype="float64"), target=target
+    )
+    found = Recipe("2:4", "sparsegpt").run(W, H, three, target=target)
+    np.testing.assert_allclose(found.weight, one.weight, rtol=1e-9)
+
+
+def test_sums_are_over_all_rows(three):
+    """ADMM stops by the share of all rows that have changed, the same step everywhere."""
+    W, H = random_layer(12, 48)
+    sums, lock = [], threading.Lock()
+    total = sharing._Share.total
+
+    def noted(self, number):
+        found = total(self, number)
+        with lock:
+            sums.append((number, found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing._Share, "total", noted)
+        Recipe("2:4", "admm").run(W, H, three)
+    assert sum(number for number, _ in sums) == pytest.approx(sum(f for _, f in sums) / 3)
+    steps = {}
+    for _, found in sums:
+        steps[found] = steps.get(found, 0) + 1
+    assert all(count % 3 == 0 for count in steps.values())
+
+
+def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
+    """Those that wait for its number as well, and what it says is what is said."""
+
+    def fails(problem):
+        if problem.W[0, 0] < 0:
+            raise ValueError("W: found this one, expected another")
+        problem.settings.over_all_rows(1.0)
+        return Pruned(problem.W > 0, problem.W)
+
+    monkeypatch.setattr(sharing, "BY_ROW", ("fails",))
+    cuobs.register_method(cuobs.Method("fails", "fails", fails))
+    try:
+        W, H = np.abs(random_layer(6, 8)[0]), np.eye(8)
+        W[4:] *= -1
+        with pytest.raises(ValueError, match="found this one"):
+            Recipe("2:4", "fails").run(W, H, three)
+    finally:
+        cuobs.recipe._METHODS.pop("fails")
+
+
+@pytest.mark.parametrize(
+    "recipe, rows",
+    [
+        (Recipe("2:4", "obs-ordered"), 12),
+        (Recipe("2:4", "true-obs", {"order": "shared"}), 12),
+        (Recipe("block16-row8", "wanda"), 32),
+        (Recipe("2:4", "wanda"), 2),
+    ],
+)
+def test_rows_that_belong_together_are_refused(three, recipe, rows):
+    """Before the Hessian is summed."""
+    with pytest.raises(ValueError, match="devices: found 3 for "):
+        recipe.run(np.ones((rows, 16)), None, three, X=iter(()))
+
+
+@pytest.mark.parametrize(
+    "devices, numbers",
+    [("all", [0, 1, 2, 3]), ("2", [0, 1]), (3, [0, 1, 2]), ("0,2", [0, 2]), ("3,", [3])],
+)
+def test_devices_by_number(devices, numbers):
+    assert sharing.numbers_of(devices, 4) == numbers
+    assert Settings(devices=devices).devices == str(devices)
+
+
+@pytest.mark.parametrize("devices", ["", "none", "0", "-1", "1,1", "0,-1", "1.5", "all,1", ","])
+def test_devices_that_are_none(devices):
+    with pytest.raises(ValueError, match="devices: found .*, expected 'all', how many"):
+        Settings(devices=devices)
+
+
+def test_the_cpu_is_no_device(tmp_path, monkeypatch):
+    """On the command line before anything is read."""
+    with pytest.raises(ValueError, match="devices: found '2' on the CPU"):
+        cuobs.prune(np.ones((4, 8)), hessian=np.eye(8), device="cpu", devices=2)
+    from click.testing import CliRunner
+
+    found = CliRunner().invoke(main, ["prune", "no.npy", "x.npy", "--device", "cpu",
+                                      "--devices", "all"])  # fmt: skip
+    assert found.exit_code == 2 and "devices: found 'all' on the CPU" in found.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method, options", SHARED)
+def test_two_gpus_give_what_one_gives(cp, method, options):
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two CUDA devices")
+    W, H = random_layer(300, 256)
+    keys = {"hessian": H, "method": method, "device": "cuda", **options}
+    one, two = cuobs.prune(W, **keys), cuobs.prune(W, devices="2", **keys)
+    assert cuobs.verify(two.weight, "2:4") and type(two.weight) is type(one.weight)
+    assert (two.mask == one.mask).mean() > 0.99
+    assert two.loss == pytest.approx(one.loss, rel=1e-3)
+    with cp.cuda.Device(1):
+        there = cuobs.prune(cp.asarray(W), devices="all", **{**keys, "hessian": cp.asarray(H)})
+    assert there.weight.device.id == 1 and there.loss == pytest.approx(one.loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_devices_that_are_not_there(cp):
+    with pytest.raises(ValueError, match="devices: found '99', expected no more than the"):
+        cuobs.prune(np.ones((4, 8)), hessian=np.eye(8), device="cuda", devices=99)
