@@ -281,7 +281,8 @@ class Settings:
     devices : str or int, optional
         GPUs of this host that share the rows of a weight: "all", how many, or which ("0,2").
     others : object, optional
-        Those who have the other rows of a weight, where some are at hand; see `over_all_rows`.
+        Those who have the other rows of a weight, where some are at hand: with a ``size``, a
+        ``total`` and an ``each_once``.
 
     Examples
     --------
@@ -318,6 +319,29 @@ class Settings:
     def over_all_rows(self, number):
         """The sum over all rows of a number that is one over those at hand."""
         return number if self.others is None else self.others.total(number)
+
+    @property
+    def shares(self):
+        """How many have rows of the weight, each its own."""
+        return 1 if self.others is None else self.others.size
+
+    def each_once(self, function, arguments, like):
+        """What a function that looks at no row gives for each argument, made once for all shares.
+
+        Parameters
+        ----------
+        function : callable
+            Gives an array of the shape and dtype of `like`, the same whoever calls it.
+        arguments : list
+        like : array
+
+        Returns
+        -------
+        list of array
+        """
+        if self.others is None:
+            return [function(argument) for argument in arguments]
+        return self.others.each_once(function, arguments, like)
 
     def namespace(self, *given):
         """The namespace to compute on, NumPy or CuPy, for arrays that were given."""

@@ -128,26 +128,44 @@ def numbers_of(devices, there):
     return numbers
 
 
-class _Sums:
-    """Numbers that threads add up."""
+class _Board:
+    """What threads show each other."""
 
     def __init__(self, size):
-        self.numbers = [0.0] * size
+        self.shown = [None] * size
         self.barrier = threading.Barrier(size)
 
 
 class _Share:
     """One of the threads that share rows, as `Settings.others`."""
 
-    def __init__(self, sums, place):
-        self._sums, self._place = sums, place
+    def __init__(self, board, number, device):
+        self._board, self._number, self._device = board, number, device
+        self.size = len(board.shown)
 
     def total(self, number):
         """The sum of a number over all threads."""
-        self._sums.numbers[self._place] = number
-        self._sums.barrier.wait()
-        found = sum(self._sums.numbers)
-        self._sums.barrier.wait()  # nobody writes before all have read
+        return self._show(number, sum)
+
+    def each_once(self, function, arguments, like):
+        """What a function gives for each argument, each made by one thread and copied by all."""
+        mine = [function(argument) for argument in arguments[self._number :: self.size]]
+        arrays.synchronize(arrays.namespace(like))
+
+        def copied(shown):
+            found = [shown[n % self.size][n // self.size] for n in range(len(arguments))]
+            found = [self._device.take(array) for array in found]
+            arrays.synchronize(arrays.namespace(like))
+            return found
+
+        return self._show(mine, copied)
+
+    def _show(self, own, read):
+        """What a function reads of what all threads show."""
+        self._board.shown[self._number] = own
+        self._board.barrier.wait()
+        found = read(self._board.shown)
+        self._board.barrier.wait()  # nobody shows anything else before all have read
         return found
 
 
@@ -200,13 +218,14 @@ def solve_on(solve, recipe, settings, layer, H):
         return solve(recipe, settings, layer, H)
     counts = row_counts(recipe, *layer.weight.shape, len(devices))
     stops = np.cumsum(counts).tolist()
-    sums, found, errors = _Sums(len(devices)), [None] * len(devices), []
+    board, found, errors = _Board(len(devices)), [None] * len(devices), []
     arrays.synchronize(arrays.namespace(H))
 
     def run(number, device):
         rows = slice(stops[number] - counts[number], stops[number])
+        share = _Share(board, number, device)
         own = dataclasses.replace(
-            settings, others=_Share(sums, number), progress=None if number else settings.progress
+            settings, others=share, progress=None if number else settings.progress
         )
         try:
             with device.here():
@@ -218,7 +237,7 @@ def solve_on(solve, recipe, settings, layer, H):
             pass  # another says why
         except BaseException as error:
             errors.append(error)
-            sums.barrier.abort()
+            board.barrier.abort()
 
     threads = [
         threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(devices)

@@ -9,6 +9,7 @@ from layers import random_layer
 
 import cuobs
 from cuobs import Recipe, Settings, sharing
+from cuobs.algorithms import admm
 from cuobs.problem import Pruned
 
 SHARED = [(name, {}) for name in sharing.BY_ROW] + [("true-obs", {"group": 4})]
@@ -77,11 +78,56 @@ def test_sums_are_over_all_rows(three):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing._Share, "total", noted)
         Recipe("2:4", "admm").run(W, H, three)
+    assert len(sums) > 3 * 30
     assert sum(number for number, _ in sums) == pytest.approx(sum(f for _, f in sums) / 3)
     steps = {}
     for _, found in sums:
         steps[found] = steps.get(found, 0) + 1
     assert all(count % 3 == 0 for count in steps.values())
+
+
+def test_inverses_are_made_once(three, monkeypatch):
+    """Those that one would make, and the next ones ahead, for all."""
+    W, H = random_layer(12, 48)
+    made, lock, inverse = [], threading.Lock(), admm.inverse
+
+    def noted(A, precision):
+        with lock:
+            made.append((threading.get_ident(), float(A[0, 0])))
+        return inverse(A, precision)
+
+    monkeypatch.setattr(admm, "inverse", noted)
+    Recipe("2:4", "admm").run(W, H, Settings(device="cpu", dtype="float64"))
+    alone = {added for _, added in made}
+    made.clear()
+    Recipe("2:4", "admm").run(W, H, three)
+    assert len({added for _, added in made}) == len(made) and alone <= {a for _, a in made}
+    assert len({thread for thread, _ in made}) == 3
+
+
+@pytest.mark.parametrize("factor", [1.03, 1.04, 1.06])
+def test_inverses_ahead_are_those_that_will_be_wanted(factor):
+    """To the last digit, where ρ grows by one factor."""
+    asked = []
+
+    class Three:
+        size = 3
+
+        @staticmethod
+        def each_once(function, arguments, like):
+            asked.append(arguments)
+            return list(arguments)
+
+    settings, rho, inverses, added = Settings(others=Three), 0.1, {}, 0.0
+    for _ in range(150):
+        if rho > admm.LIMIT * added:
+            added = admm.AHEAD * rho
+            if added not in inverses:
+                inverses = admm._inverses(np.eye(2), rho, factor, "fp32", settings, None)
+            assert inverses.pop(added) == added
+        rho *= factor
+    wanted = sum(map(len, asked)) - len(inverses)
+    assert len(asked) == -(-wanted // 3) >= 1
 
 
 def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
