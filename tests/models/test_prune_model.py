@@ -539,6 +539,7 @@ def test_hidden_states_do_not_outlive_their_block(tokens, target, monkeypatch):
         ({"skip": 5}, "skip: found int"),
         ({"tune_rate": "a"}, "tune_rate: found 'a'"),
         ({"speed": 1}, "speed: found an unknown argument"),
+        ({"devices": 2}, "devices: found 2, expected it for a single layer"),
         ({"resume": True}, "resume: found no checkpoint_folder"),
     ],
 )
