@@ -20,7 +20,7 @@ PAGES = ["README.rst", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").g
 # Pages whose snippets need the extra ``model``.
 MODEL_PAGES = ("docs/models.rst", "docs/packed.rst")
 # Commands that need a GPU, or take longer than a test may.
-NOT_RUN = re.compile(r"cuobs (speedup|compare examples)|self:1024")
+NOT_RUN = re.compile(r"cuobs (speedup|compare examples)|self:1024|--devices")
 # Commands that write the folder that they name last.
 WRITES = ("prune-model", "rotate", "pack-model", "unpack-model")
 
