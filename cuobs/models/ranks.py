@@ -137,16 +137,28 @@ def joined(device="auto"):
     token = _joined.set(ranks)
     try:
         yield ranks
-    except Exception:
+    except Exception as error:
         # The first that fails says why; those that fail after it, for it or for the same, do not.
         with contextlib.suppress(RuntimeError):
             if store is not None and store.add("failed", 1) > 1:
                 raise SystemExit(SILENT) from None
+        if ranks.size > 1 and _left_alone(error):
+            raise ConnectionError(
+                f"torchrun: found that another of {ranks.size} processes has ended, expected all "
+                "to go on; an unfinished run can be resumed, with any number of them"
+            ) from error
         raise
     finally:
         _joined.reset(token)
     if store is not None:
         distributed.destroy_process_group()
+
+
+def _left_alone(error):
+    """Whether an error is that of a process which waits for one that is gone."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return type(error) is RuntimeError and "gloo" in str(error)
 
 
 def _begin(device):

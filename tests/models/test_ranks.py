@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from cuobs_cli import main
-from small_models import make_source, make_tokens
+from small_models import make_model, make_source, make_tokens, prune_all
 
 from cuobs import verify
-from cuobs.models import load_model, prune_folder
-from cuobs.models.ranks import Ranks
+from cuobs.models import distill, load_model, prune_folder
+from cuobs.models.ranks import Ranks, joined
+from cuobs.models.structure import linears
 from cuobs.recipe import Recipe
 from cuobs.sharing import row_counts
 
@@ -163,6 +164,51 @@ def test_processes_learn_what_one_learns(tmp_path, device):
 def test_what_is_wrong_is_said_once(place):
     found = together(place, main, command(place, place / "bad", "--samples", 1))
     assert found.returncode and found.stderr.count("found 1 windows for 2 processes") == 1
+
+
+def test_who_is_left_alone_says_so_in_one_sentence(place):
+    def run():
+        if os.environ["RANK"] == "1":
+            Ranks.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        main(command(place, place / "alone"))
+
+    found = together(place, run)
+    assert found.stderr.count("found that another of 2 processes has ended") == 1
+    assert "gloo" not in found.stderr and "Traceback" not in found.stderr
+
+
+def test_distillation_goes_on_with_another_number_of_processes(tmp_path):
+    tokens = make_tokens(18)
+
+    def model_and_masks():
+        model = prune_all(make_model("llama"))
+        masks = {n: m.weight != 0 for n, m in linears(model).items() if "layers" in n}
+        return model, masks
+
+    def learn(on=False, progress=None):
+        model, masks = model_and_masks()
+        report = distill(
+            model, make_model("llama"), masks, tokens, passes=2, rate=1e-3, resume=on,
+            state=tmp_path / "state", save_seconds=0.0, progress=progress,
+        )  # fmt: skip
+        return report, torch.cat([m.weight.detach().flatten() for m in linears(model).values()])
+
+    def two():
+        def stop(done, _):
+            if done == 3:
+                os._exit(0)
+
+        with joined("cpu"):
+            learn(progress=stop)
+
+    whole, weights = learn()
+    (tmp_path / "state").unlink()
+    assert together(tmp_path, two).returncode == 0
+    steps = []
+    report, again = learn(on=True, progress=lambda done, _: steps.append(done))
+    assert steps[0] == 4
+    assert report.divergence == pytest.approx(whole.divergence, rel=1e-4)
+    assert (again - weights).norm() < 1e-4 * weights.norm()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
