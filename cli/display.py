@@ -56,14 +56,14 @@ class Progress:
     def draw(self):
         """Put the bar on the terminal."""
         if self not in _DRAWN:
+            _DRAWN.append(self)  # first: who is interrupted between takes it away all the same
             self._bars.start()
-            _DRAWN.append(self)
 
     def clear(self):
         """Take the bar away; it comes back with the next step, as far as it was."""
         if self in _DRAWN:
-            _DRAWN.remove(self)
             self._bars.stop()
+            _DRAWN.remove(self)
 
     def callback(self):
         """What to give as ``progress``: None unless somebody looks."""

@@ -163,7 +163,7 @@ def _prune(run, view, options, ranks, began):
             _distill(job, dense, report)
         save_dtype = written_dtype(run.source, run.save_dtype)
         if save_dtype is not None:
-            job.model.to(save_dtype)  # what is measured is what is written
+            loading.cast_stored(job.model, save_dtype)  # what is measured is what is written
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
         after = job.measure("distilled" if job.recipe.distill else "pruned", told=False)

@@ -398,7 +398,7 @@ def _next(report):
     if settings.get("method") in ("magnitude", "wanda"):
         return "--method admm, which chooses masks and weights together"
     if done is None:
-        return "--distill 2 --distill-calibration self:1024, with windows the model writes itself"
+        return "--distill 2 --distill-calibration self:1024, windows of its own"
     if not done.kept:
         return "a lower --distill-rate: what distillation did was taken back"
     if settings.get("rotate") is False:

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from small_models import make_model, make_source, make_tokens
 
 import cuobs
-from cuobs.models import load_masks, load_model, perplexity, prune_folder, prune_model
+from cuobs.models import (
+    load_masks,
+    load_model,
+    load_tokens,
+    perplexity,
+    prune_folder,
+    prune_model,
+)
 from cuobs.models.checkpoints.source import BLOCKS, MARKER
 from cuobs.models.structure import linears, oriented
 
@@ -178,6 +185,21 @@ def test_padded_calibration(source, tmp_path, calibration):
     prune_model(model, make_tokens(16), attention_mask=mask, device="cpu")
     written = weights_in(tmp_path / "out")
     assert all(torch.equal(model.state_dict()[n], tensor) for n, tensor in written.items())
+
+
+def test_what_is_measured_is_what_is_written(source, calibration, tmp_path):
+    """In another dtype too: a model that is read has the frequencies of its positions in float32,
+    which a cast of the whole model rounds."""
+    report = prune_folder(
+        source, tmp_path / "out", calibration, save_dtype="bfloat16", evaluate=[calibration],
+        method="wanda", device="cpu",
+    )  # fmt: skip
+    model = load_model(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    found = perplexity(model, load_tokens(calibration))
+    assert report.perplexity[os.path.basename(calibration)][1] == found
+    cast = model.to(torch.bfloat16)
+    assert perplexity(cast, load_tokens(calibration)) != found
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

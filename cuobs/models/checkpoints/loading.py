@@ -153,6 +153,17 @@ def weights_dtype(stored):
     return reduce(torch.promote_types, found) if found else torch.float32
 
 
+def cast_stored(model, dtype):
+    """Cast what a model stores to a dtype, as if it had been read in it.
+
+    ``model.to(dtype)`` would round buffers that no file holds as well, such as the frequencies of
+    rotary positions, which a model that is read computes anew in float32.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def gguf_dtype(source):
     """The dtype to save the weights of a GGUF in: bytes of it, or near them.
 

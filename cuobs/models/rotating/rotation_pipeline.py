@@ -49,7 +49,7 @@ def rotate_source(
         progress=progress and partial(progress, "rotation"), **options,
     )  # fmt: skip
     if save_dtype is not None:
-        model.to(save_dtype)
+        loading.cast_stored(model, save_dtype)
     if report.untied:
         report.untied = model.get_output_embeddings().weight.nbytes
     if source.gguf is None:
