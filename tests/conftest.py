@@ -13,6 +13,8 @@ from cuobs import arrays
 
 TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "smollm2"
+# Where whole models, or the lack of PyTorch in what is imported, are tested.
+MODEL_TESTS = ("models/", "pytorch/", "cli/test_models_", "cli/test_view", "cli/test_early_")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,6 +96,13 @@ def source(tmp_path):
 def pytest_configure(config):
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
+        if path.startswith(MODEL_TESTS):
+            item.add_marker(pytest.mark.model)
 
 
 def pytest_ignore_collect(collection_path):

@@ -77,10 +77,13 @@ def enter(page, request):
 
 def with_blocks(kind):
     """Pages that hold some; contributing.rst is followed word for word by test_recipe.py."""
-    return [page for page in PAGES if any(kind(page)) and "contributing" not in page]
+    for page in PAGES:
+        if any(kind(page)) and "contributing" not in page:
+            needs = page in MODEL_PAGES or any("import torch" in block for block in kind(page))
+            yield pytest.param(page, marks=[pytest.mark.model] if needs else [])
 
 
-@pytest.mark.parametrize("page", with_blocks(lambda page: blocks(page, "python")))
+@pytest.mark.parametrize("page", list(with_blocks(lambda page: blocks(page, "python"))))
 def test_python(page, request):
     enter(page, request)
     scope = {}
@@ -90,7 +93,7 @@ def test_python(page, request):
         exec(compile(block, page, "exec"), scope)
 
 
-@pytest.mark.parametrize("page", with_blocks(commands))
+@pytest.mark.parametrize("page", list(with_blocks(commands)))
 def test_commands(page, request):
     folder = enter(page, request)
     for line in commands(page):

@@ -92,7 +92,14 @@ def test_public_names_are_documented(name):
         assert "Parameters\n" in thing.__doc__
 
 
-@pytest.mark.parametrize("module", ["cuobs", *MODULES])
+def modules():
+    """Each module, those that need PyTorch or whose examples do marked."""
+    for module in ["cuobs", *MODULES]:
+        needs = module.startswith(("cuobs.models", "cuobs.torch", "cuobs.collecting"))
+        yield pytest.param(module, marks=[pytest.mark.model] if needs else [])
+
+
+@pytest.mark.parametrize("module", list(modules()))
 def test_docstrings(module):
     """Examples give what they say."""
     if module.startswith(("cuobs.models", "cuobs.torch")):
@@ -115,6 +122,7 @@ def test_examples_are_found():
         assert any(test.examples for test in tests), name
 
 
+@pytest.mark.model
 def test_importing_needs_no_extra():
     """CuPy, PyTorch, safetensors and matplotlib are loaded only when asked for."""
     import subprocess

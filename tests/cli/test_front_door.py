@@ -194,6 +194,7 @@ def test_a_wrong_word_is_found_before_anything_is_read(command, option, said):
     assert re.search(said, done)
 
 
+@pytest.mark.model
 def test_a_wrong_word_needs_no_torch():
     code = (
         "import sys\nfrom cuobs_cli import main\n"
@@ -329,6 +330,7 @@ def test_it_runs_as_a_module():
     assert "Error: method: found 'adm'" in shell("prune", "W.npy", "--method", "adm", code=2).stderr
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
 def test_it_imports_public_names_alone(path):
     """A name of cuobs that the command line takes stands in the __all__ of its module."""

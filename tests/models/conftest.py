@@ -13,12 +13,6 @@ else:
     from small_models import FAMILIES, make_tokens
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "tests/models/" in item.path.as_posix():
-            item.add_marker(pytest.mark.model)
-
-
 @pytest.fixture(params=FAMILIES if MODEL else ())
 def family(request):
     """Each family's name."""

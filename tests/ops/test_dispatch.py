@@ -74,6 +74,7 @@ def test_other_things_are_refused(wrong):
         ops.add_gram(wrong, np.eye(1))
 
 
+@pytest.mark.model
 def test_tensors_are_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="X: found Tensor"):

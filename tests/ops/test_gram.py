@@ -122,6 +122,7 @@ def test_cross_gram_of_two_dtypes(xp, rng):
         gram.add_gram(xp.ones((3, 4), "int64"), xp.zeros((4, 4)))
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
 def test_tensors_are_seen_where_they_lie(device, kind, request):
