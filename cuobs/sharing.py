@@ -10,6 +10,8 @@ import numpy as np
 
 from cuobs import arrays
 
+__all__ = ["first"]
+
 # Methods that prune a row without a look at others, or add up over all of them where they do look.
 BY_ROW = (
     "magnitude", "wanda", "obs-local", "obs-full", "obs-split", "obs-interleaved", "sparsegpt",
