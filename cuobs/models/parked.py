@@ -160,3 +160,17 @@ def state_of(block):
     for name, tensor in block.state_dict(keep_vars=True).items():
         slot = slots.get(id(tensor))
         yield name, tensor.detach() if slot is None else own.take(slot)
+
+
+def around(model, blocks):
+    """Name and tensor of all that a model holds outside its blocks.
+
+    Where those are parked, what lies in files is read from them: what is mapped would stay in
+    memory once it was looked at.
+    """
+    own = parked(blocks[0])
+    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in inside:
+            read = own is not None and name in own.read.stored
+            yield name, own.read(name).to(tensor.dtype) if read else tensor.detach()

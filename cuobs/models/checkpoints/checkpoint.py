@@ -23,7 +23,7 @@ from cuobs.cores import cores
 from cuobs.models.checkpoints.marker import sync
 from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
-from cuobs.models.parked import state_of
+from cuobs.models.parked import around, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
 
@@ -108,10 +108,8 @@ def fingerprint(model, blocks):
     content = {} if config is None else config.to_dict()
     content = {key: value for key, value in content.items() if key not in NO_MATTER}
     result = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in inside:
-            _add(result, name, tensor.detach())
+    for name, tensor in around(model, blocks):
+        _add(result, name, tensor)
     with ThreadPoolExecutor(min(cores(), READERS)) as pool:
         for found in pool.map(digest, blocks):
             result.update(found.encode())
