@@ -8,7 +8,6 @@ theirs overflows or vanishes; it changes no digit of a result.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +16,26 @@ from cuobs import arrays
 from cuobs.ops import factors, views
 from cuobs.ops.selection import factor_scope_blocks
 
+# Order from which a Hessian is worth being factored together by those who share the rows.
+SHARED_FROM = 8192
 # Largest targets and mean diagonals of Hessians that are left as they are.
 ORDINARY = 2.0**-16, 2.0**16
+
+
+class made_once:
+    """`functools.cached_property` without the lock that Python has on it before 3.12.
+
+    Threads with a problem each may wait for each other while they make theirs.
+    """
+
+    def __init__(self, function):
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, owner, kind=None):
+        if owner is None:
+            return self
+        value = vars(owner)[self._function.__name__] = self._function(owner)
+        return value
 
 
 class Pruned(NamedTuple):
@@ -160,30 +177,49 @@ class Problem:
         """
         factors.check_hessian(self._info)
 
-    @cached_property
+    @made_once
     def _info(self):
         return self.xp.zeros(1, np.int32)
 
-    @cached_property
+    @made_once
     def R(self):
         """The reversed Cholesky factor: upper triangular, H = R Rᵀ.
 
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
         self._check_factor()
+        if self._shared:
+            return factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)[0]
         R = factors.reversed_cholesky(self.H, self._info)
         if self.xp is np:
             self.check_factored()
         return R
 
-    @cached_property
+    @property
+    def _shared(self):
+        """Whether those who share the rows share the work on the Hessian too."""
+        return self.settings.shares > 1 and len(self.H) >= SHARED_FROM
+
+    def inverse(self, A):
+        """The inverse of a symmetric positive definite matrix as large as the Hessian.
+
+        Raises
+        ------
+        numpy.linalg.LinAlgError
+            A is not positive definite.
+        """
+        if self._shared:
+            return factors.inverse_by_rows(A, self.settings.by_rows, self.precision)
+        return factors.inverse(A, self.precision)
+
+    @made_once
     def R_inverse(self):
         """R⁻¹, upper triangular."""
         R = self.R
         self._check_factor()
         return factors.upper_inverse(R, self.precision)
 
-    @cached_property
+    @made_once
     def C(self):
         """The inverse of the damped Hessian."""
         inverse = self.R_inverse
@@ -191,7 +227,7 @@ class Problem:
         self._check_factor()
         return factors.upper_gram(inverse, self.precision)
 
-    @cached_property
+    @made_once
     def scope_blocks(self):
         """The diagonal blocks of C, place-major: shape (c, c, n)."""
         return factor_scope_blocks(self.R_inverse, self.layout.columns)

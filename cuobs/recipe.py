@@ -282,7 +282,7 @@ class Settings:
         GPUs of this host that share the rows of a weight: "all", how many, or which ("0,2").
     others : object, optional
         Those who have the other rows of a weight, where some are at hand: with a ``size``, a
-        ``total`` and an ``each_once``.
+        ``total`` and a ``by_rows``.
 
     Examples
     --------
@@ -325,23 +325,22 @@ class Settings:
         """How many have rows of the weight, each its own."""
         return 1 if self.others is None else self.others.size
 
-    def each_once(self, function, arguments, like):
-        """What a function that looks at no row gives for each argument, made once for all shares.
+    def by_rows(self, function, rows):
+        """An array of so many rows, some of them made by each of those who share the weight's.
 
         Parameters
         ----------
         function : callable
-            Gives an array of the shape and dtype of `like`, the same whoever calls it.
-        arguments : list
-        like : array
+            Gives the rows of a slice.
+        rows : int
 
         Returns
         -------
-        list of array
+        array
         """
         if self.others is None:
-            return [function(argument) for argument in arguments]
-        return self.others.each_once(function, arguments, like)
+            return function(slice(0, rows))
+        return self.others.by_rows(function, rows)
 
     def namespace(self, *given):
         """The namespace to compute on, NumPy or CuPy, for arrays that were given."""

@@ -34,6 +34,12 @@ def row_counts(recipe, rows, K, size):
     return None
 
 
+def shares_of(count, size):
+    """Of so many things in a row, those of each share, as slices."""
+    edges = [count * share // size for share in range(size + 1)]
+    return [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+
 @lru_cache(maxsize=256)
 def stackable(pattern, counts, K):
     """Whether weights set one below the other have the scopes that each has alone."""
@@ -149,18 +155,18 @@ class _Share:
         """The sum of a number over all threads."""
         return self._show(number, sum)
 
-    def each_once(self, function, arguments, like):
-        """What a function gives for each argument, each made by one thread and copied by all."""
-        mine = [function(argument) for argument in arguments[self._number :: self.size]]
-        arrays.synchronize(arrays.namespace(like))
+    def by_rows(self, function, rows):
+        """An array of so many rows, some of them made by each thread and copied by all."""
+        own = function(shares_of(rows, self.size)[self._number])
+        xp = arrays.namespace(own)
+        arrays.synchronize(xp)
 
         def copied(shown):
-            found = [shown[n % self.size][n // self.size] for n in range(len(arguments))]
-            found = [self._device.take(array) for array in found]
-            arrays.synchronize(arrays.namespace(like))
-            return found
+            whole = xp.concatenate([self._device.take(part) for part in shown])
+            arrays.synchronize(xp)
+            return whole
 
-        return self._show(mine, copied)
+        return self._show(own, copied)
 
     def _show(self, own, read):
         """What a function reads of what all threads show."""

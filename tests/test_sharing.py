@@ -8,8 +8,8 @@ from cuobs_cli import main
 from layers import random_layer
 
 import cuobs
-from cuobs import Recipe, Settings, sharing
-from cuobs.algorithms import admm
+from cuobs import Recipe, Settings, problem, sharing
+from cuobs.ops import factors
 from cuobs.problem import Pruned
 
 SHARED = [(name, {}) for name in sharing.BY_ROW] + [("true-obs", {"group": 4})]
@@ -86,48 +86,23 @@ def test_sums_are_over_all_rows(three):
     assert all(count % 3 == 0 for count in steps.values())
 
 
-def test_inverses_are_made_once(three, monkeypatch):
-    """Those that one would make, and the next ones ahead, for all."""
-    W, H = random_layer(12, 48)
-    made, lock, inverse = [], threading.Lock(), admm.inverse
+def test_large_hessians_are_factored_together(three, monkeypatch):
+    """R by the target's pull and the inverses of ADMM: some rows by each, the same for all."""
+    monkeypatch.setattr(problem, "SHARED_FROM", 16)
+    monkeypatch.setattr(factors, "LEAF", 20)
+    W, H = random_layer(12, 96)
+    made, by_rows = [], sharing._Share.by_rows
 
-    def noted(A, precision):
-        with lock:
-            made.append((threading.get_ident(), float(A[0, 0])))
-        return inverse(A, precision)
+    def noted(self, function, rows):
+        return by_rows(self, lambda own: made.append(own.stop - own.start) or function(own), rows)
 
-    monkeypatch.setattr(admm, "inverse", noted)
-    Recipe("2:4", "admm").run(W, H, Settings(device="cpu", dtype="float64"))
-    alone = {added for _, added in made}
-    made.clear()
-    Recipe("2:4", "admm").run(W, H, three)
-    assert len({added for _, added in made}) == len(made) and alone <= {a for _, a in made}
-    assert len({thread for thread, _ in made}) == 3
-
-
-@pytest.mark.parametrize("factor", [1.03, 1.04, 1.06])
-def test_inverses_ahead_are_those_that_will_be_wanted(factor):
-    """To the last digit, where ρ grows by one factor."""
-    asked = []
-
-    class Three:
-        size = 3
-
-        @staticmethod
-        def each_once(function, arguments, like):
-            asked.append(arguments)
-            return list(arguments)
-
-    settings, rho, inverses, added = Settings(others=Three), 0.1, {}, 0.0
-    for _ in range(150):
-        if rho > admm.LIMIT * added:
-            added = admm.AHEAD * rho
-            if added not in inverses:
-                inverses = admm._inverses(np.eye(2), rho, factor, "fp32", settings, None)
-            assert inverses.pop(added) == added
-        rho *= factor
-    wanted = sum(map(len, asked)) - len(inverses)
-    assert len(asked) == -(-wanted // 3) >= 1
+    monkeypatch.setattr(sharing._Share, "by_rows", noted)
+    one = Recipe("2:4", "admm").run(W, H, Settings(device="cpu", dtype="float64"))
+    assert not made
+    found = Recipe("2:4", "admm").run(W, H, three)
+    assert made and max(made) <= 32
+    assert np.array_equal(found.mask, one.mask)
+    np.testing.assert_allclose(found.weight, one.weight, rtol=1e-7, atol=1e-9)
 
 
 def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):

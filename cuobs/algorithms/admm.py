@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from cuobs.algorithms.admm_ops import project_update, ridge_right_side
 from cuobs.arrays import largest
-from cuobs.ops.factors import inverse
 from cuobs.ops.products import gemm, matmul, tensor_operand
 from cuobs.ops.projection import project_mask
 from cuobs.problem import Pruned
@@ -35,9 +34,6 @@ SCHEDULES = {
 # converges while ρ is below twice that of its inverse; beyond once it over-relaxes, which helps.
 AHEAD = 1.2
 LIMIT = 1.7
-# Inverses that are made at once at most, where several share the rows: those that will be wanted
-# next if ρ goes on growing as it does.
-AT_ONCE = 4
 MIN_STEPS = 30
 MAX_STEPS = 300
 # Stop when less than this share of the pruned elements changed in a step.
@@ -80,13 +76,11 @@ def admm(problem, schedule="default"):
     settings = problem.settings
     n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
     rho, growth = SCHEDULES[schedule]
-    factor, inverted, inverses = growth[0], 0.0, {}
+    inverted = 0.0
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
             inverted = AHEAD * rho
-            if inverted not in inverses:
-                inverses = _inverses(H, rho, factor, precision, settings, H_operand)
-            A = inverses.pop(inverted)
+            A = tensor_operand(problem.inverse(_shifted(H, inverted)), precision)
         ridge_right_side(D, V, G, rho, right, B, written)
         gemm(B_operand, H_operand, right, alpha=-1, beta=1, precision=precision)
         gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
@@ -95,24 +89,9 @@ def admm(problem, schedule="default"):
         settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
             break
-        factor = growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
-        rho *= factor
+        rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
     project_mask(B, mask, layout)
     return Pruned(mask, B / scale)
-
-
-def _inverses(H, rho, factor, precision, settings, like):
-    """The inverse for a ρ, and those for later ones if it grows by a factor, by what is added."""
-
-    def invert(added):
-        return tensor_operand(inverse(_shifted(H, added), precision), precision)
-
-    added = [AHEAD * rho]
-    while len(added) < min(settings.shares, AT_ONCE):
-        while rho <= LIMIT * added[-1]:
-            rho *= factor
-        added.append(AHEAD * rho)
-    return dict(zip(added, settings.each_once(invert, added, like), strict=True))
 
 
 def _unit(W):

@@ -5,11 +5,11 @@ import contextvars
 import datetime
 import os
 
-import numpy as np
 import torch
 from torch import distributed
 
 from cuobs.arrays import namespace
+from cuobs.sharing import shares_of
 
 # The exit code of a process that leaves it to another to say what went wrong.
 SILENT = 2
@@ -79,24 +79,15 @@ class Ranks:
             distributed.broadcast(part, rank)
         return whole
 
-    def each_once(self, function, arguments, like):
-        """What a function gives for each argument, each made by one process and sent to all.
-
-        See `cuobs.recipe.Settings.each_once`.
-        """
-        found, wrong = [], None
-        for number, argument in enumerate(arguments):
-            found.append(namespace(like).empty_like(like))
-            if number % self.size == self.rank:
-                try:
-                    found[number] = function(argument)
-                except np.linalg.LinAlgError as error:
-                    wrong = error
-        if self.total(wrong is not None):  # all or none: the others would wait for ever
-            raise wrong or np.linalg.LinAlgError("hessian: found one that another can't factor")
-        for number, array in enumerate(found):
-            distributed.broadcast(torch.from_dlpack(array), number % self.size)
-        return found
+    def by_rows(self, function, rows):
+        """An array of so many rows, some of them made by each process and sent to all."""
+        shares = shares_of(rows, self.size)
+        own = function(shares[self.rank])
+        whole = namespace(own).empty((rows, *own.shape[1:]), own.dtype)
+        whole[shares[self.rank]] = own
+        for rank, share in enumerate(shares):
+            distributed.broadcast(torch.from_dlpack(whole[share]), rank)
+        return whole
 
     def agree(self, value):
         """What the first process has, for all."""

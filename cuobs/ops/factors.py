@@ -1,6 +1,7 @@
 """Cholesky factors and triangular inverses."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ from cuobs import blas
 from cuobs.arrays import namespace
 from cuobs.ops.checks import precise, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
+from cuobs.ops.gram import mirror_upper
+from cuobs.ops.products import gemm
 
+# Order up to which a matrix is factored in one piece, where others are by rows.
+LEAF = 4096
 # Orders between which the CPU factors a matrix by one thread.
 ONE_THREAD = (256, 4096)
 
@@ -202,6 +207,85 @@ def inverse(A, precision="fp32"):
         A is not positive definite.
     """
     return upper_gram(upper_inverse(reversed_cholesky(A), precision), precision)
+
+
+def inverse_by_rows(A, by_rows, precision="fp32"):
+    """`inverse` of a matrix, the most of it by products whose rows are made one by one.
+
+    Parameters
+    ----------
+    A : array, shape (K, K)
+    by_rows : callable
+        Called with a function that gives the rows of a slice, and their number: all of them, by
+        whomever they are made.
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (K, K)
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        A is not positive definite.
+    """
+    _, U = factor_by_rows(A, by_rows, precision, inverted=True)
+
+    def gram(rows):
+        out = namespace(U).zeros((rows.stop - rows.start, len(U)), U.dtype)
+        part = U[: rows.stop, rows].T, U[: rows.stop, rows.start :]
+        gemm(*part, out[:, rows.start :], precision=precision)
+        return out
+
+    out = by_rows(gram, len(U))
+    mirror_upper(out)
+    return out
+
+
+def factor_by_rows(A, by_rows, precision="fp32", inverted=False):
+    """The reversed factor R of a matrix, and R⁻¹ where it is wanted.
+
+    Of [[P, Q], [Qᵀ, S]] with S = R₂₂R₂₂ᵀ it is [[R₁₁, R₁₂], [0, R₂₂]], where R₁₂ = Q R₂₂⁻ᵀ and
+    R₁₁R₁₁ᵀ = P − R₁₂R₁₂ᵀ.
+
+    Parameters
+    ----------
+    A, by_rows, precision
+        As in `inverse_by_rows`.
+    inverted : bool
+
+    Returns
+    -------
+    R : array, shape (K, K)
+    U : array, shape (K, K), or None
+    """
+    K = len(A)
+    if K <= LEAF:
+        R = reversed_cholesky(A)
+        return R, upper_inverse(R, precision) if inverted else None
+    m, product = K // 2, partial(_exact, precision)
+    R22, U22 = factor_by_rows(A[m:, m:], by_rows, precision, inverted=True)
+    R12 = by_rows(lambda rows: product(A[rows, m:], U22.T), m)
+    left = by_rows(lambda rows: A[rows, :m] - product(R12[rows], R12.T), m)
+    R11, U11 = factor_by_rows(left, by_rows, precision, inverted)
+    if not inverted:
+        return _upper(R11, R12, R22), None
+    U12 = -by_rows(lambda rows: product(product(U22.T[rows], R12.T), U11.T), K - m).T
+    return _upper(R11, R12, R22), _upper(U11, U12, U22)
+
+
+def _exact(precision, A, B):
+    out = namespace(A).empty((len(A), B.shape[1]), A.dtype)
+    gemm(A, B, out, precision=precision, exact=True)
+    return out
+
+
+def _upper(P, Q, S):
+    """[[P, Q], [0, S]]"""
+    m, K = len(P), len(P) + len(S)
+    out = namespace(P).zeros((K, K), P.dtype)
+    out[:m, :m], out[:m, m:], out[m:, m:] = P, Q, S
+    return out
 
 
 def cholesky_inverse(A: Any, info: Any = None, precision: str = "fp32") -> Any:

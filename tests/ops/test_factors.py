@@ -53,6 +53,35 @@ def test_reversed_factor(xp, rng, dtype, close, K):
 
 
 @SINGLE
+@pytest.mark.parametrize("K", [5, 8, 9, 37])
+@pytest.mark.parametrize("precision", ["tensor", "fp32"])
+def test_factors_by_rows(xp, rng, dtype, close, monkeypatch, K, precision):
+    """In pieces of any size, whoever makes the rows."""
+    monkeypatch.setattr(factors, "LEAF", 8)
+    A = rng.standard_normal((K, 2 * K))
+    H, asked = A @ A.T / K + np.eye(K), []
+
+    def by_rows(function, rows):
+        asked.append(rows)
+        edges = [0, rows // 3, rows // 2, rows]
+        parts = zip(edges[:-1], edges[1:], strict=True)
+        return xp.concatenate([function(slice(*pair)) for pair in parts])
+
+    given = xp.asarray(H, dtype)
+    R, _ = factors.factor_by_rows(given, by_rows, precision)
+    assert bool(asked) == (K > 8)
+    close(R @ R.T, H)
+    assert not host(R)[np.tril_indices(K, -1)].any()
+    R, U = factors.factor_by_rows(given, by_rows, precision, inverted=True)
+    close(U @ R, np.eye(K))
+    close(factors.inverse_by_rows(given, by_rows, "fp32"), np.linalg.inv(H))
+    close(given, H)
+    given[K - 1, K - 1] = -1
+    with pytest.raises(np.linalg.LinAlgError):
+        factors.factor_by_rows(given, by_rows, precision)
+
+
+@SINGLE
 @pytest.mark.parametrize("B, p", [(1, 1), (3, 10), (2, 130)])
 def test_cholesky_inverse(xp, rng, dtype, close, B, p):
     """Only the lower triangle is read."""
