@@ -34,5 +34,5 @@ def write_calibration(
             src, out, windows, sequence_length, temperature=temperature, seed=seed, device=device,
             trust_remote_code=trust_remote_code, force=force, progress=progress.callback(),
         )  # fmt: skip
-    click.echo(f"tokens   {tokens.shape[0]} windows of {tokens.shape[1]}, seed {seed}")
+    click.echo(f"tokens   {tokens.shape[0]} windows of {tokens.shape[1]} tokens, seed {seed}")
     common.show_written(out)

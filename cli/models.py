@@ -223,7 +223,7 @@ def eval_model(folder, text, sequence_length, against, device, trust_remote_code
     click.echo(f"text        {text}: {windows} windows of {length} tokens")
     click.echo(f"perplexity  {found.perplexity:.2f}")
     if found.agreement is not None:
-        click.echo(f"to {against}: {found.agreement.text()}")
+        click.echo(f"to dense    {found.agreement.text()}")
 
 
 @click.command(cls=options.Command, short_help="Do packed weights pay on this GPU?")

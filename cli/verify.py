@@ -52,7 +52,8 @@ def _verify_folder(folder, pattern):
     if len(bad) > NAMED:
         click.echo(f"and {len(bad) - NAMED} more")
     if bad or not layers:
-        click.echo(f"{folder} breaks what was pruned in {len(bad)} of {len(layers)} layers")
+        what = "what it was pruned to" if pattern is None else pattern.label
+        click.echo(f"{folder} breaks {what} in {len(bad)} of {len(layers)} layers")
         sys.exit(1)
     for label in dict.fromkeys(layer.pattern.label for layer in layers):
         mine = [layer for layer in layers if layer.pattern.label == label]

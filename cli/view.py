@@ -5,6 +5,7 @@ from cuobs_cli import display
 import cuobs
 from cuobs.arrays import size_text
 
+EACH = "each block   the layer that loses most, the drift, seconds, the most memory until then"
 DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the states behind a block, dense h and pruned ĥ"
 
 
@@ -62,6 +63,7 @@ class View:
         if settings.get("rotate"):
             self.say(f"rotation     {settings['rotate_steps']} steps; a tied head is untied")
         self.say(f"memory       about {size_text(report.memory_predicted)} on {settings['device']}")
+        self.say(EACH)
         if settings["target"] != "pruned":
             self.say(DRIFT)
 
@@ -92,7 +94,7 @@ def block_line(report, blocks):
     ]
     if losses:
         loss, label = max(losses)
-        line += f"  at most {loss:5.1%} {label}"
+        line += f"  at most {loss:5.1%} {label:<{max(map(len, block.labels()))}}"
     if block.drift is not None:
         line += f"  drift {block.drift:5.1%}"
     line += "  read back" if block.resumed else f"  {block.seconds:5.1f} s"

@@ -5,12 +5,15 @@ What can be known before is checked here; PyTorch is imported afterwards.
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import cuobs
 from cuobs import files, validation
+from cuobs.models.checkpoints.marker import check_began_with
 from cuobs.models.checkpoints.source import find_source, unfinished
 from cuobs.models.planning import (
     Run,
@@ -127,6 +130,9 @@ def prune_folder(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
     )  # fmt: skip
+    if resume and unfinished(dst):  # distillation has a state of its own
+        began = {"cuobs": cuobs.__version__, **replace(recipe, distill=0).described()}
+        check_began_with(dst, began, whole=False)
     if distill_calibration:
         check_sources(source, [*calibration, *distill_calibration], None, sequence_length)
     run = Run(

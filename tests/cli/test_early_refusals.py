@@ -9,6 +9,7 @@ import pytest
 from extras import MODEL
 from small_models import make_tokens
 
+import cuobs
 from cuobs.arrays import count_devices
 
 pytestmark = pytest.mark.skipif(not MODEL, reason="needs the extra model")
@@ -46,6 +47,8 @@ def run(tmp_path):
 
 
 def test_before_torch_is_imported(run, source, tmp_path):
+    from cuobs.models.recipe import read_arguments
+
     np.savez(
         tmp_path / "t.npz", t=make_tokens(8), big=np.full((2, 8), 97), long=make_tokens(2, 70)
     )
@@ -111,6 +114,17 @@ def test_before_torch_is_imported(run, source, tmp_path):
         "rotate_permute: found it without rotate": [*plain, "--rotate-permute"],
         "distill_rate: found it without distill": [*plain, "--distill-rate", 1],
     }
+    began = read_arguments({"method": "wanda"}).described()
+    (tmp_path / "began").mkdir()
+    (tmp_path / "began" / "cuobs_incomplete.json").write_text(
+        json.dumps({"cuobs": cuobs.__version__, **began})
+    )
+    commands["resume: found method='admm', expected 'wanda' as"] = [
+        *plain[:2], tmp_path / "began", *plain[3:], "--resume"
+    ]  # fmt: skip
+    commands["found no such file, expected a text"] = [
+        *plain[:2], tmp_path / "began", "--resume", "--method", "wanda", "--calibration", "no.txt"
+    ]  # fmt: skip
     if not count_devices():
         commands["found no CUDA device, expected one: packed"] = ["speedup", "64x64"]
         commands["device: found no CUDA device"] = ["speedup", source, "--generate"]

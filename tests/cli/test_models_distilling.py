@@ -20,7 +20,7 @@ def test_from_a_folder_to_one_that_is_distilled(tmp_path):
     wrote = run("write-calibration", source, "-o", own, "--windows", 20, "--sequence-length", 24,
                 "--device", "cpu")  # fmt: skip
     assert wrote.exit_code == 0, wrote.output
-    assert "20 windows of 24, seed 0" in wrote.output
+    assert "20 windows of 24 tokens, seed 0" in wrote.output
     again = run("write-calibration", source, "-o", own, "--device", "cpu")
     assert again.exit_code == 2 and "--force" in again.output
     dst = tmp_path / "out"

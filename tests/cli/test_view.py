@@ -22,7 +22,10 @@ def a_report():
 
 def test_a_block_is_a_line_of_80_columns_with_the_layer_that_loses_most():
     line = view.block_line(a_report(), 126)
-    assert len(line) <= 80
+    assert len(line) <= 80 and max(map(len, (view.EACH, view.DRIFT))) <= 80
+    other = a_report()
+    other.blocks[0].layers[0].loss = 0.5
+    assert view.block_line(other, 126).index("drift") == line.index("drift")
     assert line.startswith("block   3/126  at most 12.3% down_proj  drift  4.5%  1234.5 s  13")
 
 

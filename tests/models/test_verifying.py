@@ -12,7 +12,7 @@ from cuobs_cli import main
 from safetensors.torch import load_file, save_file
 from small_models import make_source, make_tokens
 
-from cuobs.models import prune_folder
+from cuobs.models import pack_folder, prune_folder
 from cuobs.models.checkpoints.verifying import verify_folder
 
 
@@ -115,6 +115,25 @@ def test_patterns_of_single_layers(pruned):
     result = verify(out)
     assert result.exit_code == 0 and result.output.count("obeys") == 2
     assert verify(out, "--pattern", "1:4").exit_code == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_models(pruned, tmp_path, family):
+    layers = {"*down_proj*": {"pattern": "4:8"}} if family == "llama" else {}
+    pack_folder(pruned(family, layers=layers, save_dtype="bfloat16"), tmp_path / "packed")
+    packed = tmp_path / "packed"
+    layers = verify_folder(packed)
+    assert len(layers) == (21 if family == "llama" else 12) and all(layers)
+    assert all(layer.outside == 0 for layer in layers)
+    # An index of another layer: the pattern is obeyed still, the mask is not.
+    kind = "mlp.up_proj" if family == "llama" else "mlp.c_fc"
+    one, other = (n for n in sorted(_names(packed / "model.safetensors")) if f"{kind}.index" in n
+                  and ".2." not in n)  # fmt: skip
+    tensors = load_file(packed / "model.safetensors")
+    tensors[one] = tensors[other].clone()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    (bad,) = [layer for layer in verify_folder(packed) if not layer]
+    assert bad.name == one.removesuffix(".index") and bad.found and bad.outside
 
 
 def test_folders_without_a_report(tmp_path, source):

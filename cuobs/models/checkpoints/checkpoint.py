@@ -20,7 +20,7 @@ import cuobs
 from cuobs import files
 from cuobs.containers import write_tensors
 from cuobs.cores import cores
-from cuobs.models.checkpoints.marker import sync
+from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
 from cuobs.models.parked import around, state_of
@@ -54,32 +54,13 @@ def begin(folder, identity, resume):
     FileExistsError
         There is a run and ``resume`` is not given.
     """
-    identity = json.loads(json.dumps({"cuobs": cuobs.__version__, **identity}))
+    identity = {"cuobs": cuobs.__version__, **identity}
     os.makedirs(folder, exist_ok=True)
     marker = os.path.join(folder, MARKER)
     if os.path.exists(marker):
         if not resume:
             raise FileExistsError(f"{folder}: found an unfinished run, expected resume")
-        try:
-            with open(marker) as file:
-                before = dict(json.load(file))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"{marker}: found a damaged file, expected what the run began with; start again in "
-                "a new folder"
-            ) from None
-        for key in sorted(before.keys() | identity.keys()):
-            if key in ("tokens", "model") and before.get(key) != identity.get(key):
-                what = "other tokens" if key == "tokens" else "another model"
-                raise ValueError(
-                    f"resume: found {what} than the run began with; where they are the same, "
-                    "another version of cuobs or transformers began it, and a new folder is needed"
-                )
-            if before.get(key) != identity.get(key):
-                raise ValueError(
-                    f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as "
-                    "the run began with"
-                )
+        check_began_with(folder, identity)
     else:
         files.write_text(marker, json.dumps(identity, indent=2) + "\n")
     os.makedirs(os.path.join(folder, BLOCKS), exist_ok=True)

@@ -1,6 +1,7 @@
 """The folder that a run writes: whether it may, and whether it is complete."""
 
 import contextlib
+import json
 import os
 import shutil
 
@@ -50,6 +51,43 @@ def check_destination(src, dst, resume=False):
         raise FileExistsError(f"{dst}: found {what}, expected a new or empty folder")
     with _folder(dst):
         files.check_output(os.path.join(dst, MARKER), force=True)
+
+
+def check_began_with(dst, identity, whole=True):
+    """Refuse to go on with a run that began with something else.
+
+    Parameters
+    ----------
+    dst : path
+        Of an unfinished run.
+    identity : dict
+        What decides the result.
+    whole : bool
+        Whether that is all that does; else keys that are not in it are not looked at.
+    """
+    marker = os.path.join(dst, MARKER)
+    identity = json.loads(json.dumps(identity))
+    try:
+        with open(marker) as file:
+            before = dict(json.load(file))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{marker}: found a damaged file, expected what the run began with; start again in a "
+            "new folder"
+        ) from None
+    for key in sorted(identity.keys() | (before.keys() if whole else ())):
+        if before.get(key) == identity.get(key):
+            continue
+        if key in ("tokens", "model"):
+            what = "other tokens" if key == "tokens" else "another model"
+            raise ValueError(
+                f"resume: found {what} than the run began with; where they are the same, another "
+                "version of cuobs or transformers began it, and a new folder is needed"
+            )
+        raise ValueError(
+            f"resume: found {key}={identity.get(key)!r}, expected {before.get(key)!r} as the run "
+            "began with"
+        )
 
 
 @contextlib.contextmanager

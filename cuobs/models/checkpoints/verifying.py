@@ -9,6 +9,7 @@ import numpy as np
 from cuobs import files, validation
 from cuobs.models.checkpoints.source import MASKS, find_source, stored_tensors
 from cuobs.models.report import read_report
+from cuobs.ops.packed import unpack
 from cuobs.pattern import Verification, parse, verify
 
 __all__ = ["LayerVerification", "verify_folder"]
@@ -43,7 +44,7 @@ def verify_folder(folder: str | PathLike, pattern: Any = None) -> list:
     Parameters
     ----------
     folder : path
-        What `prune_folder` wrote.
+        What `prune_folder` wrote, or `pack_folder`, whose weights are unpacked one by one.
     pattern : str or Pattern, optional
         What the layers are to obey; by default what each was pruned to.
 
@@ -56,24 +57,37 @@ def verify_folder(folder: str | PathLike, pattern: Any = None) -> list:
     ValueError, FileNotFoundError
         The folder holds no report of pruning, or a file is damaged.
     """
-    source = find_source(folder)
+    source = find_source(folder, packed=None)
     stored = stored_tensors(source)
     report = read_report(source.folder)
     masks = _masks(source)
     result = []
     for row in (row for row in report.layers if row.loss is not None):
         wanted = parse(pattern or _pattern(row, report.settings))
-        name = f"{row.name}.weight"
-        shape = row.shape[::-1] if row.transposed else row.shape
-        if name not in stored or stored[name].shape != shape:
-            result.append(LayerVerification(row.name, wanted, None, None))
-            continue
-        with validation.naming(name):
-            weight = files.load(f"{source.path(stored[name].file)}:{name}")
-            found = verify(weight.T if row.transposed else weight, wanted)
-        outside = masks and _outside(weight, masks.get(row.name))
+        with validation.naming(f"{row.name}.weight"):
+            weight = _weight(source, stored, row, report.settings)
+            if weight is None or weight.shape != row.shape:
+                result.append(LayerVerification(row.name, wanted, None, None))
+                continue
+            found = verify(weight, wanted)
+        stands = weight.T if row.transposed else weight
+        outside = masks and _outside(stands, masks.get(row.name))
         result.append(LayerVerification(row.name, wanted, found, outside))
     return result
+
+
+def _weight(source, stored, row, settings):
+    """The weight of a layer, (outputs, inputs), unpacked where it is packed, or None."""
+    names = f"{row.name}.weight", f"{row.name}.index"
+    held = [_load(source, stored, name) for name in names if name in stored]
+    if len(held) < 2:  # dense
+        return held[0].T if held and row.transposed else held[0] if held else None
+    layout = parse(_pattern(row, settings)).compile(*row.shape)
+    return unpack(*(np.asarray(array) for array in held), layout)
+
+
+def _load(source, stored, name):
+    return files.load(f"{source.path(stored[name].file)}:{name}")
 
 
 def _pattern(row, settings):
