@@ -5,7 +5,7 @@ from cuobs_cli import display
 import cuobs
 from cuobs.arrays import size_text
 
-EACH = "each block   the layer that loses most, the drift, seconds, the most memory until then"
+EACH = "each block   what its worst layer loses, drift, time, most memory until then"
 DRIFT = "drift        ‖h − ĥ‖ / ‖h‖ of the states behind a block, dense h and pruned ĥ"
 
 
