@@ -177,12 +177,12 @@ def _scale(x, y, most):
 
 
 def _ticks(report, left, step, y):
-    """Numbers of some blocks, from 1."""
+    """Numbers of some blocks, as the names of their layers have them."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**9) if step * n >= 26)
     for place, block in enumerate(report.blocks):
-        if place == 0 or (place + 1) % every == 0:
+        if place % every == 0:
             x = left + step * place + step / 2 - 1
-            yield f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{block.index + 1}</text>'
+            yield f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{block.index}</text>'
 
 
 def _drift(report):
@@ -206,7 +206,7 @@ def _drift(report):
     out.append(f'<polyline class=drift points="{path}"/>')
     for (i, drift), (x, y) in zip(found, points, strict=True):
         out.append(f'<circle class=dot cx="{x:.1f}" cy="{y:.1f}" r="3"><title>block '
-                   f"{report.blocks[i].index + 1}: {drift:.2%}</title></circle>")  # fmt: skip
+                   f"{report.blocks[i].index}: {drift:.2%}</title></circle>")  # fmt: skip
     out += _ticks(report, left, step, TALL + 26)
     note = "‖h − ĥ‖ / ‖h‖ of the hidden states behind each block, h dense and ĥ pruned"
     return "".join((*out, "</svg>")) + f'<p class="soft">{note}</p>'

@@ -77,7 +77,7 @@ def test_what_it_shows():
     for part in (
         "tiny-2-4", "2:4 (keep 2 of 4) by admm", "10.00 → 12.50", "1.250", "4 of 24 tokens",
         "mean loss of 3 layers", "cuobs prune-model tiny out", "8 × 8", "m.2.a.q: 3.00%",
-        "mixed, dense share 0.5, residual share 0.5", "block 3: 30.00%",
+        "mixed, dense share 0.5, residual share 0.5", "block 2: 30.00%",
     ):  # fmt: skip
         assert part in text, part
     cells = [attrs for tag, attrs in found.seen if tag == "rect" and attrs.get("rx")]
