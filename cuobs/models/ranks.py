@@ -8,7 +8,7 @@ import os
 import torch
 from torch import distributed
 
-from cuobs.arrays import namespace
+from cuobs.arrays import tensor_view
 from cuobs.sharing import shares_of
 
 # The exit code of a process that leaves it to another to say what went wrong.
@@ -71,23 +71,20 @@ class Ranks:
     def gather(self, own, counts):
         """A tensor of which each process has its own rows, so many of them."""
         whole = own.new_empty((sum(counts), *own.shape[1:]))
-        parts = whole.split(counts)
+        own, parts = _plain(own.contiguous()), _plain(whole).split(counts)
+        if len(set(counts)) == 1:
+            distributed.all_gather_into_tensor(_plain(whole), own)
+            return whole
         parts[self.rank].copy_(own)
         for rank, part in enumerate(parts):
-            # NCCL knows no bool.
-            part = part.view(torch.uint8) if part.dtype == torch.bool else part
             distributed.broadcast(part, rank)
         return whole
 
     def by_rows(self, function, rows):
         """An array of so many rows, some of them made by each process and sent to all."""
         shares = shares_of(rows, self.size)
-        own = function(shares[self.rank])
-        whole = namespace(own).empty((rows, *own.shape[1:]), own.dtype)
-        whole[shares[self.rank]] = own
-        for rank, share in enumerate(shares):
-            distributed.broadcast(torch.from_dlpack(whole[share]), rank)
-        return whole
+        own = torch.from_dlpack(function(shares[self.rank]))
+        return tensor_view(self.gather(own, [share.stop - share.start for share in shares]))
 
     def agree(self, value):
         """What the first process has, for all."""
@@ -96,6 +93,11 @@ class Ranks:
         found = [value]
         distributed.broadcast_object_list(found)
         return found[0]
+
+
+def _plain(tensor):
+    """A tensor as NCCL takes it, which knows no bool."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def current():

@@ -116,6 +116,24 @@ def test_two_processes_give_what_one_gives(place):
             assert torch.equal(tensor, dense[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(4, 4), (5, 3), (0, 8)])
+def test_rows_are_gathered(tmp_path, dtype, counts):
+    whole = (torch.arange(24).reshape(8, 3) % 5).to(dtype)
+
+    def both():
+        with joined("cpu") as ranks:
+            start = ranks.rank * counts[0]
+            found = ranks.gather(whole[start : start + counts[ranks.rank]], counts)
+            assert found.dtype == dtype and torch.equal(found, whole)
+            square = np.arange(64.0).reshape(8, 8)
+            made = ranks.by_rows(lambda rows: square[rows] * 2, 8)
+            assert isinstance(made, np.ndarray) and np.array_equal(made, 2 * square)
+
+    found = together(tmp_path, both)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["sparsegpt", "admm"])
 def test_two_gpus_give_what_one_gives(place, cp, method):
