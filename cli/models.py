@@ -161,6 +161,8 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
         if view.began:
             click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
         raise
+    if report is None:  # another process writes and speaks
+        return
     if as_json:
         click.echo(report.to_json(), nl=False)
     if plot and not folder["dry_run"]:

@@ -40,6 +40,8 @@ def rotate(src, dst, calibration, **given):
             progress=step and (lambda label, done, total: step(done, total)),
             **common.given(given),
         )  # fmt: skip
+    if report is None:  # another process writes and speaks
+        return
     click.echo()
     for line in report.lines():
         click.echo(line)

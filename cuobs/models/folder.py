@@ -117,6 +117,7 @@ def prune_folder(
     Returns
     -------
     ModelReport
+        None in processes of torchrun but the first, which writes.
     """
     if options.get("batch_tokens") is not None:
         validation.integer("batch_tokens", options["batch_tokens"])

@@ -54,6 +54,7 @@ def prune(run, view, options):
     Returns
     -------
     ModelReport
+        None in all processes but the first.
     """
     with joined(run.device) as ranks:
         if not ranks.leads:
@@ -168,7 +169,7 @@ def _prune(run, view, options, ranks, began):
             report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
         after = job.measure("distilled" if job.recipe.distill else "pruned", told=False)
         if not ranks.leads:
-            return report
+            return None
         report.agreement = agreements(job.model, dense, job.texts, job.place, view.progress)
     except torch.cuda.OutOfMemoryError:
         raise MemoryError(

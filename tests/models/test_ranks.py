@@ -18,7 +18,7 @@ from cuobs_cli import main
 from small_models import make_model, make_source, make_tokens, prune_all
 
 from cuobs import verify
-from cuobs.models import distill, load_model, prune_folder
+from cuobs.models import distill, load_model, prune_folder, rotate_folder
 from cuobs.models.ranks import Ranks, joined
 from cuobs.models.structure import linears
 from cuobs.recipe import Recipe
@@ -102,7 +102,8 @@ def test_two_processes_give_what_one_gives(place):
     words = command(place, place / "two", "--eval", f"{place}/tokens.npz:text")
     found = together(place, main, words)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("block 3/3") == 1  # one speaks for both
+    for said in "block 3/3", "written":  # one speaks for both
+        assert found.stdout.count(said) == 1
     mine, report = losses(place / "two")
     assert mine == pytest.approx([row.loss for row in one.layers], rel=1e-3)
     assert report["protocol"]["windows"] == 9
@@ -177,6 +178,22 @@ def test_processes_learn_what_one_learns(tmp_path, device):
         assert one["errors"][1] < 0.95 * one["errors"][0]
         assert one["divergence"].min() < 0.95 * one["divergence"][0]
         assert one["share"][1] < one["share"][0]
+
+
+def test_two_processes_rotate_as_one_does(place):
+    words = ["rotate", f"{place}/source", f"{place}/rotated", "--steps", "4", "--device", "cpu",
+             "--calibration", f"{place}/tokens.npz:t"]  # fmt: skip
+    one = rotate_folder(
+        place / "source", place / "turned", f"{place}/tokens.npz:t", steps=4, device="cpu"
+    )
+    found = together(place, main, words)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("written") == 1
+    report = json.loads((place / "rotated" / "cuobs_rotation.json").read_text())
+    assert report["after"] == pytest.approx(one.after, rel=1e-4) and one.after < one.before
+    models = [load_model(place / name).state_dict() for name in ("turned", "rotated")]
+    for name, tensor in models[0].items():
+        assert (models[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 def test_what_is_wrong_is_said_once(place):

@@ -47,7 +47,7 @@ def rotate_folder(
     Returns
     -------
     RotationReport
-        As it is written to ``cuobs_rotation.json``.
+        As it is written to ``cuobs_rotation.json``; None in processes of torchrun but the first.
     """
     say = say or (lambda line: None)
     source, shard_bytes, save_dtype = check_folders(

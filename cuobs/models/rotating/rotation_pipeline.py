@@ -16,6 +16,7 @@ from cuobs.models.pipeline import (
     written_dtype,
 )
 from cuobs.models.pruning.prune import choose_device
+from cuobs.models.ranks import joined
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.rotating.rotation import rotate
 from cuobs.models.tokens.calibration import listed, load_tokens
@@ -29,25 +30,38 @@ def rotate_source(
     shard_bytes, save_dtype, trust_remote_code, device, say, progress,
 ):  # fmt: skip
     """Rotate the model of a source into another folder, see `rotate_folder`."""
-    model = loading.load_model(source, trust_remote_code)
-    names = names_in_files(source, model)
-    check_all_known(model, source, names)
-    for line in what_is_written(source, model, names, save_dtype):
-        say(line)
-    save_dtype = written_dtype(source, save_dtype)
-    reader = Reader(
-        source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
-        progress=progress and partial(progress, "windows of the model's own"),
-    )  # fmt: skip
-    mixture = gather(listed(calibration), [], reader, samples=samples, length=sequence_length)
-    tokens = mixture.pruning
-    mask = attention_mask and load_tokens(attention_mask, samples, tokens.shape[1], kinds="biu")
-    for line in mixture.lines(seed):
-        say(f"calibration  {line}")
-    report = rotate(
-        model, tokens, pattern, attention_mask=mask, windows=samples, device=device,
-        progress=progress and partial(progress, "rotation"), **options,
-    )  # fmt: skip
+    with joined(device) as ranks:
+        if not ranks.leads:
+            say, progress = lambda line: None, None
+        model = loading.load_model(source, trust_remote_code)
+        names = names_in_files(source, model)
+        check_all_known(model, source, names)
+        for line in what_is_written(source, model, names, save_dtype):
+            say(line)
+        save_dtype = written_dtype(source, save_dtype)
+        reader = Reader(
+            source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
+            progress=progress and partial(progress, "windows of the model's own"),
+        )  # fmt: skip
+        read = partial(
+            gather, listed(calibration), [], reader, samples=samples, length=sequence_length
+        )
+        mixture = ranks.agree(read() if ranks.leads else None)
+        tokens = mixture.pruning
+        mask = attention_mask and load_tokens(attention_mask, samples, tokens.shape[1], kinds="biu")
+        for line in mixture.lines(seed) if ranks.leads else ():
+            say(f"calibration  {line}")
+        report = rotate(
+            model, tokens, pattern, attention_mask=mask, windows=samples, device=device,
+            progress=progress and partial(progress, "rotation"), **options,
+        )  # fmt: skip
+        if not ranks.leads:
+            return None
+        _write(source, dst, model, names, report, save_dtype, shard_bytes)
+    return report
+
+
+def _write(source, dst, model, names, report, save_dtype, shard_bytes):
     if save_dtype is not None:
         loading.cast_stored(model, save_dtype)
     if report.untied:
@@ -62,4 +76,3 @@ def rotate_source(
         source, dst, changed, config=config, extra=extra, without=(PRUNED, MASKS),
         save_dtype=save_dtype, shard_size=shard_bytes,
     )  # fmt: skip
-    return report
