@@ -47,7 +47,7 @@ def methods():
             flag = "--" + option.name.replace("_", "-")
             choices = f" {', '.join(option.choices)}" if option.choices else ""
             default = option.computed if option.default is None else option.default
-            click.echo(f"{'':{width}}  {flag}{choices}  [{default}]")
+            click.echo(f"{'':{width}}  {flag}{choices}  [default: {default}]")
 
 
 def drawing(pattern):

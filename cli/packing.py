@@ -62,11 +62,11 @@ def pack_model(src, dst, pattern, **given):
 
     if pattern:
         cuobs.pattern.parse(pattern)
-    check_packing(src, dst, False, given["shard_size"], given["device"])
+    source = check_packing(src, dst, False, given["shard_size"], given["device"])
     with display.Progress("packing") as bar:
         report = found.pack_folder(src, dst, pattern, progress=bar.callback(),
                                    **common.given(given))  # fmt: skip
-    for line in report.lines():
+    for line in (*report.lines(), *source.lines()):
         click.echo(line)
     click.echo(f"files        {_size(src)} in {src}, {_size(dst)} in {dst}")
     common.show_written(dst)
@@ -82,10 +82,11 @@ def unpack_model(src, dst, **given):
     found = models.load()
     from cuobs.models.planning import check_packing
 
-    check_packing(src, dst, True, given["shard_size"])
+    source = check_packing(src, dst, True, given["shard_size"])
     with display.Progress("unpacking") as bar:
         names = found.unpack_folder(src, dst, progress=bar.callback(), **common.given(given))
-    click.echo(f"unpacked {len(names)} linears")
+    for line in (f"unpacked     {len(names)} linears", *source.lines()):
+        click.echo(line)
     common.show_written(dst)
 
 

@@ -16,7 +16,7 @@ from cuobs.models.checkpoints.checkpoint import finished, set_aside, write_masks
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.marker import abandon
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
-from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, stored_tensors
+from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, some, stored_tensors
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.parked import park
@@ -399,18 +399,11 @@ def what_is_written(source, model, names, save_dtype):
         size = sum(stored[name].nbytes for name in kept) / 2**20
         yield (
             f"carried over {len(kept)} tensors that {type(model).__name__} does not hold "
-            f"({size:.1f} MiB): {_some(kept)}"
+            f"({size:.1f} MiB): {some(kept)}"
         )
     if files := [name for name in source.carried if name.endswith(HOLDERS)]:
-        yield f"carried over {_some(files)}, as they are"
-    for why in dict.fromkeys(source.left_out.values()):
-        yield f"left out     {_some([n for n, w in source.left_out.items() if w == why])}: {why}"
-
-
-def _some(names, most=3):
-    """A few of many names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        yield f"carried over {some(files)}, as they are"
+    yield from source.lines()
 
 
 def _file_name(linear, names):

@@ -116,6 +116,10 @@ def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
         See `cuobs.models.pack_folder`.
     packed : bool
         Whether SRC is to be packed already.
+
+    Returns
+    -------
+    Source
     """
     check_device(device)
     _shard_bytes(shard_size)
@@ -125,6 +129,7 @@ def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
     check_destination(source, dst)
     if source.in_safetensors:
         stored_tensors(source)
+    return source
 
 
 def check_timing(source):

@@ -56,11 +56,13 @@ def test_models(tmp_path):
     from small_models import make_model, make_tokens, prune_all
 
     prune_all(make_model("llama")).half().save_pretrained(tmp_path / "pruned")
+    (tmp_path / "pruned" / ".gitattributes").write_text("*.bin filter=lfs")
     text = run("pack-model", tmp_path / "pruned", tmp_path / "packed")
     assert "packed       21 linears by 2:4" in text and "MiB dense" in text
+    assert "left out     .gitattributes: hidden\n" in text
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, t=make_tokens())
     assert "perplexity" in run("eval-model", tmp_path / "packed", "--text", f"{tokens}:t")
-    assert "unpacked 21 linears" in run("unpack-model", tmp_path / "packed", tmp_path / "plain")
+    assert "unpacked     21 linears" in run("unpack-model", tmp_path / "packed", tmp_path / "plain")
     assert "found no packed model" in run("unpack-model", tmp_path / "plain", tmp_path / "x",
                                           code=2)  # fmt: skip

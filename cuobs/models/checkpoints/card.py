@@ -17,9 +17,12 @@ CARD = "README.md"
 MARK = "<!-- cuobs -->"
 TAGS = ("cuobs", "pruned")
 PERPLEXITY = "Windows do not overlap; all tokens but the first of each are predicted."
+LIKE_THE_BASE = """\
+, by the names and dtypes of the base model: what
+opens that opens this"""
 DENSE = """\
-The weights are stored dense, with exact zeros, by the names and dtypes of the base model: what
-opens that opens this. It takes less memory and time only where a program packs the weights.
+The weights are stored dense, with exact zeros{like}. It takes less memory and time only
+where a program packs the weights.
 `cuobs verify PATH` checks the pattern; `cuobs_report.json` says what was done to each layer."""
 
 PACKED = """\
@@ -93,7 +96,8 @@ def _part(report, model_class, packed):
         yield from ("", PERPLEXITY, "")
     yield from ("### How to run it", "", "```python", *_imports(model_class, packed), "")
     yield from (f'model = {model_class}.from_pretrained("PATH", dtype="auto")', "```", "")
-    yield PACKED if packed else DENSE
+    like = "" if str(protocol.get("source")).endswith(".gguf") else LIKE_THE_BASE
+    yield PACKED if packed else DENSE.format(like=like)
     yield f"(cuobs {cuobs.__version__})"
 
 

@@ -127,6 +127,17 @@ class Source:
         """A file of the folder."""
         return os.path.join(self.folder, name)
 
+    def lines(self):
+        """Lines of text: which files are not carried over, and why."""
+        for why in dict.fromkeys(self.left_out.values()):
+            yield f"left out     {some([n for n, w in self.left_out.items() if w == why])}: {why}"
+
+
+def some(names, most=3):
+    """A few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
 
 def find_source(src, packed=False):
     """Look at a checkpoint without reading weights.
