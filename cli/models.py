@@ -147,6 +147,8 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
     folder = {name: given.pop(name) for name in FOLDER}
     arguments = _arguments(config, given)
     if plot:
+        if folder["dry_run"]:
+            raise ValueError("--plot: found it with --dry-run, expected it without")
         _check_plot(plot)
     models = load(quiet or as_json)
     view = View(quiet or as_json)
@@ -165,7 +167,7 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
         return
     if as_json:
         click.echo(report.to_json(), nl=False)
-    if plot and not folder["dry_run"]:
+    if plot:
         from cuobs.models.report import picture
 
         picture(report, plot)

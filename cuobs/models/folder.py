@@ -21,6 +21,7 @@ from cuobs.models.planning import (
     check_device,
     check_folders,
     check_model,
+    check_plannable,
     check_sources,
     check_text,
 )
@@ -131,6 +132,8 @@ def prune_folder(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
     )  # fmt: skip
+    if dry_run:
+        check_plannable(source, calibration)
     if resume and unfinished(dst):  # distillation has a state of its own
         began = {"cuobs": cuobs.__version__, **replace(recipe, distill=0).described()}
         check_began_with(dst, began, whole=False)

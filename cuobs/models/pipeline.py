@@ -238,15 +238,6 @@ def _distill(job, dense, report):
 
 def plan(run, view, options):
     """Say what `prune` would do and take, without reading weights; a report without blocks."""
-    if run.source.gguf is not None:
-        raise ValueError(
-            f"{run.source.name}: found a GGUF, expected the folder of a checkpoint with dry_run"
-        )
-    if own := [spec for spec in run.calibration if self_written(spec) is not None]:
-        raise ValueError(
-            f"calibration: found {own[0]}, which the model has to write, expected texts or "
-            "tokens.npz:key with dry_run"
-        )
     recipe, place = check_arguments(device=run.device, **{**options, "distill": 0})
     model = loading.empty_model(run.source.folder, run.trust_remote_code)
     model.to(loading.weights_dtype(stored_tensors(run.source)))

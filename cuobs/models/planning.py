@@ -107,6 +107,19 @@ def check_folders(
     return source, shard_bytes, save_dtype
 
 
+def check_plannable(source, calibration):
+    """Refuse a dry run of what can't be known without reading weights."""
+    if source.gguf is not None:
+        raise ValueError(
+            f"{source.name}: found a GGUF, expected the folder of a checkpoint with dry_run"
+        )
+    if own := [spec for spec in calibration if self_written(spec) is not None]:
+        raise ValueError(
+            f"calibration: found {own[0]}, which the model has to write, expected texts or "
+            "tokens.npz:key with dry_run"
+        )
+
+
 def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
     """Refuse what can't be packed into a folder, or unpacked, whatever the weights are.
 

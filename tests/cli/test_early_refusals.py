@@ -113,6 +113,10 @@ def test_before_torch_is_imported(run, source, tmp_path):
         "tune_rate: found it without tune": [*plain, "--tune-rate", 1],
         "rotate_permute: found it without rotate": [*plain, "--rotate-permute"],
         "distill_rate: found it without distill": [*plain, "--distill-rate", 1],
+        "--plot: found it with --dry-run": [*plain, "--dry-run", "--plot", "a.png"],
+        "found self:4, which the model has to write": [
+            *plain[:4], "self:4", "--distill", 1, "--dry-run"
+        ],
     }
     began = read_arguments({"method": "wanda"}).described()
     (tmp_path / "began").mkdir()
