@@ -1,0 +1,116 @@
+"""Seconds a block on several GPUs, on paper: what divides, what does not, what crosses the links.
+
+    python -m perf.scaling
+
+For a Llama of 8B shape, admm with the target mixed, 2:4, 128 windows of 2048 tokens: the seconds of
+one GPU come from ``python -m perf.whole_model``, those of N are
+
+    T(N) = windows / N + rows / N + factors(N) + each + links(N)
+
+where windows are forwards and sums, rows what pruning does with rows of weights, factors those of
+the largest Hessian, which are made together, and each what every process does for itself. Sums
+cross the links by an all-reduce, 2 (N - 1) / N of their bytes a GPU; rows and factors are gathered,
+(N - 1) / N of theirs.
+"""
+
+from typing import NamedTuple
+
+# (K, rows of all its linears, whether it writes into the residual stream) of each group.
+GROUPS = ((4096, 6144, False), (4096, 4096, True), (4096, 28672, False), (14336, 4096, True))
+WIDTH = 4096
+# Seconds of one GPU.
+WINDOWS, ROWS, EACH = 0.89, 0.80, 0.13
+# Those of factoring the largest Hessian once and inverting it INVERSES times, in pieces of at most
+# LEAF columns, and of the products between the pieces.
+INVERSES, LEAF, LEAVES, PRODUCTS = 4, 4096, 0.09, 0.15
+# Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
+# between hosts; bytes a second from a GPU into its host's links and into those between hosts.
+STEPS, LATENCY, RATE = 165, (9e-5, 2e-4), (3.2e11, 5e10)
+GPUS_OF_A_HOST = 8
+
+
+class Case(NamedTuple):
+    """So many GPUs, with so many network adapters of 400 Gb/s in each host."""
+
+    gpus: int
+    adapters: int = 8
+
+
+CASES = (Case(1), Case(2), Case(8), Case(64), Case(64, 1))
+
+
+def bytes_of_sums():
+    """Bytes of all sums of a block: of each group Ĥ and (X − X̂)ᵀX̂, of writers (h − ĥ)ᵀX̂."""
+    return sum(4 * (2 * K * K + WIDTH * K * writes) for K, _, writes in GROUPS)
+
+
+def bytes_of_rows():
+    """Bytes of a block's weights, two each, and their masks."""
+    return sum(3 * K * rows for K, rows, _ in GROUPS)
+
+
+def bytes_of_factors():
+    """Bytes that factoring and inverting the largest Hessian gathers."""
+    K = max(K for K, _, _ in GROUPS)
+    return _bytes_of_factor(K, False) + INVERSES * (_bytes_of_factor(K, True) + 4 * K * K)
+
+
+def _bytes_of_factor(K, inverted):
+    if K <= LEAF:
+        return 0
+    m = K // 2
+    corners = 3 if inverted else 2
+    return 4 * corners * m * m + _bytes_of_factor(m, True) + _bytes_of_factor(m, inverted)
+
+
+def rate(case):
+    """Bytes a second that an all-reduce or a gather moves into each GPU."""
+    if case.gpus <= GPUS_OF_A_HOST:
+        return RATE[0]
+    return min(RATE[0], case.adapters * RATE[1])
+
+
+def seconds(case):
+    """Seconds of a block by step, the links' by what crosses them."""
+    n, others = case.gpus, (case.gpus - 1) / case.gpus
+    latency = STEPS * LATENCY[n > GPUS_OF_A_HOST] * (n > 1)
+    return {
+        "forwards and sums": WINDOWS / n,
+        "rows": ROWS / n,
+        "factors": LEAVES + PRODUCTS / n,
+        "each for itself": EACH,
+        "links: sums": 2 * others * bytes_of_sums() / rate(case),
+        "links: rows": others * bytes_of_rows() / rate(case),
+        "links: factors": others * bytes_of_factors() / rate(case),
+        "links: numbers": latency,
+    }
+
+
+def table():
+    """The table of the documents, as reStructuredText."""
+    found = [seconds(case) for case in CASES]
+    names = ["1 GPU", "2", "8", "64, 8 adapters a host", "64, 1 adapter"]
+    whole = [sum(one.values()) for one in found]
+    rows = [["seconds a block", *names]]
+    rows += [[step, *(f"{one[step]:.3f}" for one in found)] for step in found[0]]
+    rows += [["together", *(f"{s:.2f}" for s in whole)]]
+    rows += [["times as fast", *(f"{whole[0] / s:.2f}" for s in whole)]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = "  ".join("=" * width for width in widths)
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    ]
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule])
+
+
+def main():
+    """Print the bytes and the table."""
+    for name, count in (
+        ("sums", bytes_of_sums()), ("rows", bytes_of_rows()), ("factors", bytes_of_factors())
+    ):  # fmt: skip
+        print(f"{name}: {count / 1e9:.2f} GB")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
