@@ -1,12 +1,13 @@
 """Seconds a block and memory of pruning a whole model of 8B shape on GPUs, step by step.
 
     python -m perf.whole_model [--method admm --target mixed] [--blocks 4] [--windows 128]
-    torchrun --nproc-per-node 2 -m perf.whole_model [...]
+    torchrun --nproc-per-node 2 -m perf.whole_model [--alone] [...]
 
 A Llama with hidden size 4096, 14336 in its MLP, 32 and 8 heads, random weights in bfloat16, windows
 of 2048 tokens. Each setting runs twice: as it is, for the seconds of each block and the peak memory
 beside what was predicted, and with the device waited for after each step, for the shares of steps.
-Under torchrun the processes share the work, each with a GPU; steps are shown for each.
+Under torchrun the processes share the work, each with a GPU; steps are shown for each. With
+``--alone`` the first of them does it alone before, for the ratio.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def stepwise(spent):
 
 
 def run(arguments, method, target, ranks):
-    """Prune twice and print what it took."""
+    """Prune and print what it took, with all processes; their seconds a block."""
     tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
     options = {"method": method, "target": target, "pattern": arguments.pattern}
     model = make_model(arguments.blocks)
@@ -102,12 +103,19 @@ def run(arguments, method, target, ranks):
         starting=lambda _: marks.append(time.perf_counter()),
         on_block=lambda *_: marks.append(time.perf_counter()),
     )  # fmt: skip
+    before, first, *others = np.diff(marks)
     if ranks.leads:
-        show(report, method, target, *np.diff(marks))
+        show(report, method, target, ranks.size, before, first, *others)
+    return min(others)
+
+
+def run_stepwise(arguments, method, target, ranks):
+    """Prune two blocks, the device waited for after each step, and print the second one's."""
+    tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
     spent, marks = {}, []
     with stepwise(spent):
         prune_model(
-            make_model(2), tokens, **options,
+            make_model(2), tokens, method=method, target=target, pattern=arguments.pattern,
             on_block=lambda *_: marks.append((time.perf_counter(), dict(spent))),
         )  # fmt: skip
     (began, before), (ended, after) = marks
@@ -122,13 +130,13 @@ def run(arguments, method, target, ranks):
             print(" ", *(f"{one[label]:7.3f}" for one in found), "s ", label, flush=True)
 
 
-def show(report, method, target, before, first, *others):
+def show(report, method, target, size, before, first, *others):
     """Print the seconds of blocks, the memory and the loss of a run."""
     gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
-    print(f"\n{method}, {target}: {before:.1f} s before, first block {first:.2f} s, then "
-          f"{min(others):.2f} to {max(others):.2f} s a block; memory {gib[0]:.1f} GiB predicted, "
-          f"{gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
-          f"{np.mean([row.loss for row in report.layers]):.6f}")  # fmt: skip
+    print(f"\n{method}, {target}, {size} GPU: {before:.1f} s before, first block {first:.2f} s, "
+          f"then {min(others):.3f} to {max(others):.3f} s a block; memory {gib[0]:.1f} GiB "
+          f"predicted, {gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
+          f"{np.mean([row.loss for row in report.layers]):.6f}", flush=True)  # fmt: skip
     if (method, target) in BEFORE:
         print("  before: {:.1f} s a block; {:.1f} GiB predicted, {:.1f} at the peak".format(
             *BEFORE[method, target]))  # fmt: skip
@@ -143,6 +151,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--alone", action="store_true", help="first without the other processes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("found no CUDA device, expected one")
@@ -153,7 +162,15 @@ def main():
             print(f"{ranks.size} x {torch.cuda.get_device_name()}, cuobs {cuobs.__version__}, "
                   f"torch {torch.__version__}")  # fmt: skip
         for method, target in zip(methods, wanted, strict=True):
-            run(arguments, method, target, ranks)
+            alone = None
+            if arguments.alone and ranks.leads:
+                with processes.apart() as one:
+                    alone = run(arguments, method, target, one)
+            ranks.agree(None)  # the others wait
+            together = run(arguments, method, target, ranks)
+            if alone:
+                print(f"  {alone / together:.2f} times as fast as one GPU")
+            run_stepwise(arguments, method, target, ranks)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,16 @@ def current():
 
 
 @contextlib.contextmanager
+def apart():
+    """Leave the other processes alone meanwhile."""
+    token = _joined.set(None)
+    try:
+        yield Ranks()
+    finally:
+        _joined.reset(token)
+
+
+@contextlib.contextmanager
 def joined(device="auto"):
     """Share what is pruned meanwhile with the processes that torchrun has started, if it has.
 

@@ -17,10 +17,11 @@ import torch
 from cuobs_cli import main
 from small_models import make_model, make_source, make_tokens, prune_all
 
-from cuobs import verify
-from cuobs.models import distill, load_model, prune_folder, rotate_folder
+from cuobs import problem, verify
+from cuobs.models import distill, load_model, prune_folder, prune_model, rotate_folder
 from cuobs.models.ranks import Ranks, joined
 from cuobs.models.structure import linears
+from cuobs.ops import factors
 from cuobs.recipe import Recipe
 from cuobs.sharing import row_counts
 
@@ -133,6 +134,30 @@ def test_rows_are_gathered(tmp_path, dtype, counts):
 
     found = together(tmp_path, both)
     assert found.returncode == 0, found.stderr
+
+
+def test_large_hessians_are_factored_together(tmp_path, monkeypatch):
+    """As one process factors them, in a model whose Hessians are all large."""
+    monkeypatch.setattr(problem, "SHARED_FROM", 16)
+    monkeypatch.setattr(factors, "LEAF", 16)
+    made = []
+
+    def prune():
+        with joined("cpu") as ranks:
+            if ranks.size > 1:
+                by_rows = Ranks.by_rows
+                monkeypatch.setattr(Ranks, "by_rows", lambda *a: made.append(1) or by_rows(*a))
+            report = prune_model(make_model("llama"), make_tokens(9), device="cpu")
+            if ranks.size > 1:
+                assert made
+                np.save(tmp_path / f"{ranks.rank}.npy", [row.loss for row in report.layers])
+        return [row.loss for row in report.layers]
+
+    one = prune()
+    found = together(tmp_path, prune)
+    assert found.returncode == 0, found.stderr
+    for rank in "01":
+        assert np.load(tmp_path / f"{rank}.npy") == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.gpu
