@@ -18,6 +18,8 @@ from cuobs.ops.selection import factor_scope_blocks
 
 # Order from which a Hessian is worth being factored together by those who share the rows.
 SHARED_FROM = 8192
+# How far the product of its factor may be away from it.
+ALIKE = 1e-2
 # Largest targets and mean diagonals of Hessians that are left as they are.
 ORDINARY = 2.0**-16, 2.0**16
 
@@ -189,7 +191,9 @@ class Problem:
         """
         self._check_factor()
         if self._shared:
-            return factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)[0]
+            R, _ = factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)
+            _check_factor_of(self.H, R)
+            return R
         R = factors.reversed_cholesky(self.H, self._info)
         if self.xp is np:
             self.check_factored()
@@ -246,6 +250,16 @@ class Problem:
     def _check_factor(self):
         """Refuse a limit that leaves no room for another matrix as large as the Hessian."""
         _check_room(self.settings, self._held(), self.H.nbytes, "a factor of the Hessian")
+
+
+def _check_factor_of(H, R):
+    """Refuse a factor with rows that others have made, where it is none: targets would not tell."""
+    ones = arrays.namespace(H).ones(len(H), H.dtype)
+    expected = H @ ones
+    away = R @ (R.T @ ones) - expected
+    size = float((expected**2).sum()) + float((H.diagonal() ** 2).sum())
+    if not float((away**2).sum()) <= ALIKE**2 * size:
+        raise RuntimeError("hessian: found a factor made by several that is none of it")
 
 
 def _check_room(settings, held, size, what):

@@ -3,14 +3,14 @@
     python -m perf.scaling
 
 For a Llama of 8B shape, admm with the target mixed, 2:4, 128 windows of 2048 tokens: the seconds of
-one GPU come from ``python -m perf.whole_model``, those of N are
+one GPU come from ``python -m perf.whole_model`` on an H200, those of N are
 
-    T(N) = windows / N + rows / N + factors(N) + each + links(N)
+    T(N) = windows / N + rows / N + leaves + products / N + each + links(N)
 
-where windows are forwards and sums, rows what pruning does with rows of weights, factors those of
-the largest Hessian, which are made together, and each what every process does for itself. Sums
-cross the links by an all-reduce, 2 (N - 1) / N of their bytes a GPU; rows and factors are gathered,
-(N - 1) / N of theirs.
+where windows are forwards and sums, rows what pruning does with rows of weights, leaves and
+products what it takes to factor and invert the largest Hessian together (one GPU does it in one
+piece), and each what every process does for itself. Sums cross the links by an all-reduce,
+2 (N - 1) / N of their bytes a GPU; rows and factors are gathered, (N - 1) / N of theirs.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,12 @@ from typing import NamedTuple
 # (K, rows of all its linears, whether it writes into the residual stream) of each group.
 GROUPS = ((4096, 6144, False), (4096, 4096, True), (4096, 28672, False), (14336, 4096, True))
 WIDTH = 4096
-# Seconds of one GPU.
-WINDOWS, ROWS, EACH = 0.89, 0.80, 0.13
-# Those of factoring the largest Hessian once and inverting it INVERSES times, in pieces of at most
-# LEAF columns, and of the products between the pieces.
-INVERSES, LEAF, LEAVES, PRODUCTS = 4, 4096, 0.09, 0.15
+# Seconds of one GPU, by step.
+WINDOWS, ROWS, EACH = 0.887, 0.810, 0.170
+# Those of factoring the largest Hessian once and inverting it INVERSES times, in one piece; and in
+# pieces of at most LEAF columns and by products, from what an order of 4096 and such products take.
+INVERSES, LEAF = 4, 4096
+WHOLE, LEAVES, PRODUCTS = 0.285, 0.049, 0.181
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
 # between hosts; bytes a second from a GPU into its host's links and into those between hosts.
 STEPS, LATENCY, RATE = 165, (9e-5, 2e-4), (3.2e11, 5e10)
@@ -30,37 +31,46 @@ GPUS_OF_A_HOST = 8
 
 
 class Case(NamedTuple):
-    """So many GPUs, with so many network adapters of 400 Gb/s in each host."""
+    """So many GPUs, with so many network adapters of 400 Gb/s in each host.
 
+    ``apart`` says that each GPU factors for itself.
+    """
+
+    name: str
     gpus: int
     adapters: int = 8
+    apart: bool = False
 
 
-CASES = (Case(1), Case(2), Case(8), Case(64), Case(64, 1))
+CASES = (
+    Case("1 GPU", 1), Case("2, apart", 2, apart=True), Case("2", 2), Case("8", 8),
+    Case("64, 8 adapters", 64), Case("64, 1 adapter", 64, 1),
+)  # fmt: skip
 
 
-def bytes_of_sums():
+def bytes_of_sums(groups=GROUPS, width=WIDTH):
     """Bytes of all sums of a block: of each group Ĥ and (X − X̂)ᵀX̂, of writers (h − ĥ)ᵀX̂."""
-    return sum(4 * (2 * K * K + WIDTH * K * writes) for K, _, writes in GROUPS)
+    return sum(4 * (2 * K * K + width * K * writes) for K, _, writes in groups)
 
 
-def bytes_of_rows():
+def bytes_of_rows(groups=GROUPS):
     """Bytes of a block's weights, two each, and their masks."""
-    return sum(3 * K * rows for K, rows, _ in GROUPS)
+    return sum(3 * K * rows for K, rows, _ in groups)
 
 
-def bytes_of_factors():
+def bytes_of_factors(groups=GROUPS, leaf=LEAF):
     """Bytes that factoring and inverting the largest Hessian gathers."""
-    K = max(K for K, _, _ in GROUPS)
-    return _bytes_of_factor(K, False) + INVERSES * (_bytes_of_factor(K, True) + 4 * K * K)
+    K = max(K for K, _, _ in groups)
+    return bytes_of_factor(K, leaf, False) + INVERSES * (bytes_of_factor(K, leaf) + 4 * K * K)
 
 
-def _bytes_of_factor(K, inverted):
-    if K <= LEAF:
+def bytes_of_factor(K, leaf, inverted=True):
+    """Bytes that one factor gathers, or one and its inverse: two corners or three, and halves."""
+    if K <= leaf:
         return 0
-    m = K // 2
-    corners = 3 if inverted else 2
-    return 4 * corners * m * m + _bytes_of_factor(m, True) + _bytes_of_factor(m, inverted)
+    m, corners = K // 2, 3 if inverted else 2
+    halves = bytes_of_factor(K - m, leaf) + bytes_of_factor(m, leaf, inverted)
+    return 4 * m * (m * (corners > 1) + (K - m) * (corners - 1)) + halves
 
 
 def rate(case):
@@ -74,14 +84,15 @@ def seconds(case):
     """Seconds of a block by step, the links' by what crosses them."""
     n, others = case.gpus, (case.gpus - 1) / case.gpus
     latency = STEPS * LATENCY[n > GPUS_OF_A_HOST] * (n > 1)
+    apart = case.apart or n == 1
     return {
         "forwards and sums": WINDOWS / n,
         "rows": ROWS / n,
-        "factors": LEAVES + PRODUCTS / n,
+        "factors": WHOLE if apart else LEAVES + PRODUCTS / n,
         "each for itself": EACH,
         "links: sums": 2 * others * bytes_of_sums() / rate(case),
         "links: rows": others * bytes_of_rows() / rate(case),
-        "links: factors": others * bytes_of_factors() / rate(case),
+        "links: factors": 0.0 if apart else others * bytes_of_factors() / rate(case),
         "links: numbers": latency,
     }
 
@@ -89,7 +100,7 @@ def seconds(case):
 def table():
     """The table of the documents, as reStructuredText."""
     found = [seconds(case) for case in CASES]
-    names = ["1 GPU", "2", "8", "64, 8 adapters a host", "64, 1 adapter"]
+    names = [case.name for case in CASES]
     whole = [sum(one.values()) for one in found]
     rows = [["seconds a block", *names]]
     rows += [[step, *(f"{one[step]:.3f}" for one in found)] for step in found[0]]

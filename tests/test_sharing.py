@@ -103,6 +103,19 @@ def test_large_hessians_are_factored_together(three, monkeypatch):
     assert made and max(made) <= 32
     assert np.array_equal(found.mask, one.mask)
     np.testing.assert_allclose(found.weight, one.weight, rtol=1e-7, atol=1e-9)
+    monkeypatch.setattr(sharing._Share, "by_rows", lambda *args: 1.1 * by_rows(*args))
+    with pytest.raises((RuntimeError, np.linalg.LinAlgError)):
+        Recipe("2:4", "admm").run(W, H, three)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_factor_of_another_matrix_is_noticed(scale):
+    H = random_layer(4, 64)[1] * scale + 1e-3 * scale * np.eye(64)
+    R = factors.reversed_cholesky(H)
+    problem._check_factor_of(H, R)
+    R[3, 40:] *= 1.1
+    with pytest.raises(RuntimeError, match="made by several that is none"):
+        problem._check_factor_of(H, R)
 
 
 def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
@@ -180,6 +193,21 @@ def test_two_gpus_give_what_one_gives(cp, method, options):
     with cp.cuda.Device(1):
         there = cuobs.prune(cp.asarray(W), devices="all", **{**keys, "hessian": cp.asarray(H)})
     assert there.weight.device.id == 1 and there.loss == pytest.approx(one.loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "true-obs"])
+def test_two_threads_on_one_gpu(cp, monkeypatch, method):
+    """All but the copies from device to device."""
+    W, H = random_layer(96, 256)
+    keys = {"hessian": H, "method": method, "device": "cuda"}
+    one = cuobs.prune(W, **keys)
+    monkeypatch.setattr(sharing, "places", lambda settings: [sharing.Place(0)] * 2)
+    monkeypatch.setattr(problem, "SHARED_FROM", 64)
+    monkeypatch.setattr(factors, "LEAF", 70)
+    two = cuobs.prune(W, devices="2", **keys)
+    assert cuobs.verify(two.weight, "2:4") and (two.mask == one.mask).mean() > 0.97
+    assert two.loss == pytest.approx(one.loss, rel=5e-3)
 
 
 @pytest.mark.gpu

@@ -52,6 +52,25 @@ def test_reversed_factor(xp, rng, dtype, close, K):
     close(U.T @ U, left[a:, a:])
 
 
+@pytest.mark.gpu
+def test_factors_by_rows_on_tensor_cores(cp, monkeypatch, rng):
+    """Products so large that they are split into those of tf32."""
+    monkeypatch.setattr(factors, "LEAF", 512)
+    H = definite(rng, 2000)
+    given = cp.asarray(H, "float32")
+
+    def by_rows(function, rows):
+        return cp.concatenate([function(slice(0, rows // 3)), function(slice(rows // 3, rows))])
+
+    R, U = factors.factor_by_rows(given, by_rows, "tensor", inverted=True)
+    R, U = (host(A).astype(float) for A in (R, U))
+    assert np.abs(R @ R.T - H).max() < 1e-4 * np.abs(H).max()
+    assert np.abs(U @ R - np.eye(2000)).max() < 1e-2
+    found = host(factors.inverse_by_rows(given, by_rows, "tensor"))
+    expected = host(factors.inverse(given, "tensor"))
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
 @SINGLE
 @pytest.mark.parametrize("K", [5, 8, 9, 37])
 @pytest.mark.parametrize("precision", ["tensor", "fp32"])
