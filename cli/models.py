@@ -25,8 +25,8 @@ LEANING = {
 }  # fmt: skip
 CALIBRATION, TARGET = "Calibration", "Target and tuning"
 ROTATION, DISTILLATION, GENERATE = "Rotation", "Distillation", "End to end"
-SCORES = ("activations", "compensated")
-SCORE = "What is learned against: w² H_jj, or w² / C_jj ('compensated')."
+SCORES = ("compensated", "activations")
+SCORE = "What is learned against: w² / C_jj, or w² H_jj ('activations')."
 PERMUTE = "Deal the inner columns of each MLP out to the scopes, and order those of the stream."
 
 
@@ -112,9 +112,10 @@ save_dtype = options.option(
                 help="Give the model another basis first, in which it prunes more easily.")
 @options.option("--rotate-steps", type=int, metavar="N", show_default="100", group=ROTATION,
                 help="Steps of learning it.")
-@options.option("--rotate-score", type=options.Name(SCORES), show_default="activations",
+@options.option("--rotate-score", type=options.Name(SCORES), show_default="compensated",
                 group=ROTATION, help=SCORE)
-@options.option("--rotate-permute", is_flag=True, group=ROTATION, help=PERMUTE)
+@options.option("--rotate-permute/--no-rotate-permute", default=None, show_default="permute",
+                group=ROTATION, help=PERMUTE)
 @options.option("--distill", default=0, type=int, metavar="N", group=DISTILLATION,
                 help="Passes in which all kept weights learn together what the dense model says.")
 @options.option("--distill-rate", type=float, metavar="R", show_default="3e-4",

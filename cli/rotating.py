@@ -11,9 +11,10 @@ from cuobs_cli import common, display, models, options
 @options.pattern
 @options.option("--steps", type=int, metavar="N", show_default="100", group=models.ROTATION,
                 help="Steps of Adam; 0 folds the norms' scales alone.")
-@options.option("--score", type=options.Name(models.SCORES), show_default="activations",
+@options.option("--score", type=options.Name(models.SCORES), show_default="compensated",
                 group=models.ROTATION, help=models.SCORE)
-@options.option("--permute", is_flag=True, group=models.ROTATION, help=models.PERMUTE)
+@options.option("--permute/--no-permute", default=None, show_default="permute",
+                group=models.ROTATION, help=models.PERMUTE)
 @options.option("--calibration", required=True, type=click.Path(), metavar="F",
                 group=models.CALIBRATION, help="A text, or tokens.npz:key (windows, length).")
 @models.samples(64)

@@ -1,18 +1,19 @@
 """What a rotation gives: seconds to learn it, its objective, and perplexity after pruning.
 
-    python perf/rotation.py MODEL --tokens tokens.npz [--patterns 2:4 4:8] [--variants plain ...]
+    python perf/rotation.py MODEL --tokens tokens.npz [--patterns 2:4 4:8] [--variants both ...]
 
 MODEL is a checkpoint's folder or a GGUF; the tokens hold ``calibration`` and ``prose`` (windows,
 length), as examples/smollm2/tokens.npz does. Of the calibration the last 32 windows are held out.
-Every variant starts from the dense model, and each prints one line:
+Every variant starts from the dense model, and each prints one line: perplexity as the mean of
+several prunings whose dampings differ in the seventh digit, and how far they spread.
 
 =============  ===================================================================================
 none           not rotated
-plain          R1 and R2 learned against ``w² H_jj``, 100 steps
-300            the same, 300 steps
+plain          R1 and R2 learned against ``w² H_jj``
 permuted       plain, and the inner columns of each MLP dealt out by ``Σ w² / C_jj``, the stream's
                scopes ordered by their share of the score
 compensated    R1 and R2 learned against ``w² / C_jj``
+both           compensated and permuted, the default of ``--rotate``
 =============  ===================================================================================
 """
 
@@ -30,10 +31,10 @@ from cuobs.models.rotating.rotation import rotate
 
 VARIANTS = {
     "none": None,
-    "plain": {},
-    "300": {"steps": 300},
-    "permuted": {"permute": True},
-    "compensated": {"score": "compensated"},
+    "plain": {"score": "activations", "permute": False},
+    "permuted": {"score": "activations"},
+    "compensated": {"permute": False},
+    "both": {},
 }
 HELD_OUT = 32
 
@@ -51,7 +52,8 @@ def main():
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, help="tokens of a window, all unless given")
     parser.add_argument("--evaluated", type=int, help="windows of prose, all unless given")
-    parser.add_argument("--steps", type=int, help="instead of the variant's own")
+    parser.add_argument("--steps", type=int, default=300, help="of learning a rotation")
+    parser.add_argument("--repeats", type=int, default=5, help="prunings of each variant")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--target", default="pruned")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +69,8 @@ def main():
     held, calibration = calibration[-HELD_OUT:], calibration[: args.windows]
     texts = {"held": held[: args.evaluated], "prose": prose[: args.evaluated]}
     print(f"device   {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    print(f"dense    {measured(dense, texts, device)}", flush=True)
+    for name, part in texts.items():
+        print(f"dense    {name} {models.perplexity(dense, part, device):.2f}", flush=True)
     for pattern in args.patterns:
         for variant in args.variants:
             try:
@@ -85,10 +88,12 @@ def run(dense, calibration, texts, pattern, variant, device, args):
     """Rotate a copy of the dense model, prune it, and say what was found."""
     model, options = copy.deepcopy(dense), VARIANTS[variant]
     found = {"pattern": pattern, "variant": variant}
+    drop = args.target != "pruned"
     if options is not None:
-        if args.steps:
-            options = {**options, "steps": args.steps}
-        report = rotate(model, calibration, pattern, device=device, **options)
+        report = rotate(
+            model, calibration, pattern, steps=args.steps, drop_first_token=drop, device=device,
+            **options,
+        )  # fmt: skip
         found |= {
             "objective": f"{report.before:.4f} to {report.after:.4f}",
             "seconds": round(report.seconds, 2),
@@ -97,20 +102,20 @@ def run(dense, calibration, texts, pattern, variant, device, args):
             "GiB": round(report.memory_peak / 2**30, 2),
             "untied MB": round(report.untied / 1e6, 1),
         }
-    began = time.perf_counter()
-    models.prune_model(
-        model, calibration, pattern=pattern, method=args.method, target=args.target,
-        drop_first_token=args.target != "pruned", device=device.type,
-    )  # fmt: skip
-    found["pruned, s"] = round(time.perf_counter() - began, 2)
-    found["perplexity"] = measured(model, texts, device)
+    began, repeats = time.perf_counter(), []
+    for repeat in range(args.repeats):
+        pruned = copy.deepcopy(model)
+        models.prune_model(
+            pruned, calibration, pattern=pattern, method=args.method, target=args.target,
+            drop_first_token=drop, damp=0.01 * (1 + 1e-6 * repeat), device=device.type,
+        )  # fmt: skip
+        repeats.append([models.perplexity(pruned, part, device) for part in texts.values()])
+    found["pruned and measured, s"] = round((time.perf_counter() - began) / args.repeats, 2)
+    for name, values in zip(texts, np.transpose(repeats), strict=True):
+        found[name] = f"{np.exp(np.log(values).mean()):.2f}"
+        if args.repeats > 1:
+            found[name] += f" ± {values.std(ddof=1):.2f}"
     return found
-
-
-def measured(model, texts, device):
-    """Perplexity of each text."""
-    values = {n: models.perplexity(model, part, device) for n, part in texts.items() if len(part)}
-    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
 if __name__ == "__main__":

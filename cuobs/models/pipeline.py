@@ -1,5 +1,6 @@
 """A model of a folder pruned into another one, once all that can be known before is checked."""
 
+import copy
 import math
 import os
 import time
@@ -125,8 +126,9 @@ def _open(run, view, options, ranks):
     """Read the model and all texts, and say what they are; a `_Job`."""
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
-    warming = _warm(source, recipe, place)
+    warming = None if source.gguf else _warm(source, recipe, place)
     model = loading.load_model(source, run.trust_remote_code)
+    warming = warming or _warm(source, recipe, place)  # now that the GGUF is known to be whole
     names = names_in_files(source, model, lambda name: recipe.of(name) is None)
     if whole_for(run, recipe) is None:
         park_blocks(model, source, names)
@@ -147,6 +149,10 @@ def _open(run, view, options, ranks):
 
 def _prune(run, view, options, ranks, began):
     job, before = _open(run, view, options, ranks), {}
+    compared = job.recipe.distill or (job.texts and ranks.leads)
+    # A GGUF takes far longer to read again than to copy.
+    copied = compared and run.source.gguf is not None
+    dense = copy.deepcopy(job.model) if copied else None
     try:
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
@@ -155,8 +161,7 @@ def _prune(run, view, options, ranks, began):
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
-        dense = None
-        if job.recipe.distill or (job.texts and ranks.leads):
+        if compared and not copied:
             dense = loading.load_model(run.source, run.trust_remote_code)
             if whole_for(run, job.recipe) is None:
                 park_blocks(dense, run.source, job.names)
@@ -267,10 +272,16 @@ def evaluate(source, other, text, length, device, progress, trust_remote_code):
 
 
 def _warm(source, recipe, device):
-    """Begin to compile what pruning a checkpoint will need, while it is loaded; a `Warming`."""
-    stored = {} if source.gguf is not None else stored_tensors(source)
-    shapes = [t.shape for name, t in stored.items() if len(t.shape) == 2 and "embed" not in name]
-    dtype = loading.weights_dtype(stored)
+    """Begin to compile what pruning will need, while something else is done; a `Warming`."""
+    if source.gguf is None:
+        stored = stored_tensors(source)
+        dtype = loading.weights_dtype(stored)
+        shapes = {name: tensor.shape for name, tensor in stored.items() if "embed" not in name}
+    else:
+        dtype = torch.float32
+        tensors = loading.gguf_tensors(source)
+        shapes = {name: shape[::-1] for name, _, shape in tensors if name.startswith("blk.")}
+    shapes = [tuple(shape) for shape in shapes.values() if len(shape) == 2]
     return Warming(recipe.config.recipe, recipe.config.settings, shapes, dtype, device)
 
 

@@ -15,9 +15,9 @@ from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 # Shares of a target, dense and residual, see `cuobs.models.pruning.targets`; "mixed" leaves both
 # to the caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
-# Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² H_jj; or
-# w² / C_jj with C the inverse of the damped H, which is lost when all others may make up for it.
-SCORES = ("activations", "compensated")
+# Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² / C_jj with C
+# the inverse of the damped H, which is lost when all others may make up for it; or w² H_jj.
+SCORES = ("compensated", "activations")
 # Steps of Adam that learn it, their learning rate at the start, and calibration windows.
 STEPS, RATE, WINDOWS = 100, 3e-3, 64
 
@@ -70,7 +70,7 @@ class ModelRecipe:
     rotate: bool = False
     rotate_steps: int = STEPS
     rotate_score: str = SCORES[0]
-    rotate_permute: bool = False
+    rotate_permute: bool = True
 
     def __post_init__(self):
         for name in ("tune", "distill"):

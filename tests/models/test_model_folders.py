@@ -17,13 +17,16 @@ from small_models import make_model, make_source, make_tokens
 
 import cuobs
 from cuobs.models import (
+    agreement,
     load_masks,
     load_model,
     load_tokens,
     perplexity,
+    pipeline,
     prune_folder,
     prune_model,
 )
+from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.source import BLOCKS, MARKER
 from cuobs.models.structure import linears, oriented
 
@@ -702,6 +705,24 @@ def test_gguf_is_not_written_in_more_bytes_than_it_needs(tmp_path, calibration, 
                for line in lines)  # fmt: skip
     opened = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert opened.dtype == getattr(torch, expected)
+
+
+def test_gguf_is_read_once(tmp_path, calibration, monkeypatch):
+    """And what it will be compared with is what it was; kernels are compiled for its shapes."""
+    path, out, read, warmed = tmp_path / "tiny.gguf", tmp_path / "out", [], []
+    write_gguf(path)
+    load, warm = loading.load_model, pipeline.Warming
+    monkeypatch.setattr(loading, "load_model", lambda *a: read.append(a) or load(*a))
+    monkeypatch.setattr(
+        pipeline, "Warming", lambda *a: warmed.append((set(a[2]), a[3])) or warm(*a)
+    )
+    report = prune_folder(path, out, calibration, device="cpu", evaluate=[calibration])
+    assert len(read) == 1
+    dense = load(path)
+    shapes = {tuple(m.weight.shape) for n, m in linears(dense).items() if "layers" in n}
+    assert warmed == [(shapes, dense.dtype)]
+    near = agreement(load(out), dense, load_tokens(calibration))
+    assert report.agreement.popitem()[1] == pytest.approx(near._asdict(), rel=1e-3)
 
 
 def test_gguf_in_another_dtype(tmp_path, calibration):

@@ -27,6 +27,8 @@ REFUSED = {
 }
 PATTERNS = (*cuobs.patterns(), "8:16", "1:4x2")
 LENGTH = 24
+# The score that a model shows by itself, every column where it was.
+SHOWN = {"score": "activations", "permute": False}
 
 
 def tokens_of(windows=8):
@@ -274,7 +276,7 @@ def test_the_objective_is_what_it_says_and_falls_for_every_pattern(pattern):
     none = folding.Rotation(eye, (None,) * depth, ((),) * depth)
     plain = make_model("llama")
     folding.fold(plain, stream, none)  # scales of norms alone
-    found = rotate(model, tokens, pattern, steps=12, rate=1e-2)
+    found = rotate(model, tokens, pattern, steps=12, rate=1e-2, **SHOWN)
     assert found.before == pytest.approx(share_of(plain, tokens, pattern), rel=1e-4)
     assert found.after == pytest.approx(share_of(model, tokens, pattern), rel=1e-4)
     assert found.after < 0.9 * found.before
@@ -301,7 +303,7 @@ def test_compensated_scores_are_those_of_the_inverse():
     stream = folding.examine(model, tokens)
     found = learn(
         model, stream, tokens, without_first(tokens), everywhere(model), steps=0,
-        score="compensated", damp=0.1,
+        score="compensated", permute=False, damp=0.1,
     )  # fmt: skip
     depth, whole, pruned = len(stream.blocks), 0, 0.0
     eye = torch.eye(stream.width, dtype=torch.float64)
@@ -344,7 +346,7 @@ def test_dealing_puts_a_column_of_each_kind_into_each_scope(pattern):
 def test_permuted_columns_leave_the_function():
     model, tokens = make_model("llama"), tokens_of()
     dense = logits(model, tokens)
-    found = rotate(model, tokens, "2:4", steps=2, permute=True)
+    found = rotate(model, tokens, "2:4", steps=2, score="activations")
     assert found.permuted
     assert distance(logits(model, tokens), dense) < 1e-4
     assert share_of(model, tokens, "2:4") == pytest.approx(found.after, rel=1e-4)
@@ -379,7 +381,7 @@ def test_what_the_caller_has_set_changes_nothing():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_dearest_scopes_of_the_stream_come_first(pattern):
     plain, model, tokens = make_model("llama"), make_model("llama"), tokens_of()
-    found = rotate(model, tokens, pattern, steps=8, rate=1e-2, permute=True)
+    found = rotate(model, tokens, pattern, steps=8, rate=1e-2, score="activations")
     assert found.after == pytest.approx(share_of(model, tokens, pattern), rel=1e-4)
     assert distance(logits(model, tokens), logits(plain, tokens)) < 1e-4
     layout = cuobs.pattern.parse(pattern).compile(32, 32)
@@ -465,13 +467,13 @@ def test_bad_arguments(arguments, sentence):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("changes", [SHOWN, {}])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_on_a_gpu(pattern, permute):
+def test_on_a_gpu(pattern, changes):
     tokens = tokens_of()
     a, b = make_model("qwen2"), make_model("qwen2")
     dense = logits(a, tokens)
-    options = {"steps": 12, "rate": 1e-2, "permute": permute}
+    options = {"steps": 12, "rate": 1e-2, **changes}
     expected = rotate(a, tokens, pattern, device="cpu", **options)
     found = rotate(b, tokens, pattern, device="cuda", **options)
     assert found.before == pytest.approx(expected.before, rel=1e-2)

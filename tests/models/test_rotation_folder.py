@@ -175,7 +175,7 @@ def test_other_settings_of_the_rotation_are_another_run(tmp_path, calibration):
     with pytest.raises(KeyboardInterrupt):
         prune_folder(src, tmp_path / "dst", calibration, device="cpu", rotate=True, rotate_steps=2,
                      on_block=stopping)  # fmt: skip
-    for changes in ({"rotate": False}, {"rotate_steps": 3}, {"rotate_permute": True}):
+    for changes in ({"rotate": False}, {"rotate_steps": 3}, {"rotate_permute": False}):
         with pytest.raises(ValueError, match=rf"resume: found {min(changes)}="):
             prune_folder(src, tmp_path / "dst", calibration, device="cpu", resume=True,
                          **{"rotate": True, "rotate_steps": 2, **changes})  # fmt: skip

@@ -177,14 +177,14 @@ def gguf_dtype(source):
     kinds : list of str
         What the matrices are held in.
     """
-    kinds = {kind for _, kind, shape in _gguf_tensors(source) if len(shape) > 1}
+    kinds = {kind for _, kind, shape in gguf_tensors(source) if len(shape) > 1}
     plain = {name: DTYPES[name] for name in kinds if name in FLOATS}
     if kinds == plain.keys() and plain:
         return reduce(torch.promote_types, plain.values()), sorted(kinds)
     return torch.float16 if "F16" in kinds else torch.bfloat16, sorted(kinds)
 
 
-def _gguf_tensors(source):
+def gguf_tensors(source):
     """Name, kind and shape of each tensor of a GGUF."""
     path = source.path(source.gguf)
     return _read_gguf(path, os.path.getmtime(path))
@@ -203,7 +203,7 @@ def _check_gguf(source, model):
     own = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     sizes = Counter(tensor.numel() for tensor in own.values())
     unread = []
-    for name, _, shape in _gguf_tensors(source):
+    for name, _, shape in gguf_tensors(source):
         sizes[math.prod(shape)] -= 1
         if sizes[math.prod(shape)] < 0 and not name.startswith("rope_"):  # of the config's own
             unread.append(name)

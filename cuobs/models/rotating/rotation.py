@@ -22,7 +22,7 @@ from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.pruning.checks import check_alone
 from cuobs.models.ranks import current
-from cuobs.models.recipe import RATE, STEPS, WINDOWS, check_rotation
+from cuobs.models.recipe import RATE, SCORES, STEPS, WINDOWS, check_rotation
 from cuobs.models.report import RotationReport
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.rotation_learning import Learned, learn
@@ -41,8 +41,8 @@ def rotate(
     steps: int = STEPS,
     rate: float = RATE,
     windows: int = WINDOWS,
-    score: str = "activations",
-    permute: bool = False,
+    score: str = SCORES[0],
+    permute: bool = True,
     damp: float = 0.01,
     device: Any = "auto",
     stream: Any = None,
@@ -77,8 +77,9 @@ def rotate(
         Its step at the start; it falls to 0 by a half cosine.
     windows : int
         At most so many from the front are used.
-    score : {"activations", "compensated"}
-        The score of a weight: w² H_jj, or w² / C_jj with C the inverse of the damped H.
+    score : {"compensated", "activations"}
+        The score of a weight: w² / C_jj with C the inverse of the damped H, what is lost where all
+        others make up for it; or w² H_jj, for methods that move no other weight.
     permute : bool
         Deal the inner columns of each MLP out to the scopes by Σ w² / C_jj too, and put the scopes
         of the stream that hold the most of the score first, for methods that go from left to right.

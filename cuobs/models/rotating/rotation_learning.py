@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from cuobs.models.ranks import current
-from cuobs.models.recipe import RATE, STEPS
+from cuobs.models.recipe import RATE, SCORES, STEPS
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
 from cuobs.models.rotating.rotation_moments import compiled, gather
@@ -25,7 +25,7 @@ class Learned(NamedTuple):
 
 def learn(
     model, stream, tokens, counted, patterns, *, attention_mask=None, steps=STEPS, rate=RATE,
-    score="activations", permute=False, damp=0.01, device="cpu", progress=None,
+    score=SCORES[0], permute=True, damp=0.01, device="cpu", progress=None,
 ):  # fmt: skip
     """Learn R1 and R2 for patterns; the model stays as it is.
 
