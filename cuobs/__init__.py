@@ -4,8 +4,7 @@ A name is imported when it is first asked for: ``python -m cuobs`` comes through
 first line, and what takes time here could be interrupted nowhere.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # of the name that checkers of types know, without its module
 if TYPE_CHECKING:
     from cuobs.algorithms import methods, register_method
     from cuobs.collecting import collect, prune_linear
