@@ -17,6 +17,7 @@ SAVE_DTYPES = ("float16", "bfloat16", "float32")
 FOLDER = (
     "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",
     "save_dtype", "trust_remote_code", "resume", "batch_tokens", "distill_calibration", "dry_run",
+    "host_memory",
 )  # fmt: skip
 # Options that say how something is done, and the one that asks for it.
 LEANING = {
@@ -126,6 +127,8 @@ save_dtype = options.option(
                 "twice; may be repeated.")
 @options.option("--batch-tokens", type=options.Integer(), metavar="N", group=options.HOW,
                 show_default="by the device", help="Tokens in a block at once.")
+@options.option("--host-memory", metavar="SIZE", group=options.HOW,
+                help="Of the host, as 6GiB: hidden states beyond it go to a scratch file in DST.")
 @options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
 @options.option("--dry-run", is_flag=True, group=options.HOW,
                 help="Say what would be pruned, and what it would take; read no weights.")

@@ -318,14 +318,14 @@ def size_text(n):
     return f"{n} bytes"
 
 
-def parse_size(text):
-    """Bytes from a number or from a text like "8GiB" or "500 MB"."""
+def parse_size(text, name="memory_limit"):
+    """Bytes from a number or from a text like "8GiB" or "500 MB"; a name for what is refused."""
     found = str(text) if isinstance(text, str | numbers.Real) else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", found, re.IGNORECASE)
     if not match or not 0 < float(match[1]) < float("inf"):
         found = repr(text) if len(found) in range(1, 60) else type(text).__name__
         raise ValueError(
-            f"memory_limit: found {found}, expected bytes, or a size like '8GiB'"
+            f"{name}: found {found}, expected bytes, or a size like '8GiB'"
         )
     number, prefix, binary = match.groups()
     power = " KMGT".index(prefix.upper() or " ")

@@ -158,7 +158,7 @@ class Passing:
 
 
 @torch.no_grad()
-def capture(model, blocks, batches, device, passing=None):
+def capture(model, blocks, batches, device, passing=None, hidden=None):
     """Run the model up to its blocks and note what each of them is called with.
 
     The blocks hand their input on unchanged meanwhile, so this costs an embedding.
@@ -173,6 +173,8 @@ def capture(model, blocks, batches, device, passing=None):
         Where the result is kept.
     passing : Passing, optional
         Of these blocks, where it is needed afterwards too.
+    hidden : list, optional
+        Or what takes hidden states as one does.
 
     Returns
     -------
@@ -187,7 +189,8 @@ def capture(model, blocks, batches, device, passing=None):
         hidden = args[0] if args else kwargs.pop("hidden_states")
         seen.append((hidden, args[1:], kwargs))
 
-    hidden, calls = [], [[] for _ in blocks]
+    hidden = [] if hidden is None else hidden
+    calls = [[] for _ in blocks]
     handles = [b.register_forward_pre_hook(watch, with_kwargs=True) for b in blocks]
     try:
         with passing or Passing(blocks):

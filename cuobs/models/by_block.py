@@ -138,6 +138,7 @@ def _whole(model, device):
 @contextlib.contextmanager
 def _around(model, device):
     """What is around the parked blocks of a model on a device; not changed there."""
+    mapped = next(own.around for own in map(parked, model.modules()) if own is not None)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     homes = [tensor.data for tensor in tensors]
     try:
@@ -147,3 +148,5 @@ def _around(model, device):
     finally:
         for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = home
+        for content in mapped:
+            memory.let_go(content)

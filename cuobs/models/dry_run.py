@@ -6,7 +6,16 @@ from itertools import groupby
 import torch
 
 from cuobs.models.pruning.layers import choose_layers
-from cuobs.models.pruning.prediction import hold, predict, seconds_a_block, work_from_shapes
+from cuobs.models.pruning.prediction import (
+    check_host,
+    hold,
+    predict,
+    predict_host,
+    seconds_a_block,
+    states_of,
+    to_scratch,
+    work_from_shapes,
+)
 from cuobs.models.pruning.prune import count_tokens, report_of
 from cuobs.models.report import time_text
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
@@ -15,7 +24,7 @@ from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 ORDER, TIMES = {"cpu": 1024, "cuda": 8192}, 3
 
 
-def plan(model, windows, recipe, device, batch, protocol, say):
+def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_memory=None):
     """Say what would be done to a model; a `ModelReport` that holds no blocks.
 
     Parameters
@@ -30,6 +39,10 @@ def plan(model, windows, recipe, device, batch, protocol, say):
     protocol : dict
     say : callable
         Called with lines of text.
+    in_files : bool
+        Whether the blocks will stay in their files until they are wanted.
+    host_memory : int, optional
+        Bytes of the host's memory that may be used.
     """
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
@@ -40,9 +53,15 @@ def plan(model, windows, recipe, device, batch, protocol, say):
         say(line)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
-    work = work_from_shapes(model, blocks, windows, batch, recipe, device)
-    held = hold(work, device)
-    report.memory_predicted = predict(work, device, held)
+    work = work_from_shapes(model, blocks, windows, batch, recipe, device, in_files)
+    check_host(work, device, host_memory)
+    states = not to_scratch(work, device, host_memory)
+    held = hold(work, device, host_memory, states)
+    report.memory_predicted = predict(work, device, held, states)
+    if device.type != "cpu":
+        say(f"memory       about {predict_host(work, device) / 2**30:.2f} GiB of the host")
+    elif not states:
+        say(f"states       {states_of(work) / 2**30:.2f} GiB of hidden states, in a scratch file")
     each = seconds_a_block(work, held, _rate(device, next(model.parameters()).dtype))
     every = time_text(each * len(blocks))
     say(f"time         {time_text(each)} a block, {every} for {len(blocks)}, by estimate")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cuobs
-from cuobs import files, validation
+from cuobs import arrays, files, validation
 from cuobs.models.checkpoints.marker import check_began_with
 from cuobs.models.checkpoints.source import find_source, unfinished
 from cuobs.models.planning import (
@@ -20,8 +20,8 @@ from cuobs.models.planning import (
     View,
     check_device,
     check_folders,
+    check_host_memory,
     check_model,
-    check_plannable,
     check_sources,
     check_text,
 )
@@ -56,6 +56,7 @@ def prune_folder(
     distill_calibration: str | Sequence[str] = (),
     on_block=None,
     command: str | None = None,
+    host_memory: int | str | None = None,
     **options: Any,
 ) -> Any:
     """Prune the model of a folder (or a GGUF) into another folder.
@@ -112,6 +113,9 @@ def prune_folder(
         then sees the windows that pruned twice.
     command : str, optional
         What was asked for on the command line, for the report.
+    host_memory : int or str, optional
+        Of `prune_model`. A rotation, distillation, windows of the model's own and a GGUF need the
+        whole model in memory; otherwise blocks are read from their files one at a time.
     drop_first_token, on_block, **options
         Of `prune_model`.
 
@@ -132,18 +136,19 @@ def prune_folder(
         src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
         shard_size, save_dtype,
     )  # fmt: skip
-    if dry_run:
-        check_plannable(source, calibration)
     if resume and unfinished(dst):  # distillation has a state of its own
         began = {"cuobs": cuobs.__version__, **replace(recipe, distill=0).described()}
         check_began_with(dst, began, whole=False)
     if distill_calibration:
         check_sources(source, [*calibration, *distill_calibration], None, sequence_length)
+    if host_memory is not None:
+        host_memory = arrays.parse_size(host_memory, "host_memory")
     run = Run(
         source, dst, calibration, tuple(evaluate), samples, sequence_length, seed, attention_mask,
         resume, save_masks, packed, shard_bytes, save_dtype, trust_remote_code, device,
-        distill_calibration, command,
+        distill_calibration, command, host_memory,
     )  # fmt: skip
+    check_host_memory(run, recipe)
     nothing = lambda *_: None  # noqa: E731
     view = View(say or nothing, progress, starting or nothing, on_block or nothing)
     if resume and not unfinished(dst):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import resource
@@ -130,6 +131,20 @@ def trim(device):
     if device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def let_go(tensor):
+    """Have the pages of a tensor that is mapped from a file leave memory until they are wanted.
+
+    Of one that is not shared with the file, what was changed would be lost.
+    """
+    page = resource.getpagesize()
+    start = tensor.data_ptr() // page * page
+    length = tensor.data_ptr() + tensor.nbytes - start
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not everywhere
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+        )
 
 
 def reset(device):

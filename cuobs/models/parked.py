@@ -39,7 +39,8 @@ class Slot(NamedTuple):
 def park(model, prefix, blocks, source, stored):
     """Let go of the weights in a model's blocks; they are read from files from now on.
 
-    What the model made itself, or shares between modules, stays in memory.
+    What is around the blocks is mapped. What the model made itself, or shares between modules of
+    its blocks, stays in memory.
 
     Parameters
     ----------
@@ -55,6 +56,7 @@ def park(model, prefix, blocks, source, stored):
     held = [part for m in model.modules() for part in (m._parameters, m._buffers)]
     uses = Counter(id(tensor) for part in held for tensor in part.values())
     read = Reader(source, stored)
+    mapped = _map_around(model, blocks, read)
     for index, block in enumerate(blocks):
         slots = [
             Slot(name, part, key, tensor)
@@ -64,7 +66,21 @@ def park(model, prefix, blocks, source, stored):
             for name in [".".join(filter(None, (prefix, str(index), inner, key)))]
             if tensor is not None and name in stored and uses[id(tensor)] == 1
         ]
-        Parked(block, slots, read).put_away()
+        Parked(block, slots, read, mapped).put_away()
+
+
+def _map_around(model, blocks, read):
+    """Map what lies in files around the blocks; the tensors that are."""
+    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        content = None
+        if id(tensor) not in inside and name in read.stored:
+            content = read.mapped(name)
+        if content is not None and content.dtype == tensor.dtype:
+            tensor.data = content
+            found.append(content)
+    return found
 
 
 class Parked:
@@ -76,10 +92,12 @@ class Parked:
     slots : list of Slot
     read : Reader
         By the names of the slots.
+    around : list of tensor
+        What is mapped of the rest of the model.
     """
 
-    def __init__(self, block, slots, read):
-        self.block, self.slots, self.read = block, slots, read
+    def __init__(self, block, slots, read, around):
+        self.block, self.slots, self.read, self.around = block, slots, read, around
 
     def __call__(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]

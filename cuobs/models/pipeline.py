@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, some
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.parked import park
-from cuobs.models.planning import View
+from cuobs.models.planning import View, whole_for
 from cuobs.models.pruning.prune import (
     batch_of,
     check_arguments,
@@ -35,7 +35,7 @@ from cuobs.models.report import outcome, summary
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.tokens.calibration import load_tokens
-from cuobs.models.tokens.mixture import Reader, gather, self_written
+from cuobs.models.tokens.mixture import Reader, Unwritten, gather
 from cuobs.models.tokens.windows import check_windows
 
 # Windows that the model wrote for a run, while it goes on.
@@ -157,7 +157,7 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=job.recipe.distill > 0, device=run.device,
+            keep_masks=job.recipe.distill > 0, device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
@@ -191,16 +191,8 @@ def _prune(run, view, options, ranks, began):
     return report
 
 
-def whole_for(run, recipe):
-    """What needs the whole model in memory, None where its blocks may stay in their files."""
-    if run.source.gguf is not None:
-        return "a GGUF"
-    if any(self_written(spec) is not None for spec in run.calibration):
-        return "calibration by windows of the model's own"
-    return next((name for name in ("rotate", "distill") if getattr(recipe, name)), None)
-
-
 def park_blocks(model, source, names):
+    """Leave the weights in the blocks of a model in the files of its source."""
     stored = stored_tensors(source)
     park(model, *find_blocks(model), source, {own: stored[name] for own, name in names.items()})
 
@@ -243,16 +235,19 @@ def _distill(job, dense, report):
 
 def plan(run, view, options):
     """Say what `prune` would do and take, without reading weights; a report without blocks."""
-    recipe, place = check_arguments(device=run.device, **{**options, "distill": 0})
-    model = loading.empty_model(run.source.folder, run.trust_remote_code)
-    model.to(loading.weights_dtype(stored_tensors(run.source)))
-    mixture, mask, texts = _read_all(replace(run, distill_calibration=()), model, 0, place, view)
+    recipe, place = check_arguments(device=run.device, **options)
+    model = loading.empty_model(run.source, run.trust_remote_code)
+    model.to(loading.weights_dtype(stored_tensors(run.source)))  # of a GGUF float32, as it is read
+    mixture, mask, texts = _read_all(run, model, recipe.distill, place, view, Unwritten)
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
     windows = check_windows(model, mixture.pruning, mask, recipe.drop_first_token)
     batch = batch_of(options.get("batch_tokens"), windows, place)
     protocol = _protocol(run, mixture, texts)
-    report = dry_run.plan(model, windows, recipe, place, batch, protocol, view.say)
+    in_files = whole_for(run, recipe) is None
+    report = dry_run.plan(
+        model, windows, recipe, place, batch, protocol, view.say, in_files, run.host_memory
+    )
     view.starting(report)
     return report
 
@@ -295,9 +290,9 @@ def write(source, windows, length, temperature, seed, device, progress, trust_re
     return reader.write(windows, length, temperature)
 
 
-def _read_all(run, model, distill, place, view):
+def _read_all(run, model, distill, place, view, kind=Reader):
     """The windows to learn from, their mask or None, and the windows of each text by its name."""
-    reader = Reader(
+    reader = kind(
         run.source, model, run.seed, place, trust_remote_code=run.trust_remote_code,
         stored=os.path.join(run.dst, WRITTEN),
         progress=view.progress and partial(view.progress, "windows of the model's own"),

@@ -3,6 +3,7 @@
 Neither PyTorch nor transformers is imported here: what is wrong is said in a second.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from cuobs import arrays, files, validation
 from cuobs.arrays import DEVICES
 from cuobs.models.checkpoints.marker import check_destination
-from cuobs.models.checkpoints.source import Source, find_source, stored_tensors
+from cuobs.models.checkpoints.source import Source, find_source, gguf_tensors, stored_tensors
 from cuobs.models.tokens.calibration import (
     POSITIONS,
     check_cut,
@@ -53,6 +54,32 @@ class Run:
     device: str
     distill_calibration: list = ()
     command: str | None = None
+    host_memory: int | None = None
+
+
+def whole_for(run, recipe):
+    """What needs the whole model in memory, None where its blocks may stay in their files."""
+    if run.source.gguf is not None:
+        return "a GGUF"
+    if any(self_written(spec) is not None for spec in run.calibration):
+        return "calibration by windows of the model's own"
+    return next((name for name in ("rotate", "distill") if getattr(recipe, name)), None)
+
+
+def check_host_memory(run, recipe):
+    """Refuse a limit of the host's memory that does not hold a model that has to be there whole."""
+    why = whole_for(run, recipe)
+    if run.host_memory is None or why is None:
+        return
+    if run.source.gguf is None:
+        size = sum(tensor.nbytes for tensor in stored_tensors(run.source).values())
+    else:
+        size = 4 * sum(math.prod(shape) for _, _, shape in gguf_tensors(run.source))
+    if size > run.host_memory:
+        raise ValueError(
+            f"host_memory: found {arrays.size_text(run.host_memory)}, expected at least "
+            f"{arrays.size_text(size)}, since {why} needs the whole model in memory"
+        )
 
 
 class View(NamedTuple):
@@ -105,19 +132,6 @@ def check_folders(
             )
         _check_mask(attention_mask, calibration[0], samples, sequence_length)
     return source, shard_bytes, save_dtype
-
-
-def check_plannable(source, calibration):
-    """Refuse a dry run of what can't be known without reading weights."""
-    if source.gguf is not None:
-        raise ValueError(
-            f"{source.name}: found a GGUF, expected the folder of a checkpoint with dry_run"
-        )
-    if own := [spec for spec in calibration if self_written(spec) is not None]:
-        raise ValueError(
-            f"calibration: found {own[0]}, which the model has to write, expected texts or "
-            "tokens.npz:key with dry_run"
-        )
 
 
 def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):

@@ -738,3 +738,30 @@ def test_gguf_with_tensors_that_are_not_read(tmp_path, calibration):
     with pytest.raises(ValueError, match="1 tensors that transformers does not read, nextn.eh_pro"):
         prune_folder(path, tmp_path / "out", calibration, device="cpu")
     assert not (tmp_path / "out").exists()
+
+def test_a_dry_run_of_a_gguf_reads_its_header(tmp_path, calibration, monkeypatch):
+    path, lines, seen = tmp_path / "tiny.gguf", [], []
+    write_gguf(path)
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("cuobs.models.checkpoints.loading.load_model", read)
+    monkeypatch.setattr("gguf.dequantize", read)
+    prune_folder(
+        path, tmp_path / "out", calibration, device="cpu", dry_run=True, say=lines.append,
+        starting=seen.append,
+    )  # fmt: skip
+    assert any("mlp.down_proj" in line and line.endswith("2:4") for line in lines)
+    assert seen[0].memory_predicted > 0 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("distill, windows", [(0, 5), (2, 3)])
+def test_a_dry_run_counts_windows_that_the_model_is_to_write(source, tmp_path, distill, windows):
+    seen = []
+    report = prune_folder(
+        source, tmp_path / "out", "self:5", samples=3, sequence_length=16, device="cpu",
+        dry_run=True, distill=distill, starting=seen.append,
+    )  # fmt: skip
+    assert report.protocol["windows"] == windows and report.protocol["length"] == 16
+    assert seen and not (tmp_path / "out").exists()

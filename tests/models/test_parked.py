@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,16 @@ from small_models import make_model, make_source, make_tokens
 
 from cuobs.models import load_model, perplexity, pipeline, prune_folder
 from cuobs.models.checkpoints.source import find_source, stored_tensors
+from cuobs.models.memory import resident
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
+from cuobs.models.pruning import prune
+from cuobs.models.pruning.prediction import check_host, predict, to_scratch, work_from_shapes
+from cuobs.models.pruning.scratch import Scratch
+from cuobs.models.recipe import read_arguments
 from cuobs.models.structure import find_blocks
+from cuobs.models.tokens.windows import check_windows
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -141,3 +150,79 @@ def test_dtypes_of_files_are_those_of_the_model(tmp_path):
     block = find_blocks(model)[1][0]
     with at_hand(block):
         assert block.mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_is_a_list_of_tensors(tmp_path, dtype):
+    expected = [torch.randn(3, 5, 7).to(dtype), torch.randn(2, 5, 7).to(dtype)]
+    scratch = Scratch(tmp_path)
+    for tensor in expected:
+        scratch.append(tensor)
+    assert not list(tmp_path.iterdir())  # nothing is left behind, whatever happens
+    other = scratch.copy()
+    assert len(scratch) == 2
+    assert all(map(torch.equal, scratch, expected)) and all(map(torch.equal, other, expected))
+    taken = scratch[0]
+    scratch[0] = expected[0] + 1
+    assert torch.equal(scratch[0], expected[0] + 1) and torch.equal(taken, scratch[0])
+    assert torch.equal(scratch[1], expected[1]) and torch.equal(other[0], expected[0])
+    scratch[1] = expected[0]
+    assert torch.equal(scratch[1], expected[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts pages as Linux does")
+def test_scratch_leaves_memory(tmp_path):
+    scratch, before = Scratch(tmp_path), resident()
+    for _ in range(8):
+        scratch.append(torch.ones(1, 2**10, 2**12))
+    for i, tensor in enumerate(scratch):
+        scratch[i] = tensor + i
+    assert float(sum(t.sum() for t in scratch)) == 2**22 * sum(range(1, 9))
+    assert resident() - before < 3 * 2**24 < 8 * 2**24
+
+
+@pytest.mark.parametrize("tune", [0, 1])
+def test_hidden_states_in_a_scratch_file_change_nothing(tmp_path, calibration, monkeypatch, tune):
+    source, made = make_source(tmp_path / "source"), []
+    options = {"device": "cpu", "method": "sparsegpt", "tune": tune, "batch_tokens": 96}
+    prune_folder(source, tmp_path / "in", calibration, **options)
+    monkeypatch.setattr(prune, "to_scratch", lambda *_: made.append(1) or True)
+    prune_folder(source, tmp_path / "scratch", calibration, **options)
+    assert made and written(tmp_path / "scratch") == written(tmp_path / "in")
+
+
+def test_hidden_states_go_to_a_scratch_file_beyond_a_limit(tmp_path):
+    source = make_source(tmp_path / "source")
+    model = load_model(source)
+    windows = check_windows(model, make_tokens(64), None, True)
+    recipe = read_arguments({"method": "sparsegpt"})
+    work = work_from_shapes(model, find_blocks(model)[1], windows, 4, recipe, CPU, True)
+    whole = predict(work, CPU)
+    assert whole - predict(work, CPU, states=False) == 2 * 64 * 24 * 32 * 4
+    assert not to_scratch(work, CPU, None) and not to_scratch(work, CPU, whole)
+    assert to_scratch(work, CPU, whole - 1) and check_host(work, CPU, whole - 1) is None
+    with pytest.raises(ValueError, match=r"host_memory: found 1 MiB, expected at least \d+"):
+        check_host(work, CPU, 2**20)
+
+
+def test_a_limit_of_the_hosts_memory_that_can_not_be_kept(tmp_path, calibration, monkeypatch):
+    source = make_source(tmp_path / "source")
+
+    def never(*_):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr("cuobs.models.checkpoints.loading.load_model", never)
+    for option, why in (
+        ({"rotate": True}, "rotate needs"), ({"distill": 1}, "distill needs"),
+        ({"calibration": "self"}, "windows of the model's own needs"),
+    ):  # fmt: skip
+        arguments = {"calibration": calibration, "host_memory": "1KB", **option}
+        with pytest.raises(ValueError, match=f"host_memory: found 1000 bytes.*{why} the whole"):
+            prune_folder(source, tmp_path / "out", device="cpu", **arguments)
+    with pytest.raises(ValueError, match="host_memory: found 'much', expected bytes"):
+        prune_folder(source, tmp_path / "out", calibration, host_memory="much")
+    with pytest.raises(ValueError, match="host_memory: found 1000 bytes, expected at least"):
+        prune_folder(
+            source, tmp_path / "out", calibration, host_memory="1KB", dry_run=True, device="cpu"
+        )
+    assert not (tmp_path / "out").exists()

@@ -5,14 +5,21 @@ import json
 import math
 import os
 from collections import Counter
-from functools import lru_cache, reduce
+from functools import reduce
 from os import PathLike
 from typing import Any
 
 import torch
 
 from cuobs.models.checkpoints.names import TORCH
-from cuobs.models.checkpoints.source import FLOATS, Source, find_source, read_config, stored_tensors
+from cuobs.models.checkpoints.source import (
+    FLOATS,
+    Source,
+    find_source,
+    gguf_tensors,
+    read_config,
+    stored_tensors,
+)
 from cuobs.models.planning import TOKENIZER, check_model
 
 DTYPES = {name: TORCH[name] for name in FLOATS}
@@ -68,15 +75,18 @@ def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:
     return model.eval()
 
 
-def empty_model(folder, trust_remote_code=False):
-    """The model of a folder's ``config.json`` without its weights, on the meta device."""
+def empty_model(source, trust_remote_code=False):
+    """The model of a `Source`, or of a folder's ``config.json``, on the meta device."""
     from transformers import AutoConfig
 
-    source = Source(folder, folder, config=read_config(os.path.join(folder, "config.json")))
+    if not isinstance(source, Source):
+        source = Source(source, source, config=read_config(os.path.join(source, "config.json")))
     found = model_class(source, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    if source.gguf is not None:
+        options["gguf_file"] = source.gguf
     with _opening(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(source.folder, **options)
         return from_config(found, config, trust_remote_code)
 
 
@@ -182,20 +192,6 @@ def gguf_dtype(source):
     if kinds == plain.keys() and plain:
         return reduce(torch.promote_types, plain.values()), sorted(kinds)
     return torch.float16 if "F16" in kinds else torch.bfloat16, sorted(kinds)
-
-
-def gguf_tensors(source):
-    """Name, kind and shape of each tensor of a GGUF."""
-    path = source.path(source.gguf)
-    return _read_gguf(path, os.path.getmtime(path))
-
-
-@lru_cache(maxsize=1)
-def _read_gguf(path, changed):
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(path).tensors
-    return [(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in tensors]
 
 
 def _check_gguf(source, model):

@@ -8,6 +8,7 @@ only where some of its numbers are the same, so it does not depend on how that i
 import math
 from threading import Lock
 
+import numpy as np
 import torch
 
 from cuobs.containers import Entry
@@ -57,6 +58,15 @@ class Reader:
                 for i in rows
             ]
         return torch.stack(parts)
+
+    def mapped(self, name):
+        """A tensor that is mapped after all, its own pages alone; None where that can't be."""
+        entry = self.stored[name]
+        if entry.start is None or entry.start % TORCH[entry.dtype].itemsize or not entry.nbytes:
+            return None
+        path = self._source.path(entry.file)
+        content = np.memmap(path, np.uint8, "c", entry.start, (entry.nbytes,))
+        return torch.from_numpy(content).view(TORCH[entry.dtype]).reshape(entry.shape)
 
     def _pickled(self, path):
         """The tensors of a file of torch.save, mapped where it is new enough; one at a time."""

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 # A run that has begun and is not complete; it goes last, when everything else is in its place.
@@ -219,6 +220,20 @@ def stored_tensors(source):
         found |= _header(source, name)
     _refuse_codes(source, found)
     return found
+
+
+def gguf_tensors(source):
+    """Name, kind and shape of each tensor of a GGUF, from its header."""
+    path = source.path(source.gguf)
+    return _read_gguf(path, os.path.getmtime(path))
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(path, changed):
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    return [(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in tensors]
 
 
 def _cached(src):

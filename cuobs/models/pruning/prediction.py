@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from cuobs.arrays import size_text
 from cuobs.models import memory
 from cuobs.models.blocks import capture
-from cuobs.models.parked import at_hand, home_of
+from cuobs.models.parked import at_hand, home_of, parked
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.tuning import STEP_WINDOWS
@@ -14,6 +15,8 @@ from cuobs.models.structure import linears, oriented
 
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
+# What PyTorch and CuPy keep of the host's memory for a GPU.
+HOST_OF_GPU = 2 * 2**30
 # Operations of a method in terms of K³ and of rows K²; those of forwards and sums are added.
 OPERATIONS = {
     "magnitude": (0, 0), "wanda": (0, 0), "obs-local": (1, 1), "sparsegpt": (1 / 3, 2),
@@ -22,6 +25,8 @@ OPERATIONS = {
 OPERATIONS_OF_OTHERS = (2, 4)
 # Share of a large product's rate that a block reaches over all.
 REACHED = 0.4
+# Rows of an embedding that come into memory where one is looked at, about.
+PAGE_ROWS = 8
 # Share of the memory that is free which forwards that wait inside a block may fill up to.
 HOLDING = {"cpu": 0.5, "cuda": 0.85}
 
@@ -61,8 +66,7 @@ class Work:
     block : int
         Bytes of a block.
     model : int
-        Bytes of all weights that lie where blocks are pruned; those that are mapped from a file
-        come into memory as they are used.
+        Bytes of all weights that lie where blocks are pruned, libraries included on the CPU.
     follows : bool
         Whether the dense model is followed too.
     mixed : bool
@@ -70,6 +74,8 @@ class Work:
     method : str
     tune : int
         Windows in a step of tuning; 0 where blocks are not tuned.
+    host : int
+        Bytes that the host holds all the time, see `host_bytes`.
     """
 
     groups: list
@@ -85,6 +91,7 @@ class Work:
     mixed: bool
     method: str
     tune: int
+    host: int = 0
 
     @property
     def batches(self):
@@ -102,8 +109,8 @@ HELD_BY_TARGET = (2, 5)
 TARGET_ITEM = {"cpu": 8, "cuda": 4}
 
 
-def predict(work, device, held=0):
-    """Bytes that will be in use at the peak.
+def predict(work, device, held=0, states=True):
+    """Bytes that will be in use at the peak, where blocks are pruned.
 
     Parameters
     ----------
@@ -111,6 +118,8 @@ def predict(work, device, held=0):
     device : torch.device
     held : int
         Batches whose forwards wait inside a block.
+    states : bool
+        Whether all hidden states are there too.
 
     Returns
     -------
@@ -119,14 +128,42 @@ def predict(work, device, held=0):
     streams = 2 if work.follows else 1
     # On a GPU the next block is copied meanwhile.
     fixed = work.model + work.block * (streams + (device.type == "cuda"))
-    fixed += work.windows * work.length * work.width * work.element * streams
+    fixed += states_of(work) if states else 0
     return int(fixed + max(_phases(work, device, held)))
 
 
-def batches_to_hold(work, device, budget):
+def states_of(work):
+    """Bytes of the hidden states of all windows."""
+    streams = 2 if work.follows else 1
+    return work.windows * work.length * work.width * work.element * streams
+
+
+def to_scratch(work, device, limit):
+    """Whether hidden states go to a scratch file, for a limit of the host's memory or None."""
+    return limit is not None and device.type == "cpu" and predict(work, device) > limit
+
+
+def predict_host(work, device, states=True):
+    """Bytes of the host's memory that will be in use at the peak, at least."""
+    if device.type == "cpu":
+        return predict(work, device, states=states)
+    return work.host + HOST_OF_GPU + 2 * work.block
+
+
+def check_host(work, device, limit):
+    """Refuse a limit of the host's memory, in bytes or None, in which a model can't be pruned."""
+    least = predict_host(work, device, states=False)
+    if limit is not None and least > limit:
+        raise ValueError(
+            f"host_memory: found {size_text(limit)}, expected at least {size_text(least)} for "
+            "libraries, the weights that stay in memory, a block, and what it takes to prune it"
+        )
+
+
+def batches_to_hold(work, device, budget, states=True):
     """How many batches may wait inside a block for the peak to stay within a budget, in bytes."""
-    least = predict(work, device)
-    each = predict(work, device, work.batches) - least
+    least = predict(work, device, states=states)
+    each = predict(work, device, work.batches, states) - least
     if each <= 0:
         return work.batches
     return int(max(0, min(work.batches, (budget - least) * work.batches // each)))
@@ -210,12 +247,14 @@ def work_of(model, blocks, windows, batch, recipe, device):
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
-    here = home.type == device.type
-    return _work(model, block, groups, stages, windows, batch, recipe, device, width, element, here)
+    host = host_bytes(model, blocks, windows, parked(block) is not None)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    here = host if device.type == "cpu" else size * (home.type == device.type)
+    return _work(block, groups, stages, windows, batch, recipe, width, element, here, host)
 
 
-def work_from_shapes(model, blocks, windows, batch, recipe, device):
-    """The same of a model on the meta device, which will be loaded into the host's memory.
+def work_from_shapes(model, blocks, windows, batch, recipe, device, in_files):
+    """The same by shapes alone, of a model in the host's memory, or to be; see `host_bytes`.
 
     Linears one after the other that take as many columns are a group, which ends with one that
     gives as many outputs as the hidden states have.
@@ -228,11 +267,31 @@ def work_from_shapes(model, blocks, windows, batch, recipe, device):
             shapes.append([])
         shapes[-1].append(shape)
     element = next(blocks.parameters()).element_size()
-    here = device.type == "cpu"
-    return _work(
-        model, blocks[0], [_group(some) for some in shapes], None, windows, batch, recipe, device,
-        width, element, here,
-    )  # fmt: skip
+    groups = [_group(some) for some in shapes]
+    host = host_bytes(model, blocks, windows, in_files)
+    here = host if device.type == "cpu" else 0
+    return _work(blocks[0], groups, None, windows, batch, recipe, width, element, here, host)
+
+
+def host_bytes(model, blocks, windows, in_files):
+    """Bytes that the host holds all the time: libraries and weights.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        May be on the meta device.
+    blocks : torch.nn.ModuleList
+    windows : Windows
+    in_files : bool
+        Whether the blocks stay in their files, as parked ones do. Of what is around them come
+        into memory the pages that are used: of the embedding those of the tokens.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if in_files:
+        embedding = model.get_input_embeddings().weight
+        rows = min(len(embedding), PAGE_ROWS * windows.tokens.numel())
+        size = rows * embedding.shape[1] * embedding.element_size()
+    return max(memory.resident(), LIBRARIES + size)
 
 
 def _group(shapes):
@@ -240,22 +299,18 @@ def _group(shapes):
     return shapes[0][1], sum(rows for rows, _ in shapes)
 
 
-def _work(
-    model, block, groups, stages, windows, batch, recipe, device, width, element, here
-):  # fmt: skip
+def _work(block, groups, stages, windows, batch, recipe, width, element, model, host):
     count, length = windows.tokens.shape
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device.type == "cpu":
-        size = max(memory.resident(), LIBRARIES + size)
     return Work(
         groups, stages or stages_of(groups, length, width, element), count, length, width, batch,
         element,
         block=sum(p.numel() * p.element_size() for p in block.parameters()),
-        model=size if here else 0,
+        model=model,
         follows=recipe.follows,
         mixed=recipe.target != "pruned",
         method=recipe.config.recipe.method,
         tune=STEP_WINDOWS if recipe.tune else 0,
+        host=host,
     )  # fmt: skip
 
 
@@ -286,9 +341,12 @@ def seconds_a_block(work, held, rate):
     return operations / (REACHED * rate)
 
 
-def hold(work, device):
-    """How many batches may wait inside a block, by the memory that is free."""
+def hold(work, device, limit=None, states=True):
+    """How many batches may wait inside a block, by the memory that is free, or may be used."""
     free = memory.free(device)
     if device.type == "cpu":
         free += memory.resident()
-    return batches_to_hold(work, device, HOLDING[device.type] * free)
+    budget = HOLDING[device.type] * free
+    if limit is not None and device.type == "cpu":
+        budget = min(budget, limit)
+    return batches_to_hold(work, device, budget, states)

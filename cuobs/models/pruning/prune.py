@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,9 +22,17 @@ from cuobs.models.parked import parked
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.layers import choose_layers
-from cuobs.models.pruning.prediction import hold, predict, work_of
+from cuobs.models.pruning.prediction import (
+    check_host,
+    hold,
+    predict,
+    to_scratch,
+    work_from_shapes,
+    work_of,
+)
 from cuobs.models.pruning.resident import Resident
 from cuobs.models.pruning.rows import prune_rows, zeros
+from cuobs.models.pruning.scratch import Scratch
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.targets import Moments
 from cuobs.models.pruning.tuning import tune_block
@@ -49,6 +58,7 @@ def prune_model(
     *,
     attention_mask: Any = None,
     batch_tokens: int | None = None,
+    host_memory: int | str | None = None,
     checkpoint_folder: str | PathLike | None = None,
     resume: bool = False,
     protocol: dict | None = None,
@@ -71,6 +81,10 @@ def prune_model(
         0 where a token is padding; those tokens enter no sum.
     batch_tokens : int, optional
         Tokens that run through a block at once. It can change results in their last bits.
+    host_memory : int or str, optional
+        Bytes of the host's memory that may be used, or a size like "6GiB". On the CPU, hidden
+        states that do not fit are kept in mapped files, in ``checkpoint_folder`` or, without one,
+        where temporary files are.
     checkpoint_folder : path, optional
         Where each finished block is written before the next begins.
     resume : bool
@@ -148,6 +162,8 @@ def prune_model(
         passes more between its blocks than hidden states, or its activations are not finite.
     """
     recipe, device = check_arguments(batch_tokens=batch_tokens, **options)
+    if host_memory is not None:
+        host_memory = cuobs.arrays.parse_size(host_memory, "host_memory")
     if resume and checkpoint_folder is None:
         raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
     ranks = processes.current()
@@ -164,6 +180,10 @@ def prune_model(
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
+    in_files = parked(blocks[0]) is not None
+    check_host(
+        work_from_shapes(model, blocks, mine, batch, recipe, device, in_files), device, host_memory
+    )
     warming = _warm(recipe, blocks, device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
@@ -175,8 +195,9 @@ def prune_model(
         ranks.agree(None)  # the folder is there
         warming.finish()
         work = work_of(model, blocks, mine, batch, recipe, device)
-        held = hold(work, device)
-        report.memory_predicted = predict(work, device, held)
+        states = not to_scratch(work, device, host_memory)
+        held = hold(work, device, host_memory, states)
+        report.memory_predicted = predict(work, device, held, states)
         if starting:
             starting(report)
         if stream is not None:
@@ -184,7 +205,8 @@ def prune_model(
                 model, stream, windows, layers, recipe, device, checkpoint_folder, rotating
             )
         memory.reset(device)
-        streams = _enter(model, blocks, mine, batch, recipe.follows, held, device)
+        hidden = [] if states else Scratch(checkpoint_folder or tempfile.gettempdir())
+        streams = _enter(model, blocks, mine, batch, recipe.follows, held, device, hidden)
         masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
             job = Job(recipe, layers, source, report, device, checkpoint_folder, masked, ranks)
@@ -333,9 +355,9 @@ def _identity(report, windows, blocks):
     return {**settings, "tokens": windows.digest(), "blocks": len(blocks)}
 
 
-def _enter(model, blocks, windows, batch, follows, held, device):
-    """The `Streams` that enter the first block."""
-    entry = capture(model, blocks, windows.batches(batch), device)
+def _enter(model, blocks, windows, batch, follows, held, device, hidden):
+    """The `Streams` that enter the first block, in a list of hidden states or what acts as one."""
+    entry = capture(model, blocks, windows.batches(batch), device, hidden=hidden)
     return Streams.begin(
         entry.hidden, entry.calls, windows.counts(batch, device), follows, memory.Room(batch), held
     )

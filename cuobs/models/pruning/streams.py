@@ -44,7 +44,7 @@ class Streams:
     @classmethod
     def begin(cls, hidden, calls, counts, follow, room, held=0):
         """Both streams from the hidden states that enter the first block."""
-        return cls(list(hidden) if follow else None, hidden, calls, counts, room, held)
+        return cls(hidden.copy() if follow else None, hidden, calls, counts, room, held)
 
     def first_window(self, index):
         """Hidden states of one window that enter a block, and the block's other arguments."""

@@ -174,6 +174,14 @@ class Reader:
         return found
 
 
+class Unwritten(Reader):
+    """The same where a model has no weights yet: what it is to write is zeros of that shape."""
+
+    def write(self, windows, length, temperature=1.0):
+        """Windows of zeros."""
+        return np.zeros((windows, length or default_length(self._model)), np.int64)
+
+
 def special_tokens(source, model, trust_remote_code=False):
     """Tokens that no text begins with: the tokenizer's special ones, and those it does not have."""
     try:

@@ -1,0 +1,72 @@
+"""Hidden states in files that are mapped, a batch of which at a time is in memory."""
+
+import os
+import tempfile
+
+import torch
+
+from cuobs.models.checkpoints.source import LEFTOVER
+from cuobs.models.memory import let_go
+
+
+class Scratch:
+    """A list of tensors on the CPU that lie in files without names, gone with the process.
+
+    What is taken out is the very memory of the file: it lasts until the item is set again. Its
+    pages leave memory when another item is looked at, and come back when they are wanted.
+
+    Parameters
+    ----------
+    folder : path
+        On the disk that is to hold them.
+    """
+
+    def __init__(self, folder):
+        self._folder, self._tensors, self._last = folder, [], None
+
+    def __len__(self):
+        return len(self._tensors)
+
+    def __getitem__(self, index):
+        tensor = self._tensors[index]
+        if self._last is not tensor:
+            self._leave()
+        self._last = tensor
+        return tensor
+
+    def __setitem__(self, index, tensor):
+        mine = self[index]
+        if (mine.shape, mine.dtype) == (tensor.shape, tensor.dtype):
+            mine.copy_(tensor)
+        else:
+            self._tensors[index] = _mapped(self._folder, tensor)
+
+    def append(self, tensor):
+        """Add a copy of a tensor."""
+        self._tensors.append(_mapped(self._folder, tensor))
+
+    def copy(self):
+        """The same tensors in other files."""
+        other = Scratch(self._folder)
+        for tensor in self:
+            other.append(tensor)
+        self._leave()
+        return other
+
+    def _leave(self):
+        if self._last is not None:
+            let_go(self._last)
+        self._last = None
+
+
+def _mapped(folder, tensor):
+    """A copy of a tensor in a file of its own, out of memory."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LEFTOVER}states_") as file:
+        # A full disk is said here; later it would end the process.
+        os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))
+        found = torch.from_file(
+            file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype
+        ).view(tensor.shape)
+    found.copy_(tensor)
+    let_go(found)
+    return found
