@@ -519,8 +519,8 @@ def test_hidden_states_do_not_outlive_their_block(tokens, target, monkeypatch):
     module = importlib.import_module("cuobs.models.pruning.prune")
     seen, alive = [], []
 
-    def watched(*args):
-        found = capture(*args)
+    def watched(*args, **given):
+        found = capture(*args, **given)
         seen.extend(weakref.ref(h) for h in found.hidden)
         return found
 
