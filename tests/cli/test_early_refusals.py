@@ -114,8 +114,8 @@ def test_before_torch_is_imported(run, source, tmp_path):
         "rotate_permute: found it without rotate": [*plain, "--rotate-permute"],
         "distill_rate: found it without distill": [*plain, "--distill-rate", 1],
         "--plot: found it with --dry-run": [*plain, "--dry-run", "--plot", "a.png"],
-        "found self:4, which the model has to write": [
-            *plain[:4], "self:4", "--distill", 1, "--dry-run"
+        "since distill needs the whole model in memory": [
+            *plain, "--distill", 1, "--host-memory", "1KB", "--dry-run"
         ],
     }
     began = read_arguments({"method": "wanda"}).described()
