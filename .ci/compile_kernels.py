@@ -39,13 +39,13 @@ def compile_here():
     missing = set(loader.sources()) - {source for source, _ in variants}
     if missing:
         raise SystemExit(f"no variants are listed for {', '.join(map(str, sorted(missing)))}")
-    # Types do not depend on the architecture: double once is enough. Some instructions only
-    # Hopper has, by another name.
+    # Types do not depend on the architecture: double once is enough. Some sources are for Hopper
+    # alone, by another name.
     jobs = [
         (source, options, architecture)
         for source, options in variants
         for architecture in ARCHITECTURES
-        if architecture == "sm_90" or not {"-DREAL=double", "-DWIDE=1"} & set(options)
+        if architecture == "sm_90" or not (for_hopper(source) or "-DREAL=double" in options)
     ]
     with Pool() as pool:
         faults = [fault for fault in pool.imap_unordered(compile_one, jobs, chunksize=4) if fault]
@@ -53,6 +53,11 @@ def compile_here():
         raise SystemExit("\n".join(faults))
     version = ".".join(map(str, nvrtc.getVersion()))
     print(f"NVRTC {version}: {len(jobs)} programs compile for {', '.join(ARCHITECTURES)}")
+
+
+def for_hopper(source):
+    """Whether a source has instructions that no other architecture has."""
+    return source.stem.endswith("_hopper")
 
 
 def compile_one(job):
@@ -64,7 +69,7 @@ def compile_one(job):
     source, options, architecture = job
     include = [f"-I{path}" for path in _include_folders()]
     program = nvrtc.createProgram(loader.text(source), source.name, (), ())
-    target = architecture + ("a" if "-DWIDE=1" in options else "")
+    target = architecture + ("a" if for_hopper(source) else "")
     name = f"{source.name} {' '.join(options)} for {target}"
     try:
         nvrtc.compileProgram(program, (*options, f"-arch={target}", *include))

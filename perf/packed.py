@@ -69,15 +69,16 @@ def compile_all(patterns):
     torch.zeros(1, device="cuda")
     jobs = {}
     for pattern in patterns:
-        layout = parse(pattern).compile(4096, 4096)
-        for dtype in ("float16", "bfloat16") if pattern == "2:4" else ("float16",):
-            for tokens in (8, 16, 32, 64, 128):
-                for way in packed_ways.ways(layout, tokens, packed_ways.device(0)):
-                    jobs[pattern, dtype, way._replace(splits=1)] = layout
+        for shape in SHAPES:
+            layout = parse(pattern).compile(*map(int, shape.split("x")))
+            for dtype in ("float16", "bfloat16") if pattern == "2:4" else ("float16",):
+                for tokens in TOKENS:
+                    for way in packed_ways.ways(layout, tokens, packed_ways.device(0)):
+                        jobs[pattern, dtype, packed_ways.compiled(way)] = layout
 
     def compile_one(job):
         (_, dtype, way), layout = job
-        packed.function(layout, dtype, way, way.kernel)
+        packed.function(layout, dtype, way, packed_ways.entry(way))
 
     began = time.perf_counter()
     with ThreadPoolExecutor() as pool:
@@ -111,7 +112,7 @@ def end_to_end():
         with open(os.path.join(folder, "config.json"), "w") as file:
             json.dump(LLAMA, file)
         plain = generation(folder, "2:4", dtype="bfloat16", say=print)
-        rows = plain + generation(folder, "2:4", dtype="bfloat16", compiled=True)
+        rows = plain + generation(folder, "2:4", (1,), dtype="bfloat16", compiled=True)
     first = rows[0]
     print(f"weights: {first.dense_bytes / 2**30:.2f} GiB dense, {first.packed_bytes / 2**30:.2f} "
           f"packed ({first.packed_bytes / first.dense_bytes:.3f})")  # fmt: skip

@@ -138,8 +138,14 @@ def pack_tensor(weight, pattern, name="weight"):
 def unpack_tensor(values, index, pattern, rows, columns):
     """The dense weight (rows, columns) of packed tensors."""
     layout = _layout(pattern, rows, columns)
-    if values.is_cuda and (kernels := _kernels(values, layout)):
-        return _unpack_by_kernel(kernels, values, index, layout)
+    if values.is_cuda:
+        if kernels := _kernels(values, layout):
+            return _unpack_by_kernel(kernels, values, index, layout)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"pattern: found {pattern}, which no kernel unpacks on {values.device}, in a CUDA "
+                "graph that is captured, expected one that a kernel does"
+            )
     with _on_device(values):
         weight = ops.unpack(_bits(values), receive(index), layout)
     return _tensor(weight, values.dtype)
@@ -164,7 +170,7 @@ def packed_linear(
         return x.new_empty(0, rows)
     layout = _layout(pattern, rows, columns)
     if x.is_cuda:
-        if kernels := _kernels(values, layout):
+        if x.dtype in HALVES and (kernels := _kernels(values, layout)):
             return _multiply_by_kernel(kernels, x, values, index, bias, layout)
     elif x.device.type == "cpu":
         _say_once()
@@ -206,7 +212,7 @@ def _on_device(tensor):
 
 def _kernels(values, layout):
     """The module that launches kernels, or None where they do not take this weight."""
-    if values.dtype not in HALVES or cupy_fault():
+    if cupy_fault():
         return None
     from cuobs.ops.cuda import packed
 
@@ -214,14 +220,21 @@ def _kernels(values, layout):
 
 
 def _unpack_by_kernel(kernels, values, index, layout):
-    weight = torch.empty(layout.shape, dtype=values.dtype, device=values.device)
+    """The dense weight; of values of four or eight bytes, each two bytes on their own."""
+    count = values.dtype.itemsize // 2
+    parts = values.contiguous().view(torch.int16).unflatten(-1, (-1, count))
+    index, found = index.contiguous(), []
     with torch.cuda.device(values.device):
-        kernels.unpack_into(
-            layout, HALVES[values.dtype], values.contiguous().data_ptr(),
-            index.contiguous().data_ptr(), *kernels.tables(layout, values.device.index),
-            weight.data_ptr(), _stream(kernels),
-        )  # fmt: skip
-    return weight
+        tables = kernels.tables(layout, values.device.index)
+        for n in range(count):
+            part = parts[..., n].contiguous()
+            found.append(torch.empty(layout.shape, dtype=torch.int16, device=values.device))
+            kernels.unpack_into(
+                layout, HALVES.get(values.dtype, "float16"), part.data_ptr(), index.data_ptr(),
+                *tables, found[-1].data_ptr(), _stream(kernels),
+            )  # fmt: skip
+    whole = found[0] if count == 1 else torch.stack(found, dim=-1).flatten(1)
+    return whole.view(values.dtype)
 
 
 def _multiply_by_kernel(kernels, x, values, index, bias, layout):

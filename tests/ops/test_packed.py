@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cuobs import arrays
 from cuobs.ops import packed
-from cuobs.ops.cuda import packed_layout, packed_ways
+from cuobs.ops.cuda import packed_hopper, packed_layout, packed_ways
 from cuobs.pattern import parse
 
 ROWS = "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,2,4) keep=5"
@@ -181,19 +181,69 @@ RTX = packed_ways.Device("RTX", 89, 128, 99 * 1024)
 
 
 @pytest.mark.parametrize("device", [H100, A100, RTX])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("text", [t for t in PATTERNS if ":128" not in t])
-def test_ways_fit_the_device(text, device):
-    layout = parse(text).compile(*shape_of(text))
+def test_ways_fit_the_device(text, large, device):
+    layout = parse(text).compile(*(4096, 6144) if large else shape_of(text))
     for tokens in (1, 8, 9, 16, 17, 33, 64, 65, 200, 257, 5000):
         found = packed_ways.ways(layout, tokens, device)
         assert found and len(set(found)) == len(found)
         for way in found:
-            assert packed_ways.shared_bytes(layout, way) + 8 * 1024 <= device.shared or \
-                way.kernel == "few" or way.kernel == "unpack"
+            shared = packed_ways.shared_bytes(layout, way)
+            if way.kernel in packed_hopper.KERNELS:
+                assert device is H100 and way.depth >= 3 and way.sharing * way.splits <= 8
+                static = packed_hopper.OTHER_SHARED + 4 * packed_layout.expansion(layout).table.size
+                assert shared + static <= device.shared
+            elif way.kernel == "many":
+                assert shared + 8 * 1024 <= device.shared
             most = packed.tiling(layout).column_tiles
             assert 1 <= way.splits <= (8 if way.kernel == "unpack" else most)
-            assert way.kernel != "wide" or device is H100
         assert (packed_ways.UNPACK in found) == (tokens > 32)
+
+
+def test_which_kernel_of_hopper():
+    """Tiles of 16 neighbouring rows and whole 64 columns; results are written 8 rows at a time."""
+    found = {text: packed_hopper.kernel_of(parse(text).compile(4096, 6144))
+             for text in ("2:4", "4:8", "coupled-2:4", "block16-row8", "1:4", "2:3", ROWS)}
+    assert found == {"2:4": "sparse", "4:8": "expanded", "coupled-2:4": "expanded",
+                     "block16-row8": "expanded", "1:4": "expanded", "2:3": None, ROWS: "expanded"}
+    assert packed_hopper.kernel_of(parse("2:4").compile(1000, 64)) == "sparse"
+    assert packed_hopper.kernel_of(parse("2:4").compile(1001, 64)) is None
+    apart = "view=(M/2,2,K):(2K,K,1) block=(1,1,1) scope=(1,1,4) keep=2"
+    assert packed_hopper.kernel_of(parse(apart).compile(64, 64)) in ("sparse", "expanded")
+
+
+def test_places_as_the_sparse_product_reads_them():
+    """Two bits for each kept value, first value lowest, 8 scopes of a lane in their order."""
+    layout = parse("2:4").compile(64, 64)
+    low, high = packed_hopper.places(layout)
+    both = low | high << 32
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        masks = [int(m) for m in rng.integers(6, size=8)]
+        word = sum(m << 4 * i for i, m in enumerate(masks))
+        expected = sum(
+            int(place) << 2 * n
+            for n, place in enumerate(packed.kept_places(layout)[masks].ravel())
+        )
+        # As the kernel does it: a byte for each mask, then two of them to a byte.
+        halves = []
+        for half in (word & 0xFFFF, word >> 16):
+            chosen = sum((both >> 8 * (half >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+            halves.append(chosen | chosen >> 4)
+        found = sum(
+            (halves[i // 2] >> 16 * (i % 2) & 0xFF) << 8 * i for i in range(4)
+        )
+        assert found == expected
+
+
+def test_blocks_of_hopper():
+    """As many as run at once, or all where they add up among themselves."""
+    layout = parse("2:4").compile(1000, 4096)
+    way = packed_ways.Way("sparse", 4)
+    assert packed_hopper.grid_blocks(layout, way, 33, 132) == 8 * 2
+    assert packed_hopper.grid_blocks(layout, way._replace(splits=4), 33, 132) == 8 * 2 * 4
+    assert packed_hopper.grid_blocks(layout, way._replace(sharing=2), 4096, 133) == 132
 
 
 def test_a_measured_way_is_kept(tmp_path, monkeypatch):
@@ -245,6 +295,15 @@ def test_kernels_beside_the_body(text, cupy):
         np.testing.assert_allclose(found.get(), expected, rtol=2e-3, atol=2e-2)
 
 
+def halves_of(dtype):
+    """Functions that give the bits of float32 in half precision, and bits as float64."""
+    if dtype == "float16":
+        return (lambda a: a.astype(np.float16).view(np.uint16),
+                lambda a: a.view(np.float16).astype(np.float64))  # fmt: skip
+    return (lambda a: (a.view(np.uint32) + 0x8000 >> 16).astype(np.uint16),
+            lambda a: (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64))  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", ["2:4", "coupled-2:4", "block16-row8", "4:8", "2:4x16", ROWS])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -255,12 +314,7 @@ def test_every_way_gives_the_product(text, dtype, cupy):
     layout = parse(text).compile(*{"block16-row8": (272, 1040)}.get(text, (262, 1088)))
     W = random_weight(layout, rng, np.float32)
     X = rng.standard_normal((70, layout.shape[1])).astype(np.float32)
-    half = (lambda a: a.astype(np.float16).view(np.uint16)) if dtype == "float16" else (
-        lambda a: (a.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
-    )
-    wide = (lambda a: a.view(np.float16).astype(np.float64)) if dtype == "float16" else (
-        lambda a: (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    )
+    half, wide = halves_of(dtype)
     W, X = half(W), half(X)
     expected = wide(X) @ wide(W).T
     values, index = packed.pack(cupy.asarray(W), layout)
@@ -271,7 +325,7 @@ def test_every_way_gives_the_product(text, dtype, cupy):
             if way.kernel == "unpack":
                 continue
             for splits in {1, min(3, packed.tiling(layout).column_tiles)} if (
-                way.kernel != "few") else {1}:
+                way.kernel == "many") else {way.splits}:
                 way = way._replace(splits=splits)
                 out = cupy.full((limit, len(W)), 0x7E00, np.uint16)
                 room = cupy.full(kernels.room_bytes(layout, way, limit), 0xFF, np.uint8)
@@ -281,6 +335,46 @@ def test_every_way_gives_the_product(text, dtype, cupy):
                 ), kernels.Stream(cupy.cuda.get_current_stream().ptr))  # fmt: skip
                 error = np.linalg.norm(wide(out.get()) - expected[:limit])
                 assert error <= 4e-3 * np.linalg.norm(expected[:limit]), way
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text, dtype", [("2:4", "float16"), ("2:4", "bfloat16"),
+                                         ("4:8", "float16"), ("1:4", "bfloat16"),
+                                         ("block16-row8", "float16"), (ROWS, "float16")])
+def test_blocks_of_hopper_that_work_together(text, dtype, cupy):
+    """Blocks that share columns, or their inputs, on shapes that fill none; nothing is left out."""
+    from cuobs.ops.cuda import packed as kernels
+
+    device = packed_ways.device(0)
+    if device.capability != 90:
+        pytest.skip("not Hopper")
+    rng = np.random.default_rng(0)
+    for M, K in ((16, 64), (400, 1088)):
+        layout = parse(text).compile(M, K)
+        W = random_weight(layout, rng, np.float32)
+        X = rng.standard_normal((300, K)).astype(np.float32)
+        bias = rng.standard_normal(M).astype(np.float32)
+        half, wide = halves_of(dtype)
+        W, X, bias = half(W), half(X), half(bias)
+        expected = wide(X) @ wide(W).T + wide(bias)
+        values, index = packed.pack(cupy.asarray(W), layout)
+        inputs, on_device = kernels.arranged(cupy.asarray(X), layout), cupy.asarray(bias)
+        rows, _ = kernels.tables(layout, 0)
+        for size in (4, 8, 16, 32):
+            for splits, sharing in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)):
+                way = packed_ways.Way(packed_hopper.kernel_of(layout), size, splits=splits,
+                                      sharing=sharing)  # fmt: skip
+                way = packed_ways.deepest(layout, way, device)
+                if way.depth < 3 or splits > packed.tiling(layout).column_tiles:
+                    continue
+                for tokens in (33, 300):
+                    out = cupy.full((tokens, M), 0x7E00, np.uint16)
+                    kernels.multiply(layout, dtype, way, kernels.Operands(
+                        values.data.ptr, index.data.ptr, inputs.data.ptr, on_device.data.ptr,
+                        out.data.ptr, 0, rows, tokens,
+                    ), kernels.Stream(cupy.cuda.get_current_stream().ptr))  # fmt: skip
+                    error = np.linalg.norm(wide(out.get()) - expected[:tokens])
+                    assert error <= 4e-3 * np.linalg.norm(expected[:tokens]), way
 
 
 @pytest.mark.gpu

@@ -175,6 +175,25 @@ def test_captured_in_a_graph(tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_dtypes_captured_in_a_graph(dtype):
+    """They are unpacked by a kernel, two bytes at a time."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    for pattern in PATTERNS:
+        packed, W, b = module(pattern, dtype=dtype, device="cuda")
+        x = torch.randn(5, 160, device="cuda", dtype=dtype)
+        packed(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = packed(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(packed.unpack(), W)
+        close(out, x, W, b, 1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_slices_of_rows(count):
     if not torch.cuda.is_available():

@@ -10,48 +10,16 @@
 //     blockIdx.z of gridDim.z; inputs come through shared memory, STAGES tiles ahead. Where the
 //     columns are shared, sums go to partial, float (gridDim.z, tokens, M), for
 //   add(partial, bias, out, M, tokens, parts)
-//   wide(values, index, image, bias, rows, out, partial, M, tokens)
-//     The same with Hopper's wgmma, WARPS a multiple of 4, a tile row a warp; whole stages are
-//     copied from memory by bulk copies, inputs from what image(X, x_row, image, tokens) makes.
 //   unpack(values, index, rows, columns, W, K, first)
-//     Rows of the dense weight from a tile row on, two values at a time or, with WHOLE, 8 neighbours.
+//     Rows of the dense weight from a tile row on, two values at a time, with WHOLE 8 neighbours.
 //
-//   values  uint4, (tile rows, column_tiles, LOADS, 32): 8 values each
-//   index   unsigned, (tile rows, column_tiles / WORD_TILES, WORDS, 32)
 //   X       REAL, (tokens, column_tiles * 4 * COLUMNS), rows x_row elements apart, on 16 bytes
-//   bias    REAL, (M,), or null
-//   rows    int, (tile rows, CELLS, 8, ROWS): row of the weight, -1 outside it
 //   columns int, (column_tiles, 4, COLUMNS): column of the weight, -1 outside it
-//   out     REAL, (tokens, M)
 //
-// Macros: REAL; those of a layout
-//   ROWS, CELLS, SCOPES, BITS, LOADS, WORDS, WORD_TILES   see `Tiling`; ROWS of a scope
-//   COLUMNS   of a lane in a tile, a multiple of 8
-//   MASKS     of a scope
-//   SELECTORS words of selectors for each mask, TABLE {word, mask by mask}: a selector of
-//             __byte_perm(two values, 0, selector) in each half of a word
-//   FIRST     {first step of each scope, and their number}
-//   STEPS     {pair of columns it goes to, register it comes from, selector}, step by step
-//   ORDER     {where the pairs of columns of a lane lie among its inputs}
-// and those of a kernel: GROUPS, TILES, WARPS, AHEAD (tiles of columns that a warp has under way),
-// STAGES, WHOLE.
+// Others, and the macros of a layout: packed.cuh. Of a kernel: GROUPS, TILES, WARPS, RESIDENT (blocks
+// that a multiprocessor is to hold), AHEAD (tiles of columns that a warp has under way), STAGES, WHOLE.
 
-#include "unrolled.cuh"
-
-constexpr int SLOTS = CELLS * ROWS;  // rows of a lane
-constexpr int PAIRS = COLUMNS / 2;   // pairs of columns of a lane
-constexpr int PIECES = COLUMNS / 8;  // 16-byte pieces of a lane's inputs
-constexpr int REGISTERS = 4 * LOADS / CELLS;  // of a cell's values
-constexpr int TILE_BITS = 32 * WORDS / WORD_TILES;
-
-__constant__ unsigned TABLE_OF_MASK[MASKS * SELECTORS] = TABLE;
-
-__device__ __forceinline__ uint4 stream(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
+#include "packed.cuh"
 
 __device__ __forceinline__ void copy16(unsigned to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -78,59 +46,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned a0, const
 #endif
 }
 
-// Half precision as its bits, so that no header is needed.
-using REAL = unsigned short;
-
-__device__ __forceinline__ float widen(const REAL x) {
-    float wide;
-#if BFLOAT
-    wide = __uint_as_float(unsigned(x) << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
-#endif
-    return wide;
-}
-
-__device__ __forceinline__ REAL narrow(const float x) {
-    REAL bits;
-#if BFLOAT
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-#endif
-    return bits;
-}
-
-__device__ __forceinline__ void fill_table(unsigned* table) {
-    for (int i = threadIdx.x; i < MASKS * SELECTORS; i += blockDim.x) table[i] = TABLE_OF_MASK[i];
-}
-
-// The values of a lane as its rows are, two columns in a register.
-__device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v)[4 * LOADS],
-                                       const unsigned (&word)[WORDS], const int shift,
-                                       unsigned (&a)[SLOTS * PAIRS]) {
-#pragma unroll
-    for (int i = 0; i < SLOTS * PAIRS; i++) a[i] = 0;
-    auto scope = [&](auto place) {
-        constexpr int first[SCOPES + 1] = FIRST;
-        constexpr int q = decltype(place)::value / SCOPES, s = decltype(place)::value % SCOPES;
-        constexpr int bit = decltype(place)::value * BITS;
-        const unsigned mask = word[bit / 32] >> (bit % 32 + shift) & ((1u << BITS) - 1);
-        unsigned selector[SELECTORS];
-#pragma unroll
-        for (int k = 0; k < SELECTORS; k++) selector[k] = table[mask * SELECTORS + k];
-        auto take = [&](auto step) {
-            constexpr int steps[] = STEPS;
-            constexpr int k = 3 * decltype(step)::value;
-            constexpr int to = q * ROWS * PAIRS + steps[k], from = q * REGISTERS + steps[k + 1];
-            constexpr int which = steps[k + 2];
-            a[to] |= __byte_perm(v[from], 0, selector[which / 2] >> which % 2 * 16);
-        };
-        for_each<first[s], first[s + 1]>(take);
-    };
-    for_each<0, CELLS * SCOPES>(scope);
-}
-
 // Add what an expanded tile gives for 8 tokens, whose inputs are x.
 __device__ __forceinline__ void add_products(float (&sum)[SLOTS / 2][4],
                                              const unsigned (&a)[SLOTS * PAIRS],
@@ -147,11 +62,6 @@ __device__ __forceinline__ void add_products(float (&sum)[SLOTS / 2][4],
     for_each<0, PAIRS / 2>(product);
 }
 
-// The row of the weight in a lane's slot.
-__device__ __forceinline__ int row_of(const int* rows, const int tile, const int slot,
-                                      const int g) {
-    return rows[((tile * CELLS + slot / ROWS) * 8 + g) * ROWS + slot % ROWS];
-}
 
 #ifdef FEW
 struct Batch {
@@ -277,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 }
 #endif
 
-#if defined(MANY) || defined(WIDE)
+#ifdef MANY
 // Write a lane's four sums: two slots of a tile, two tokens of group n.
 __device__ __forceinline__ void write(const float (&sum)[4], const int tile, const int slot,
                                       const int n, const REAL* bias, const int* rows, REAL* out,
@@ -305,9 +215,7 @@ extern "C" __global__ void add(const float* partial, const REAL* bias, REAL* out
     for (int p = 0; p < parts; p++) total += partial[p * all + e];
     out[e] = narrow(total);
 }
-#endif
 
-#ifdef MANY
 // What a stage holds, in 16-byte pieces: inputs, then each warp's values and index words.
 constexpr int STAGE_X = GROUPS * PIECES * 32;
 constexpr int STAGE_V = TILES * LOADS * 32, STAGE_W = TILES * WORDS * 8;
@@ -410,175 +318,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
                       first_token, tile_rows);
 }
 
-#endif
-
-#ifdef WIDE
-// Of wgmma.m64n(8 GROUPS)k16, which four warps do together: the weight's fragment comes from
-// registers, the inputs from shared memory, where a row of 64 columns lies in 128 swizzled bytes.
-constexpr int STEPS_OF_TILE = COLUMNS / 4, BLOCKS_OF_TILE = COLUMNS / 16;
-constexpr int STAGE_X = BLOCKS_OF_TILE * GROUPS * 8 * 128;
-constexpr int OWN = LOADS * 512 + WORDS * 128;
-constexpr int STAGE = (STAGE_X + WARPS * OWN + 1023) / 1024 * 1024;
-
-__constant__ int PLACE_OF_PAIR[PAIRS] = PLACE;
-
-#define SUM4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define SUM16(i) SUM4(i), SUM4(i + 1), SUM4(i + 2), SUM4(i + 3)
-#define SUM64(i) SUM16(i), SUM16(i + 4), SUM16(i + 8), SUM16(i + 12)
-#define FIRST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FIRST_32                                                                             \
-    FIRST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FIRST_64                                                                             \
-    FIRST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
-             "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
-             "%62, %63"
-#if BFLOAT
-#define TYPES "f32.bf16.bf16"
-#else
-#define TYPES "f32.f16.f16"
-#endif
-#define PRODUCT_WIDE(N, SUMS, OPERANDS)                                                      \
-    "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n"                                             \
-    "wgmma.mma_async.sync.aligned.m64n" N "k16." TYPES " {" SUMS "}, " OPERANDS              \
-    ", add, 1, 1, 0; }"
-
-__device__ __forceinline__ void multiply_wide(float (&c)[GROUPS][4], const unsigned a0,
-                                              const unsigned a1, const unsigned a2,
-                                              const unsigned a3, const unsigned long long x) {
-#if GROUPS == 4
-    asm volatile(PRODUCT_WIDE("32", FIRST_16, "{%16, %17, %18, %19}, %20")
-                 : SUM16(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
-#elif GROUPS == 8
-    asm volatile(PRODUCT_WIDE("64", FIRST_32, "{%32, %33, %34, %35}, %36")
-                 : SUM16(0), SUM16(4) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
-#elif GROUPS == 16
-    asm volatile(PRODUCT_WIDE("128", FIRST_64, "{%64, %65, %66, %67}, %68")
-                 : SUM64(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
-#endif
-}
-
-// The inputs as `wide` has them in shared memory, tile by tile, zeros where there are no tokens.
-extern "C" __global__ void image(const REAL* X, const long long x_row, unsigned* out,
-                                 const int tokens, const int column_tiles) {
-    const int lane = threadIdx.x % 32, n = blockIdx.y * 8 + threadIdx.x / 32, j = blockIdx.x;
-    const unsigned* x = reinterpret_cast<const unsigned*>(
-        X + (n < tokens ? n : 0) * x_row + (long long)j * 4 * COLUMNS);
-    out += ((long long)(n / (8 * GROUPS)) * column_tiles + j) * (STAGE_X / 4);
-#pragma unroll
-    for (int b = 0; b < BLOCKS_OF_TILE; b++) {
-        const int word = b * 32 + lane;
-        // Where the order of the weight's columns wants it.
-        const int to = PLACE_OF_PAIR[word % PAIRS] * 4 + word / PAIRS;
-        const int row = to / 32 * GROUPS * 8 + n % (8 * GROUPS);
-        out[row * 32 + (to % 32 ^ n % 8 * 4)] = n < tokens ? x[word] : 0;
-    }
-}
-
-__device__ __forceinline__ void copy_bulk(const unsigned to, const void* from,
-                                          const unsigned bytes, const unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                 "%2, [%3];"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(const unsigned barrier, const unsigned parity) {
-    asm volatile("{ .reg .pred done;\n"
-                 "WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra WAIT_%=; }"
-                 :: "r"(barrier), "r"(parity) : "memory");
-}
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
-    wide(const uint4* values, const unsigned* index, const char* X, const REAL* bias,
-         const int* rows, REAL* out, float* partial, const int M, const int tokens,
-         const int tile_rows, const int column_tiles) {
-    extern __shared__ char stages[];
-    __shared__ unsigned table[MASKS * SELECTORS];
-    __shared__ unsigned long long barriers[STAGES];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int tile = blockIdx.x * WARPS + warp, first_token = blockIdx.y * 8 * GROUPS;
-    const int begin = (long long)column_tiles * blockIdx.z / gridDim.z;
-    const int end = (long long)column_tiles * (blockIdx.z + 1) / gridDim.z;
-    const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
-    const bool inside = tile < tile_rows;
-    const unsigned start = unsigned(__cvta_generic_to_shared(stages));
-    const unsigned base = (start + 1023) & ~1023u;
-    const unsigned own = STAGE_X + warp * OWN;
-    const unsigned barrier = unsigned(__cvta_generic_to_shared(barriers));
-    const int present = min(WARPS, tile_rows - int(blockIdx.x) * WARPS);
-    values += (inside ? (long long)tile * column_tiles : 0) * LOADS * 32;
-    index += (inside ? (long long)tile * words_row : 0) * WORDS * 32;
-    X += (long long)blockIdx.y * column_tiles * STAGE_X;
-
-    // Bring a tile of columns in: the inputs by one thread, its own rows by one of each warp.
-    auto issue = [&](const int j) {
-        if (j >= end || lane) return;
-        const int slot = (j - begin) % STAGES;
-        const unsigned stage = base + slot * STAGE, full = barrier + slot * 8;
-        if (!warp) {
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                         :: "r"(full), "r"(STAGE_X + present * OWN) : "memory");
-            copy_bulk(stage, X + (long long)j * STAGE_X, STAGE_X, full);
-        }
-        if (inside) {
-            copy_bulk(stage + own, values + (long long)j * LOADS * 32, LOADS * 512, full);
-            copy_bulk(stage + own + LOADS * 512, index + (j / WORD_TILES) * WORDS * 32,
-                      WORDS * 128, full);
-        }
-    };
-
-    float sum[GROUPS][4] = {};
-    auto step = [&](const int j, unsigned (&a)[SLOTS * PAIRS]) {
-        const int slot = (j - begin) % STAGES;
-        wait_for(barrier + slot * 8, (j - begin) / STAGES & 1);
-        const char* mine = stages + (base - start) + slot * STAGE + own;
-        unsigned v[4 * LOADS], w[WORDS];
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const uint4 part = reinterpret_cast<const uint4*>(mine)[l * 32 + lane];
-            v[4 * l] = part.x, v[4 * l + 1] = part.y, v[4 * l + 2] = part.z;
-            v[4 * l + 3] = part.w;
-        }
-#pragma unroll
-        for (int k = 0; k < WORDS; k++)
-            w[k] = reinterpret_cast<const unsigned*>(mine + LOADS * 512)[k * 32 + lane];
-        expand(table, v, w, WORD_TILES == 1 ? 0 : j % WORD_TILES * TILE_BITS, a);
-        // The last product is done with its operands; the place of its inputs is free.
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        __syncthreads();
-        issue(j + STAGES - 1);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < STEPS_OF_TILE; i++) {
-            const unsigned from = base + slot * STAGE + i / 4 * GROUPS * 1024 + i % 4 * 32;
-            // Rows of 128 swizzled bytes, 8 of them every 1024.
-            const unsigned long long x = (unsigned long long)(from >> 4) | 1ull << 16 |
-                                         64ull << 32 | 1ull << 62;
-            multiply_wide(sum, a[2 * i], a[PAIRS + 2 * i], a[2 * i + 1], a[PAIRS + 2 * i + 1], x);
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    };
-
-    if (!threadIdx.x) {
-#pragma unroll
-        for (int s = 0; s < STAGES; s++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barrier + s * 8));
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    fill_table(table);
-    __syncthreads();
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) issue(begin + s);
-    unsigned even[SLOTS * PAIRS], odd[SLOTS * PAIRS];
-    for (int j = begin; j < end; j += 2) {
-        step(j, even);
-        if (j + 1 < end) step(j + 1, odd);
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int n = 0; n < GROUPS; n++)
-        write(sum[n], tile, 0, n, bias, rows, out, partial, M, tokens, first_token, tile_rows);
-}
 #endif
 
 #ifdef UNPACK

@@ -1,6 +1,5 @@
 """Products with packed weights on a GPU: the kernels of `packed.cu`, launched."""
 
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,15 +7,17 @@ from typing import NamedTuple
 import cupy
 import numpy as np
 
-from cuobs.ops.cuda import loader
+from cuobs.ops.cuda import loader, packed_hopper
 from cuobs.ops.cuda.packed_layout import columns_of, expands, order, rows_of
 from cuobs.ops.cuda.packed_ways import (
     FEW,
     UNPACK,
     Way,
     chosen,
+    compiled,
     defines,
     device,
+    entry,
     shared_bytes,
 )
 from cuobs.ops.packed import LANE_ROWS, tiling
@@ -114,42 +115,15 @@ def _current():
 @lru_cache(maxsize=1024)
 def function(layout, dtype, way, name):
     """A kernel of a way, ready to launch on the current device."""
-    macros = defines(layout, dtype, way._replace(splits=1))
-    if way.kernel == "wide":
-        found = _architecture_kernel(name, loader.options(macros))
+    macros = defines(layout, dtype, way)
+    if way.kernel in packed_hopper.KERNELS:
+        found = packed_hopper.module(loader.options(macros)).get_function(name)
     else:
         found = loader.kernel(SOURCE, name, **macros)
     shared = shared_bytes(layout, way)
-    if shared > loader.USUAL_SHARED and name == way.kernel:
+    if shared > loader.USUAL_SHARED and name != "add":
         found.max_dynamic_shared_size_bytes = shared
     return found
-
-
-@lru_cache(maxsize=64)
-def _architecture_kernel(name, options):
-    return _architecture_module(options).get_function(name)
-
-
-@lru_cache(maxsize=64)
-def _architecture_module(options):
-    """A module with instructions that only sm_90a has, which CuPy would not compile for."""
-    from cupy.cuda import nvrtc
-
-    text = loader.text(SOURCE)
-    program = nvrtc.createProgram(text, "packed.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
-        binary = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError:
-        raise RuntimeError(nvrtc.getProgramLog(program)) from None
-    finally:
-        nvrtc.destroyProgram(program)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        module = cupy.RawModule(path=file.name)
-        module.compile()
-    return module
 
 
 class Stream(NamedTuple):
@@ -186,48 +160,35 @@ class Operands(NamedTuple):
     tokens: int
 
 
-def image_bytes(layout, way, tokens):
-    """Bytes of the inputs as the wide kernel reads them."""
-    if way.kernel != "wide":
-        return 0
-    blocks = -(-tokens // (8 * way.groups))
-    return blocks * 8 * way.groups * len(columns_of(layout)) * 2
-
-
 def room_bytes(layout, way, tokens):
-    """Bytes that a way needs beside its operands: inputs in another order, sums of splits."""
-    sums = 4 * way.splits * tokens * layout.shape[0] if way.splits > 1 else 0
-    return image_bytes(layout, way, tokens) + sums
+    """Bytes that a way needs beside its operands: the sums of its splits."""
+    shared = way.kernel == "many" and way.splits > 1
+    return 4 * way.splits * tokens * layout.shape[0] if shared else 0
 
 
 def multiply(layout, dtype, way, operands, stream):
     """Launch the kernels of a way that is not "unpack"."""
+    kernel = function(layout, dtype, compiled(way), entry(way))
+    if way.kernel in packed_hopper.KERNELS:
+        processors = device(cupy.cuda.runtime.getDevice()).processors
+        packed_hopper.multiply(kernel, layout, way, operands, processors, stream)
+        return
     form = tiling(layout)
     o = operands
     M = layout.shape[0]
-    kernel = function(layout, dtype, way, way.kernel)
-    width = len(columns_of(layout))
     per_block = way.tiles * (1 if way.kernel == "few" else way.warps)
     grid = -(-form.row_tiles // per_block), -(-o.tokens // (8 * way.groups)), way.splits
-    inputs = [np.uint64(o.inputs), np.int64(width)]
-    partial = np.uint64(o.room + image_bytes(layout, way, o.tokens))
-    if way.kernel == "wide":
-        function(layout, dtype, way, "image").kernel(
-            (form.column_tiles, grid[1] * way.groups, 1), (256, 1, 1),
-            (*inputs, np.uint64(o.room), np.int32(o.tokens), np.int32(form.column_tiles)), 0,
-            stream,
-        )  # fmt: skip
-        inputs = [np.uint64(o.room)]
-    args = [np.uint64(o.values), np.uint64(o.index), *inputs, np.uint64(o.bias), np.uint64(o.rows),
+    args = [np.uint64(o.values), np.uint64(o.index), np.uint64(o.inputs),
+            np.int64(len(columns_of(layout))), np.uint64(o.bias), np.uint64(o.rows),
             np.uint64(o.out)]  # fmt: skip
     if way.kernel != "few":
-        args.append(partial)
+        args.append(np.uint64(o.room))
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
     kernel.kernel(grid, (32 * way.warps, 1, 1), tuple(args), shared_bytes(layout, way), stream)
     if way.splits > 1:
-        function(layout, dtype, way, "add").kernel(
+        function(layout, dtype, compiled(way), "add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
-            (partial, np.uint64(o.bias), np.uint64(o.out), np.int32(M),
+            (np.uint64(o.room), np.uint64(o.bias), np.uint64(o.out), np.int32(M),
              np.int32(o.tokens), np.int32(way.splits)), 0, stream,
         )  # fmt: skip
 
@@ -260,11 +221,8 @@ def variants():
     """The macros that the kernels may be compiled with, for some patterns."""
     from cuobs.pattern import parse, patterns
 
-    wide = Way("wide", 8, 8, 3)
     for text in (*patterns(), "2:3", "4:8x1"):
         layout = parse(text).compile(96, 96)
         for dtype in HALVES:
             for way in (FEW[1][0], FEW[4][0], Way("many", 8, 8, 3, 2), UNPACK):
                 yield defines(layout, dtype, way)
-            if text in patterns():
-                yield defines(layout, dtype, wide)

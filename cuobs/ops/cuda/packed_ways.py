@@ -15,7 +15,14 @@ import numpy as np
 
 import cuobs
 from cuobs import files
-from cuobs.ops.cuda.packed_layout import MAX_TABLE, layout_defines, order, rows_of
+from cuobs.ops.cuda import packed_hopper
+from cuobs.ops.cuda.packed_layout import (
+    MAX_TABLE,
+    expansion,
+    layout_defines,
+    order,
+    rows_of,
+)
 from cuobs.ops.packed import LANE_ROWS, VERSION, tiling
 
 
@@ -24,8 +31,9 @@ class Way(NamedTuple):
 
     Attributes
     ----------
-    kernel : {"few", "many", "wide", "unpack"}
-        The last unpacks the weight for dense products.
+    kernel : {"few", "many", "sparse", "expanded", "unpack"}
+        "sparse" and "expanded" are those of `packed_hopper`; the last unpacks the weight for dense
+        products.
     groups : int
         Tokens of a block of threads, in groups of 8.
     warps : int
@@ -39,8 +47,11 @@ class Way(NamedTuple):
     ahead : bool
         Whether the next tiles are loaded before the last ones are multiplied.
     splits : int
-        Blocks that share the columns of a tile row; another kernel adds their sums. Of "unpack",
-        slices of rows: what is unpacked is multiplied while it is in the cache.
+        Blocks that share the columns of a tile row: of "many", another kernel adds their sums, of
+        those of Hopper, they do so themselves. Of "unpack", slices of rows: what is unpacked is
+        multiplied while it is in the cache.
+    sharing : int
+        Blocks of neighbouring rows that bring in their inputs together.
     """
 
     kernel: str
@@ -51,19 +62,19 @@ class Way(NamedTuple):
     resident: int = 1
     ahead: bool = False
     splits: int = 1
+    sharing: int = 1
 
 
 UNPACK = Way("unpack")
 # What was fastest for one shape or another on an H100, by groups of 8 tokens.
 FEW = {
-    1: (Way("few", 1, 16, 2, 1, 2), Way("few", 1, 8, 4, 1, 2), Way("few", 1, 8, 2, 1, 2, True)),
+    1: (Way("few", 1, 16, 2, 1, 2), Way("few", 1, 8, 4, 1, 2), Way("few", 1, 8, 2, 1, 2, True),
+        Way("few", 1, 4, 2, 1, 6)),
     2: (Way("few", 2, 8, 2, 1, 2, True), Way("few", 2, 8, 2, 2, 2), Way("few", 2, 4, 2, 2, 4)),
     4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
 }
-# More tokens than this are not worth more than one reading of the packed weight.
-MANY_TOKENS = 512
 SLICES = (1, 2, 4, 8)
-MAX_STAGES = 9
+MIN_STAGES, MAX_STAGES = 3, 9
 
 
 class Device(NamedTuple):
@@ -89,11 +100,13 @@ def device(number):
 
 def ways(layout, tokens, device):
     """The ways that may serve so many tokens; the first is taken where none was measured."""
-    groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 16)
+    groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 32)
     room = device.shared - 4 * MAX_TABLE
     found = [way for way in FEW.get(groups, ()) if shared_bytes(layout, way) <= room]
-    if groups >= 4 and tokens <= MANY_TOKENS:
-        found += _split_ways(layout, groups, tokens, device)
+    if groups >= 4:
+        found += _hopper_ways(layout, groups, tokens, device) or _many_ways(
+            layout, groups, tokens, device
+        )
     if groups > 4 or not found:
         found += [UNPACK._replace(splits=n) for n in SLICES if n == 1 or sliced(layout)]
     return found
@@ -109,47 +122,61 @@ def sliced(layout):
     return np.array_equal(np.sort(tiles, axis=1), np.sort(expected, axis=1))
 
 
-def _split_ways(layout, groups, tokens, device):
-    """Ways of the kernels that bring inputs into shared memory, in stages."""
+def _many_ways(layout, groups, tokens, device):
+    """Ways of the kernel that brings inputs into shared memory, in stages."""
     form = tiling(layout)
-    r, c = layout.rows, layout.columns
-    wide = (
-        device.capability == 90 and r * form.cells == 2 and c * form.scopes % 16 == 0
-    )
-    if not wide and groups > 8:
+    way = Way("many", groups, 8, 0, 2)
+    stages = min(MAX_STAGES, (device.shared - 4 * MAX_TABLE) // shared_bytes(
+        layout, way._replace(depth=1)))  # fmt: skip
+    if stages < MIN_STAGES or groups > 8:
         return []
-    found = []
-    for warps, resident in ((16, 1), (8, 2), (8, 1)) if wide else ((8, 1),):
-        way = Way("wide" if wide else "many", groups, warps, 0, 1 if wide else 2, resident)
-        room = (device.shared - 4 * MAX_TABLE) // resident - 2048
-        stages = min(MAX_STAGES, room // _stage_bytes(layout, way))
-        if stages < 3:
-            continue
-        blocks = -(-form.row_tiles // (warps * way.tiles)) * -(-tokens // (8 * groups))
-        splits = device.processors * resident // blocks
-        for n in sorted({max(1, splits), max(1, splits // 2)}, reverse=True):
-            if n <= form.column_tiles:
-                found.append(way._replace(depth=stages, splits=n))
-    return found
+    blocks = -(-form.row_tiles // (way.warps * way.tiles)) * -(-tokens // (8 * groups))
+    splits = device.processors // blocks
+    return [
+        way._replace(depth=stages, splits=n)
+        for n in sorted({max(1, splits), max(1, splits // 2)}, reverse=True)
+        if n <= form.column_tiles
+    ]
 
 
-def _stage_bytes(layout, way):
+def _hopper_ways(layout, groups, tokens, device):
+    """Ways of Hopper's kernels: tokens of a block, and who shares its columns or its inputs."""
+    kernel = packed_hopper.kernel_of(layout)
+    if device.capability != 90 or kernel is None:
+        return []
     form = tiling(layout)
-    width = layout.columns * form.scopes
-    inputs = width // 8 * way.groups * 512
-    weight = way.warps * way.tiles * (form.loads * 512 + form.words * 128)
-    return -(-(inputs + weight) // 1024) * 1024
+    rows = -(-form.row_tiles // 8)
+    found = []
+    for size in dict.fromkeys((groups, max(4, groups // 2))):
+        blocks = rows * -(-tokens // (8 * size))
+        most = min(5 * device.processors // 4 // blocks, form.column_tiles)
+        if splits := [n for n in (8, 4, 2, 1) if n <= most][:2]:
+            found += [Way(kernel, size, splits=n) for n in splits]
+        if splits in ([], [1]):
+            found += [Way(kernel, size, sharing=n) for n in (2, 4, 1) if n <= rows]
+    deep = [deepest(layout, way, device) for way in dict.fromkeys(found)]
+    return [way for way in deep if way.depth >= MIN_STAGES]
+
+
+def deepest(layout, way, device):
+    """A way of Hopper's with as many stages as a multiprocessor's shared memory has room for."""
+    room = device.shared - packed_hopper.OTHER_SHARED
+    if way.kernel == "expanded":
+        room -= 4 * expansion(layout).table.size
+    beside = packed_hopper.shared_bytes(layout, way._replace(depth=0, splits=1))
+    stages = (room - beside) // packed_hopper.stage_bytes(layout, way)
+    return way._replace(depth=min(MAX_STAGES, stages))
 
 
 def shared_bytes(layout, way):
-    """Dynamic shared memory of a way; the wide kernel's begins on 1024 bytes."""
+    """Dynamic shared memory of a way."""
     if way.kernel == "unpack":
         return 0
+    if way.kernel in packed_hopper.KERNELS:
+        return packed_hopper.shared_bytes(layout, way)
     if way.kernel == "few":  # the sums of all its warps
         slots = layout.rows * tiling(layout).cells
         return way.warps * way.tiles * way.groups * slots * 2 * 32 * 4
-    if way.kernel == "wide":
-        return way.depth * _stage_bytes(layout, way) + 1024
     form = tiling(layout)
     width = layout.columns * form.scopes
     pieces = way.groups * width // 8 * 32
@@ -157,8 +184,20 @@ def shared_bytes(layout, way):
     return way.depth * (pieces + own) * 16
 
 
+def entry(way):
+    """The kernel of a way, by its name in the source."""
+    return "product" if way.kernel in packed_hopper.KERNELS else way.kernel
+
+
+def compiled(way):
+    """A way as it is compiled: some kernels know their splits by the size of the grid."""
+    return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1)
+
+
 def defines(layout, dtype, way):
     """The macros of a way."""
+    if way.kernel in packed_hopper.KERNELS:
+        return packed_hopper.defines(layout, dtype, way)
     common = layout_defines(layout, dtype)
     if way.kernel == "unpack":
         return common | {"UNPACK": 1, "WARPS": 4, "AHEAD": 2, "WHOLE": whole(layout)}
@@ -167,7 +206,7 @@ def defines(layout, dtype, way):
         return common | {
             "FEW": 1, "TILES": way.tiles, "AHEAD": way.depth, "PREFETCH": way.ahead,
         }
-    return common | {way.kernel.upper(): 1, "TILES": way.tiles, "STAGES": way.depth}
+    return common | {"MANY": 1, "TILES": way.tiles, "STAGES": way.depth}
 
 
 def whole(layout):

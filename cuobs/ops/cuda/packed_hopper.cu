@@ -1,0 +1,511 @@
+// Products of many tokens with packed weights on Hopper: wgmma on 128 rows of the weight and
+// 8 GROUPS tokens, both operands in shared memory, brought in by the tensor memory accelerator
+// STAGES stages ahead. docs/packed.rst draws the bytes.
+//
+//   product(values_map, index_map, inputs_map, bias, rows, out, M, tokens, tile_rows, column_tiles)
+//     Two warpgroups multiply 64 rows each. Another warp brings operands in:
+//     SPARSE    The weight stays packed, wgmma.sp takes it as it is: a tile's values are its rows of
+//               32 kept values, and a lane's index word becomes the word of places that it wants.
+//     otherwise further warps expand tiles into dense rows of 64 columns.
+//     A cluster of SHARING blocks of neighbouring rows shares its inputs, each block brings a part of
+//     them to all; a cluster of SPLITS blocks shares the columns, and adds up at the end.
+//
+//   maps    of values, index words and inputs as `packed_hopper.maps` describes them
+//
+// Others, and the macros of a layout: packed.cuh. Here the rows of a tile are 16 neighbours and the
+// columns of a lane a multiple of 16. PLACES {two words: byte m has the two places that mask m keeps,
+// two bits each}; EXPANDERS warps, AHEAD tiles of columns on their way to them.
+
+#include "packed.cuh"
+
+constexpr int TOKENS = 8 * GROUPS, BLOCK_ROWS = 128, CONSUMERS = 8 /* warps */;
+constexpr int THREADS = 32 * (CONSUMERS + 1 + EXPANDERS);
+constexpr int FOLDS = COLUMNS / 16;  // of 64 columns in a stage
+// Bytes of the packed tiles of a block's rows and of their index words; of a stage: inputs, the
+// weight as it is multiplied and, of what stays packed, the words.
+constexpr int VALUES = 8 * LOADS * 512, INDEX = 8 * WORDS * 128;
+constexpr int STAGE_X = FOLDS * TOKENS * 128;
+constexpr int STAGE_W = SPARSE ? VALUES : BLOCK_ROWS * FOLDS * 128;
+constexpr int STAGE = STAGE_X + STAGE_W + (SPARSE ? INDEX : 0);
+constexpr int CLUSTER = SHARING * SPLITS;
+// Row clusters that are multiplied by all tokens before the next ones: both operands stay in L2.
+constexpr int BAND = 16 / SHARING;
+
+struct alignas(64) Map {
+    char bytes[128];
+};
+
+#define SUM4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define SUM16(i) SUM4(i), SUM4(i + 1), SUM4(i + 2), SUM4(i + 3)
+#define SUM64(i) SUM16(i), SUM16(i + 4), SUM16(i + 8), SUM16(i + 12)
+#define FIRST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FIRST_32                                                                             \
+    FIRST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FIRST_64                                                                             \
+    FIRST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+             "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
+             "%62, %63"
+#define FIRST_128                                                                            \
+    FIRST_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
+             "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, "   \
+             "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "      \
+             "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "      \
+             "%119, %120, %121, %122, %123, %124, %125, %126, %127"
+#if BFLOAT
+#define TYPES "f32.bf16.bf16"
+#else
+#define TYPES "f32.f16.f16"
+#endif
+// OLD is an operand that is 0 where there are no sums yet.
+#if SPARSE
+#define PRODUCT(N, SUMS, W, X, OLD, PLACES_OF_LANE, SELECTOR)                                \
+    "{ .reg .pred add; setp.ne.u32 add, " OLD ", 0;\n"                                       \
+    "wgmma.mma_async.sp.sync.aligned.m64n" N "k32." TYPES " {" SUMS "}, " W ", " X ", "      \
+    PLACES_OF_LANE ", " SELECTOR ", add, 1, 1, 0, 0; }"
+#else
+#define PRODUCT(N, SUMS, W, X, OLD, PLACES_OF_LANE, SELECTOR)                                \
+    "{ .reg .pred add; setp.ne.u32 add, " OLD ", 0;\n"                                       \
+    "wgmma.mma_async.sync.aligned.m64n" N "k16." TYPES " {" SUMS "}, " W ", " X              \
+    ", add, 1, 1, 0, 0; }"
+#endif
+
+// Add a product of 32 columns, or of 16 where nothing is sparse.
+template <int STEP>
+__device__ __forceinline__ void multiply(float (&c)[GROUPS][4], const unsigned long long w,
+                                         const unsigned long long x, const int old,
+                                         const unsigned places) {
+#define OPERANDS "l"(w), "l"(x), "r"(old), "r"(places), "n"(STEP % 2)
+#if GROUPS == 4
+    asm volatile(PRODUCT("32", FIRST_16, "%16", "%17", "%18", "%19", "%20")
+                 : SUM16(0) : OPERANDS);
+#elif GROUPS == 8
+    asm volatile(PRODUCT("64", FIRST_32, "%32", "%33", "%34", "%35", "%36")
+                 : SUM16(0), SUM16(4) : OPERANDS);
+#elif GROUPS == 16
+    asm volatile(PRODUCT("128", FIRST_64, "%64", "%65", "%66", "%67", "%68")
+                 : SUM64(0) : OPERANDS);
+#elif GROUPS == 32
+    asm volatile(PRODUCT("256", FIRST_128, "%128", "%129", "%130", "%131", "%132")
+                 : SUM64(0), SUM64(16) : OPERANDS);
+#endif
+}
+
+// Rows of 128 swizzled bytes, 8 of them every 1024, or of 64 bytes, every 512.
+__device__ __forceinline__ unsigned long long operand(const unsigned from, const int row_bytes) {
+    return (unsigned long long)(from >> 4) | 1ull << 16 |
+           (unsigned long long)(row_bytes / 2) << 32 | (row_bytes == 128 ? 1ull : 2ull) << 62;
+}
+
+// Two bits for each value of a lane's 8 scopes, as wgmma.sp reads them, from 8 masks of 4 bits.
+__device__ __forceinline__ unsigned places_of(const unsigned word) {
+    constexpr unsigned places[2] = PLACES;
+    unsigned low = __byte_perm(places[0], places[1], word);
+    unsigned high = __byte_perm(places[0], places[1], word >> 16);
+    low |= low >> 4, high |= high >> 4;
+    return __byte_perm(low, high, 0x6420);
+}
+
+__device__ __forceinline__ void start_barrier(const unsigned barrier, const int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void wait_for(const unsigned barrier, const unsigned parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra WAIT_%=; }"
+                 :: "r"(barrier), "r"(parity) : "memory");
+}
+
+
+__device__ __forceinline__ unsigned in_block(const unsigned address, const int rank) {
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// What was read is read: nothing that was written has to be seen, which a release would wait for.
+__device__ __forceinline__ void arrive_at(const unsigned barrier, const int rank) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];"
+                 :: "r"(in_block(barrier, rank)) : "memory");
+}
+
+// Until all blocks of a cluster are here; what they have written is seen, or, "relaxed", may not be.
+#define WAIT_FOR_CLUSTER(HOW)                                                                \
+    asm volatile("barrier.cluster.arrive." HOW ";\nbarrier.cluster.wait;" ::: "memory")
+
+// What one lane of a warp does for all; the others are not led astray.
+#define BY_ONE_LANE(WHAT) "{ .reg .pred one; elect.sync _|one, 0xffffffff;\n@one " WHAT " }"
+#define COPY "cp.async.bulk"
+#define TO_HERE ".shared::cluster.global.mbarrier::complete_tx::bytes"
+
+__device__ __forceinline__ void expect(const unsigned barrier, const int bytes) {
+    asm volatile(BY_ONE_LANE("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;")
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(const unsigned barrier, const int count = 1) {
+    asm volatile(BY_ONE_LANE("mbarrier.arrive.shared::cta.b64 _, [%0], %1;")
+                 :: "r"(barrier), "r"(count) : "memory");
+}
+
+// Eight tiles below each other, of values or of index words.
+__device__ __forceinline__ void copy_tiles(const unsigned to, const Map& map, const int tile_row,
+                                           const int tile, const unsigned barrier) {
+    asm volatile(BY_ONE_LANE(COPY ".tensor.4d" TO_HERE " [%0], [%1, {%2, %2, %3, %4}], [%5];")
+                 :: "r"(to), "l"(&map), "r"(0), "r"(tile), "r"(tile_row), "r"(barrier) : "memory");
+}
+
+// TOKENS / SHARING tokens, 64 columns, to the same place of all blocks of a cluster.
+__device__ __forceinline__ void copy_inputs(const unsigned to, const Map& map, const int token,
+                                            const int column, const unsigned barrier) {
+#if SHARING > 1
+    asm volatile(BY_ONE_LANE(COPY ".tensor.2d" TO_HERE
+                             ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;")
+                 :: "r"(to), "l"(&map), "r"(column), "r"(token), "r"(barrier),
+                    "h"((unsigned short)((1 << SHARING) - 1)) : "memory");
+#else
+    asm volatile(BY_ONE_LANE(COPY ".tensor.2d" TO_HERE " [%0], [%1, {%2, %3}], [%4];")
+                 :: "r"(to), "l"(&map), "r"(column), "r"(token), "r"(barrier) : "memory");
+#endif
+}
+
+// A place in a ring of N.
+template <int N>
+struct Place {
+    int slot = 0;
+    unsigned parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == N) slot = 0, parity ^= 1;
+    }
+};
+
+// One part of the result: rows and tokens of a block.
+struct Part {
+    int row_block, first_token;
+
+    __device__ __forceinline__ Part(const int n, const int clusters, const int token_blocks,
+                                    const int rank) {
+        const int first = n / (BAND * token_blocks) * BAND;
+        const int width = min(BAND, clusters - first), in_band = n - first * token_blocks;
+        row_block = (first + in_band % width) * SHARING + (SHARING > 1 ? rank : 0);
+        first_token = in_band / width * TOKENS;
+    }
+};
+
+__device__ __forceinline__ unsigned two(const float a, const float b) {
+    return narrow(a) | unsigned(narrow(b)) << 16;
+}
+
+// Write the sums of a warpgroup, 64 rows, through shared memory, 32 tokens at a time.
+__device__ __forceinline__ void write(const float (&sum)[GROUPS][4], char* staging,
+                                      const REAL* bias, REAL* out, const int M, const int tokens,
+                                      const int row_block, const int first_token) {
+    constexpr int ROW = 64 * 2 + 16;  // bytes of a token
+    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    const int group = threadIdx.x / 128, top = row_block * BLOCK_ROWS + group * 64;
+    const int row = top + warp * 16 + lane / 4;
+    const float low = bias && row < M ? widen(bias[row]) : 0;
+    const float high = bias && row + 8 < M ? widen(bias[row + 8]) : 0;
+    staging += group * 32 * ROW;
+    const unsigned mine = unsigned(__cvta_generic_to_shared(staging)) +
+                          (lane / 16 * 8 + lane % 8) * ROW + (warp * 16 + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+    for (int n = 0; n < GROUPS; n += 4) {
+#pragma unroll
+        for (int h = 0; h < 4; h += 2) {
+            const float(&a)[4] = sum[n + h];
+            const float(&b)[4] = sum[n + h + 1];
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};"
+                         :: "r"(mine + h * 8 * ROW), "r"(two(a[0] + low, a[1] + low)),
+                            "r"(two(a[2] + high, a[3] + high)), "r"(two(b[0] + low, b[1] + low)),
+                            "r"(two(b[2] + high, b[3] + high)) : "memory");
+        }
+        asm volatile("bar.sync %0, 128;" :: "r"(1 + group) : "memory");
+#pragma unroll
+        for (int e = thread; e < 256; e += 128) {
+            const int token = first_token + n * 8 + e / 8, first = top + e % 8 * 8;
+            const uint4 part = *reinterpret_cast<const uint4*>(staging + e / 8 * ROW + e % 8 * 16);
+            if (token < tokens && first < M)
+                *reinterpret_cast<uint4*>(out + (long long)token * M + first) = part;
+        }
+        asm volatile("bar.sync %0, 128;" :: "r"(1 + group) : "memory");
+    }
+}
+
+// Sums of a block that has a share of the columns, as they lie in shared memory: (TOKENS, 128 + 4).
+constexpr int SUM_ROW = (BLOCK_ROWS + 4) * 4;
+
+__device__ __forceinline__ void leave(const float (&sum)[GROUPS][4], char* sums) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            *reinterpret_cast<float*>(sums + (n * 8 + lane % 4 * 2 + k % 2) * SUM_ROW +
+                                      (row + k / 2 * 8) * 4) = sum[n][k];
+}
+
+// Add up a share of the tokens over the blocks of a cluster, in the order of the blocks.
+__device__ __forceinline__ void add_up(const unsigned sums, const int rank, const REAL* bias,
+                                       REAL* out, const int M, const int tokens,
+                                       const int row_block, const int first_token) {
+    for (int e = threadIdx.x; e < TOKENS / SPLITS * 32; e += THREADS) {
+        const int mine = rank * (TOKENS / SPLITS) + e / 32, token = first_token + mine;
+        const int row = row_block * BLOCK_ROWS + e % 32 * 4;
+        if (token >= tokens || row >= M) continue;
+        float total[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) total[k] = bias ? widen(bias[row + k]) : 0;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            float part[4];
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
+                         : "r"(in_block(sums + mine * SUM_ROW + e % 32 * 16, s)));
+#pragma unroll
+            for (int k = 0; k < 4; k++) total[k] += part[k];
+        }
+        *reinterpret_cast<uint2*>(out + (long long)token * M + row) =
+            make_uint2(two(total[0], total[1]), two(total[2], total[3]));
+    }
+}
+
+#if !SPARSE
+// A lane's part of a tile.
+struct Tile {
+    unsigned v[4 * LOADS], w[WORDS];
+
+    __device__ __forceinline__ void load(const unsigned from, const unsigned words) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int l = 0; l < LOADS; l++)
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[4 * l]), "=r"(v[4 * l + 1]), "=r"(v[4 * l + 2]),
+                           "=r"(v[4 * l + 3])
+                         : "r"(from + (l * 32 + lane) * 16) : "memory");
+#pragma unroll
+        for (int k = 0; k < WORDS; k++)
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[k])
+                         : "r"(words + (k * 32 + lane) * 4) : "memory");
+    }
+
+    // Write it as dense rows from one on, swizzled; row[i] is that of a lane's slot in the tile.
+    __device__ __forceinline__ void expand_to(const unsigned to, const unsigned* table,
+                                              const int j, const int first,
+                                              const int (&row)[SLOTS]) const {
+        const int t = threadIdx.x % 4;
+        unsigned a[SLOTS * PAIRS];
+        expand(table, v, w, WORD_TILES == 1 ? 0 : j % WORD_TILES * TILE_BITS, a);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            unsigned natural[PAIRS];
+            auto put = [&](auto pair) {
+                constexpr int order[PAIRS] = ORDER, i = decltype(pair)::value;
+                natural[order[i]] = a[slot * PAIRS + i];
+            };
+            for_each<0, PAIRS>(put);
+#pragma unroll
+            for (int h = 0; h < PIECES; h++) {
+                const int piece = t * PIECES + h;  // of 16 bytes, 8 in a fold
+                const unsigned at = to + (piece / 8 * BLOCK_ROWS + first + row[slot]) * 128 +
+                                    ((piece % 8) ^ (row[slot] % 8)) * 16;
+                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                             :: "r"(at), "r"(natural[4 * h]), "r"(natural[4 * h + 1]),
+                                "r"(natural[4 * h + 2]), "r"(natural[4 * h + 3]) : "memory");
+            }
+        }
+    }
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
+    product(const __grid_constant__ Map values_map, const __grid_constant__ Map index_map,
+            const __grid_constant__ Map inputs_map, const REAL* bias, const int* rows, REAL* out,
+            const int M, const int tokens, const int tile_rows, const int column_tiles) {
+    extern __shared__ char stages[];
+    __shared__ alignas(16) char staging[SPLITS == 1 ? 2 * 32 * 144 : 16];
+    __shared__ unsigned table[SPARSE ? 1 : MASKS * SELECTORS];
+    __shared__ unsigned long long full[STAGES], empty[STAGES], coming[AHEAD], read[AHEAD];
+    // The same for all lanes, as the compiler sees from this.
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    const int rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
+    const int split = SPLITS == 1 ? 0 : rank;
+    const int begin = (long long)column_tiles * split / SPLITS;
+    const int end = (long long)column_tiles * (split + 1) / SPLITS;
+    const int row_blocks = (tile_rows + 7) / 8;
+    const int clusters = (row_blocks + SHARING - 1) / SHARING;
+    const int token_blocks = (tokens + TOKENS - 1) / TOKENS;
+    const unsigned start = unsigned(__cvta_generic_to_shared(stages));
+    const unsigned base = (start + 1023) & ~1023u;
+    const unsigned fulls = unsigned(__cvta_generic_to_shared(full));
+    const unsigned empties = unsigned(__cvta_generic_to_shared(empty));
+    const unsigned comings = unsigned(__cvta_generic_to_shared(coming));
+    const unsigned frees = unsigned(__cvta_generic_to_shared(read));
+    const unsigned tiles = base + STAGES * STAGE;
+
+    if (!threadIdx.x) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            start_barrier(fulls + s * 8, SPARSE ? 1 : 1 + 8);
+            start_barrier(empties + s * 8, CONSUMERS * SHARING);
+        }
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) {
+            start_barrier(comings + s * 8, 1);
+            start_barrier(frees + s * 8, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    if (!SPARSE) fill_table(table);
+    __syncthreads();
+    if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
+
+    // Blocks of a cluster use each other's memory to the end.
+    auto finish = [&] {
+        if constexpr (SPLITS > 1) {
+            WAIT_FOR_CLUSTER("release");
+            const Part part(blockIdx.x / CLUSTER, clusters, token_blocks, rank);
+            add_up(base, rank, bias, out, M, tokens, part.row_block, part.first_token);
+        }
+        if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
+    };
+
+    const int all = clusters * token_blocks, step = gridDim.x / CLUSTER;
+    Place<STAGES> place;
+    if (warp == CONSUMERS) {
+        // Bring in a stage's operands, or the inputs alone, once it is free.
+        auto bring = [&](const Part& part, const int j) {
+            const unsigned stage = base + place.slot * STAGE, barrier = fulls + place.slot * 8;
+            wait_for(empties + place.slot * 8, place.parity ^ 1);
+            expect(barrier, SPARSE ? STAGE : STAGE_X);
+            if constexpr (SPARSE) {
+                copy_tiles(stage + STAGE_X, values_map, part.row_block * 8, j, barrier);
+                copy_tiles(stage + STAGE_X + STAGE_W, index_map, part.row_block * 8, j, barrier);
+            }
+            const int share = SHARING > 1 ? rank * (TOKENS / SHARING) : 0;
+#pragma unroll
+            for (int f = 0; f < FOLDS; f++)
+                copy_inputs(stage + (f * TOKENS + share) * 128, inputs_map,
+                            part.first_token + share, (j * FOLDS + f) * 64, barrier);
+            place.advance();
+        };
+        // Packed tiles that others expand, in a ring of their own.
+        Place<AHEAD> next;
+        auto bring_tiles = [&](const Part& part, const int j) {
+            const unsigned to = tiles + next.slot * (VALUES + INDEX);
+            const unsigned barrier = comings + next.slot * 8;
+            wait_for(frees + next.slot * 8, next.parity ^ 1);
+            expect(barrier, VALUES + INDEX);
+            copy_tiles(to, values_map, part.row_block * 8, j, barrier);
+            copy_tiles(to + VALUES, index_map, part.row_block * 8, j / WORD_TILES, barrier);
+            next.advance();
+        };
+        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
+            const Part part(n, clusters, token_blocks, rank);
+            constexpr int LEAD = SPARSE ? 0 : AHEAD - 1;
+            for (int j = begin - LEAD; j < end; j++) {
+                if (!SPARSE && j + LEAD < end) bring_tiles(part, j + LEAD);
+                if (j >= begin) bring(part, j);
+            }
+        }
+        finish();
+    } else if (warp > CONSUMERS) {
+#if !SPARSE
+        // These warps touch no memory but shared, since a fence waits for all that is under way.
+        constexpr int MOST = (8 + EXPANDERS - 1) / EXPANDERS;
+        int places[SLOTS];
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++)
+            places[slot] = row_of(rows, 0, slot, lane / 4);
+        Place<AHEAD> held;
+        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
+            int i = warp - CONSUMERS - 1;
+            for (int j = begin; j < end; j++, place.advance(), held.advance()) {
+                const unsigned from = tiles + held.slot * (VALUES + INDEX);
+                Tile tile[MOST];
+                wait_for(comings + held.slot * 8, held.parity);
+#pragma unroll
+                for (int k = 0; k < MOST; k++)
+                    if (i + k * EXPANDERS < 8)
+                        tile[k].load(from + (i + k * EXPANDERS) * LOADS * 512,
+                                     from + VALUES + (i + k * EXPANDERS) * WORDS * 128);
+                wait_for(empties + place.slot * 8, place.parity ^ 1);
+#pragma unroll
+                for (int k = 0; k < MOST; k++)
+                    if (i + k * EXPANDERS < 8)
+                        tile[k].expand_to(base + place.slot * STAGE + STAGE_X, table, j,
+                                          (i + k * EXPANDERS) * 16, places);
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                // Every lane has its part of the tiles by now, too: their place is free.
+                __syncwarp();
+                const int done = (8 - i + EXPANDERS - 1) / EXPANDERS;
+                arrive(fulls + place.slot * 8, done);
+                arrive(frees + held.slot * 8, done);
+                i += done * EXPANDERS - 8;
+            }
+        }
+        finish();
+#endif
+    } else {
+        const int group = warp / 4;
+        float sum[GROUPS][4];
+        int before = 0;
+        auto release = [&](const int slot) {
+            if (SHARING > 1) {
+                if (lane < SHARING) arrive_at(empties + slot * 8, lane);
+            } else {
+                arrive(empties + slot * 8);
+            }
+        };
+        auto add = [&](const bool old, unsigned& places) {
+            wait_for(fulls + place.slot * 8, place.parity);
+            const unsigned stage = base + place.slot * STAGE;
+            const unsigned weight = stage + STAGE_X + group * 64 * (SPARSE ? 64 : 128);
+#if SPARSE
+            unsigned word;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word)
+                         : "r"(stage + STAGE_X + STAGE_W + (warp * 32 + lane) * 4));
+            places = places_of(word);
+#endif
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            auto multiply_step = [&](auto index) {
+                constexpr int i = decltype(index)::value;
+                if constexpr (SPARSE)
+                    multiply<i>(sum, operand(weight + i * 32, 64), operand(stage + i * 64, 128),
+                                old || i, places);
+                else
+                    multiply<i>(sum,
+                                operand(weight + i / 4 * BLOCK_ROWS * 128 + i % 4 * 32, 128),
+                                operand(stage + i / 4 * TOKENS * 128 + i % 4 * 32, 128), old || i,
+                                0);
+            };
+            for_each<0, SPARSE ? 2 : 4 * FOLDS>(multiply_step);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (old) release(before);
+            before = place.slot;
+            place.advance();
+        };
+        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
+            const Part part(n, clusters, token_blocks, rank);
+            // Two words in turn: a product that is under way still reads its own.
+            unsigned even = 0, odd = 0;
+            for (int j = begin; j < end; j += 2) {
+                add(j > begin, even);
+                if (j + 1 < end) add(true, odd);
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release(before);
+            if constexpr (SPLITS == 1) {
+                write(sum, staging, bias, out, M, tokens, part.row_block, part.first_token);
+            } else {
+                // All stages are read: their place is free for the sums.
+                asm volatile("bar.sync 1, 256;" ::: "memory");
+                leave(sum, stages + (base - start));
+            }
+        }
+        finish();
+    }
+}
