@@ -55,9 +55,9 @@ def recover(
     def starting(report):
         say(
             f"distillation {_count(passes, 'pass', 'es')} over {_count(report.windows, 'window')}, "
-            f"{_count(report.steps, 'step')}; {_count(report.aside, 'window')} kept aside; "
-            f"{size_text(report.memory_predicted)} predicted"
+            f"{_count(report.steps, 'step')}; {_count(report.aside, 'window')} kept aside"
         )
+        say(f"memory       about {size_text(report.memory_predicted)} on {device.type}")
 
     def on_pass(report):
         done = len(report.divergence) - 1

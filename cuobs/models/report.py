@@ -359,7 +359,7 @@ def summary(report):
     peak, predicted = size_text(report.memory_peak), size_text(report.memory_predicted)
     lines = [] if report.rotation is None else report.rotation.summary()
     for name, near in report.agreement.items():
-        lines.append((f"to the dense model, {name}", Agreement(**near).text()))
+        lines.append(("to the dense model", f"{name}: {Agreement(**near).text()}"))
     if report.distillation is not None:
         lines += report.distillation.summary()
     if losses:

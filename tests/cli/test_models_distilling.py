@@ -35,7 +35,7 @@ def test_from_a_folder_to_one_that_is_distilled(tmp_path):
         r"distillation 2 passes over 35 windows, 14 steps; 1 window kept aside",
         r"pass 2/2     KL 0\.\d+ on the windows kept aside",
         r"lost and won .* dense, [\d.]+ pruned, [\d.]+ distilled",
-        r"to the dense model, tokens.npz:text +KL 0\.\d+",
+        r"to the dense model +tokens.npz:text: KL 0\.\d+",
     ):
         assert re.search(expected, pruned.output), (expected, pruned.output)
     found = run("eval-model", dst, "--text", text, "--against", source, "--device", "cpu")
