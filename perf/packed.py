@@ -1,6 +1,6 @@
-"""Packed weights beside cuBLAS and PyTorch's 2:4, and an 8B model end to end, on one GPU.
+"""Packed weights beside cuBLAS and PyTorch's 2:4, and a model of 8B shape, on one GPU.
 
-    python -m perf.packed [--quick] [--out FOLDER]
+    python -m perf.packed [--only {tables,model}] [--out FOLDER]
 
 Prints the tables of perf/RESULTS.rst; ``packed.json`` and ``packed.png`` go to FOLDER. Ratios are
 to cuBLAS on the dense weight, in CUDA graphs, four weights in turn, see
@@ -8,6 +8,7 @@ to cuBLAS on the dense weight, in CUDA graphs, four weights in turn, see
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -19,10 +20,14 @@ import torch
 
 import cuobs
 from cuobs.models.packed.generation import generation
-from cuobs.models.packed.timing import picture, speedup, verdict
+from cuobs.models.packed.timing import picture, speedup
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096", "28672x8192", "8192x28672")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Of the patterns beside 2:4.
+SOME_TOKENS = (1, 64, 256, 2048)
+# Blocks of the model: a compiler takes each for itself, and takes a second or two.
+BLOCKS = 8
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -34,47 +39,52 @@ LLAMA = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=".")
-    parser.add_argument("--quick", action="store_true", help="2:4 in float16 alone, no model")
+    parser.add_argument("--only", choices=("tables", "model"))
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
-    compile_all(("2:4",) if arguments.quick else tuple(cuobs.patterns()))
+    if arguments.only != "model":
+        tables(arguments.out)
+    if arguments.only != "tables":
+        end_to_end()
+
+
+def tables(out):
+    """Layer shapes: 2:4 for all numbers of tokens, other patterns for some."""
+    others = tuple(name for name in cuobs.patterns() if name != "2:4")
+    compile_all({"2:4": (("float16", "bfloat16"), TOKENS)}
+                | {name: (("float16",), SOME_TOKENS) for name in others})  # fmt: skip
     found = {}
-    for dtype in ("float16",) if arguments.quick else ("float16", "bfloat16"):
-        patterns = tuple(cuobs.patterns()) if dtype == "float16" else ("2:4",)
-        patterns = ("2:4",) if arguments.quick else patterns
-        found[dtype] = []
+    for dtype, patterns, tokens in (("float16", ("2:4",), TOKENS), ("bfloat16", ("2:4",), TOKENS),
+                                    ("float16", others, SOME_TOKENS)):  # fmt: skip
+        title = f"{dtype}, {', '.join(patterns)}"
+        found[title] = []
         for shape in SHAPES:
             began = time.perf_counter()
-            search = shape == SHAPES[0] and dtype == "float16"
-            found[dtype] += speedup(shape, TOKENS, dtype, patterns, search)
-            print(f"{dtype} {shape}: {time.perf_counter() - began:.0f} s", flush=True)
-        table(found[dtype], dtype)
-        for line in verdict(found[dtype]):
-            print(line)
-    picture(found["float16"], os.path.join(arguments.out, "packed.png"), force=True)
-    rows = [] if arguments.quick else end_to_end()
-    with open(os.path.join(arguments.out, "packed.json"), "w") as file:
-        json.dump({
-            "device": torch.cuda.get_device_name(),
-            **{dtype: [asdict(t) for t in timings] for dtype, timings in found.items()},
-            "generation": [asdict(row) for row in rows],
-        }, file, indent=1)  # fmt: skip
+            found[title] += speedup(shape, tokens, dtype, patterns, search=False)
+            print(f"{title}, {shape}: {time.perf_counter() - began:.0f} s", flush=True)
+        table(found[title], title)
+        # What is measured is kept, should the time run out.
+        picture(found["float16, 2:4"], os.path.join(out, "packed.png"), force=True)
+        with open(os.path.join(out, "packed.json"), "w") as file:
+            json.dump({
+                "device": torch.cuda.get_device_name(),
+                **{title: [asdict(t) for t in timings] for title, timings in found.items()},
+            }, file, indent=1)  # fmt: skip
 
 
-def compile_all(patterns):
+def compile_all(plan):
     """Compile the kernels of all ways side by side, which they would be one by one as they run."""
     from cuobs.ops.cuda import packed, packed_ways
     from cuobs.pattern import parse
 
     torch.zeros(1, device="cuda")
     jobs = {}
-    for pattern in patterns:
-        for shape in SHAPES:
-            layout = parse(pattern).compile(*map(int, shape.split("x")))
-            for dtype in ("float16", "bfloat16") if pattern == "2:4" else ("float16",):
-                for tokens in TOKENS:
-                    for way in packed_ways.ways(layout, tokens, packed_ways.device(0)):
-                        jobs[pattern, dtype, packed_ways.compiled(way)] = layout
+    for (pattern, (dtypes, counts)), shape in itertools.product(plan.items(), SHAPES):
+        layout = parse(pattern).compile(*map(int, shape.split("x")))
+        for dtype, tokens in itertools.product(dtypes, counts):
+            most = 1 << (tokens - 1).bit_length()
+            for way in packed_ways.ways(layout, most, packed_ways.device(0)):
+                jobs[pattern, dtype, packed_ways.compiled(way)] = layout
 
     def compile_one(job):
         (_, dtype, way), layout = job
@@ -86,8 +96,8 @@ def compile_all(patterns):
     print(f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def table(timings, dtype):
-    """A table of one dtype in reStructuredText."""
+def table(timings, title):
+    """A table in reStructuredText."""
     names = list(dict.fromkeys(n for t in timings for n in (*t.seconds, *t.faults)))
     widths = [13, 6, 9, *(max(6, len(name)) for name in names)]
     rule = "  ".join("=" * w for w in widths)
@@ -95,7 +105,7 @@ def table(timings, dtype):
     def row(*cells):
         print("  ".join(f"{cell:<{w}}" for cell, w in zip(cells, widths, strict=True)).rstrip())
 
-    print(f"\n{dtype}, times as fast as cuBLAS\n\n{rule}")
+    print(f"\n{title}: times as fast as cuBLAS\n\n{rule}")
     row("weight", "tokens", "dense µs", *names)
     print(rule)
     for t in timings:
@@ -107,20 +117,17 @@ def table(timings, dtype):
 
 
 def end_to_end():
-    """A Llama of 8B shape with random weights, 2:4 in bfloat16."""
+    """Blocks of an 8B Llama with random weights, 2:4 in bfloat16, one sequence."""
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "config.json"), "w") as file:
-            json.dump(LLAMA, file)
-        plain = generation(folder, "2:4", dtype="bfloat16", say=print)
-        rows = plain + generation(folder, "2:4", (1,), dtype="bfloat16", compiled=True)
-    first = rows[0]
-    print(f"weights: {first.dense_bytes / 2**30:.2f} GiB dense, {first.packed_bytes / 2**30:.2f} "
-          f"packed ({first.packed_bytes / first.dense_bytes:.3f})")  # fmt: skip
-    for n, row in enumerate(rows):
-        how = "" if n < len(plain) else ", blocks compiled"
-        print(f"{row.sequences} sequences{how}: {row.dense:.1f} tokens/s dense, "
-              f"{row.packed:.1f} packed, {row.gain:.2f} times as fast", flush=True)  # fmt: skip
-    return rows
+            json.dump(LLAMA | {"num_hidden_layers": BLOCKS}, file)
+        for compiled in (False, True):
+            row, = generation(folder, "2:4", (1,), dtype="bfloat16", compiled=compiled)
+            how = "compiled" if compiled else "as they are"
+            print(f"{BLOCKS} blocks, {how}: {row.dense:.1f} tokens/s dense, {row.packed:.1f} "
+                  f"packed, {row.gain:.2f} times as fast; weights "
+                  f"{row.dense_bytes / 2**30:.2f} and {row.packed_bytes / 2**30:.2f} GiB",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def defines(layout, dtype, way):
     }  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def module(options):
     """The source, compiled for sm_90a, which CuPy by itself does not compile for."""
     import cupy
