@@ -76,7 +76,7 @@ save_dtype = options.option(
 )  # fmt: skip
 
 
-@click.command("prune-model", cls=options.RecipeCommand,
+@click.command("prune-model", cls=options.ModelCommand,
                short_help="Prune a language model, folder to folder.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())

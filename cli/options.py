@@ -103,6 +103,14 @@ class RecipeCommand(Command):
         ctx.params["config"] = config.replace(**given)
 
 
+class ModelCommand(RecipeCommand):
+    """A `RecipeCommand` for whole models, which several processes share instead of devices."""
+
+    def added(self):
+        """The options, without ``--devices``."""
+        return [option for option in super().added() if option.name != "devices"]
+
+
 class CompareCommand(RecipeCommand):
     """A `RecipeCommand` whose ``--method`` may be repeated.
 

@@ -284,6 +284,11 @@ def test_help_shows_options_by_group_and_defaults_in_one_way():
         assert not others or others.split("--")[1:] == ["help  Show this message and exit.\n"]
 
 
+def test_devices_share_layers_and_processes_models():
+    for name, there in ("prune", True), ("compare", True), ("prune-model", False):
+        assert ("--devices" in run(name, "--help").output) == there
+
+
 def test_the_help_shows_every_command_once_by_what_it_is_for():
     said = run("--help").output
     assert all(f"\n{title}:\n" in said for title in group.SECTIONS)

@@ -115,6 +115,16 @@ def test_more_windows_need_more_memory(work):
     assert predict(dataclasses.replace(work, model=10**9), device) - few == 10**9
 
 
+def test_rows_of_several_processes_need_less_memory(work):
+    groups = [(64, 10**5)]
+    wide = dataclasses.replace(
+        work, groups=groups, stages=stages_of(groups, 1, 32, 4), windows=1, length=1, batch=1
+    )
+    cpu = torch.device("cpu")
+    one, two = (predict(dataclasses.replace(wide, processes=n), cpu) for n in (1, 2))
+    assert one - two > 4 * 64 * 10**5
+
+
 def test_as_many_batches_wait_as_the_budget_allows(work):
     device = torch.device("cuda", 0)
     all_of_them = predict(work, device, work.batches)

@@ -11,7 +11,9 @@ from cuobs.models.parked import at_hand, home_of, parked
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.tuning import STEP_WINDOWS
+from cuobs.models.ranks import current
 from cuobs.models.structure import linears, oriented
+from cuobs.sharing import BY_ROW
 
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
@@ -76,6 +78,8 @@ class Work:
         Windows in a step of tuning; 0 where blocks are not tuned.
     host : int
         Bytes that the host holds all the time, see `host_bytes`.
+    processes : int
+        That share the rows.
     """
 
     groups: list
@@ -92,6 +96,7 @@ class Work:
     method: str
     tune: int
     host: int = 0
+    processes: int = 1
 
     @property
     def batches(self):
@@ -191,6 +196,7 @@ def _phases(work, device, held):
 
 def _pruning(work, device, K, rows):
     """Bytes that it takes to prune a group beside its sums."""
+    rows = -(-rows // work.processes)
     squares, wide = HELD_BY_METHOD.get(work.method, HELD_BY_OTHERS)
     method = 4 * (squares * K * K + wide * rows * K)
     if not work.mixed:
@@ -311,6 +317,7 @@ def _work(block, groups, stages, windows, batch, recipe, width, element, model, 
         method=recipe.config.recipe.method,
         tune=STEP_WINDOWS if recipe.tune else 0,
         host=host,
+        processes=current().size if recipe.config.recipe.method in BY_ROW else 1,
     )  # fmt: skip
 
 
