@@ -142,9 +142,8 @@ def joined(device="auto"):
         yield ranks
     except Exception as error:
         # The first that fails says why; those that fail after it, for it or for the same, do not.
-        with contextlib.suppress(RuntimeError):
-            if store is not None and store.add("failed", 1) > 1:
-                raise SystemExit(SILENT) from None
+        if store is not None and not _first(store):
+            raise SystemExit(SILENT) from None
         if ranks.size > 1 and _left_alone(error):
             raise ConnectionError(
                 f"torchrun: found that another of {ranks.size} processes has ended, expected all "
@@ -155,6 +154,14 @@ def joined(device="auto"):
         _joined.reset(token)
     if store is not None:
         distributed.destroy_process_group()
+
+
+def _first(store):
+    """Whether no other process has failed before."""
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:  # it was in one that has ended
+        return False
 
 
 def _left_alone(error):
