@@ -36,7 +36,7 @@ class Slot(NamedTuple):
     tensor: torch.Tensor
 
 
-def park(model, prefix, blocks, source, stored):
+def park(model, prefix, blocks, source, stored, dtype=None):
     """Let go of the weights in a model's blocks; they are read from files from now on.
 
     What is around the blocks is mapped. What the model made itself, or shares between modules of
@@ -52,11 +52,13 @@ def park(model, prefix, blocks, source, stored):
     source : Source
     stored : dict of str to Stored
         By the model's own names, see `cuobs.models.checkpoints.names.match`.
+    dtype : torch.dtype, optional
+        What all in floating point that lies in files is to be from now on; by default as it is.
     """
     held = [part for m in model.modules() for part in (m._parameters, m._buffers)]
     uses = Counter(id(tensor) for part in held for tensor in part.values())
     read = Reader(source, stored)
-    mapped = _map_around(model, blocks, read)
+    parks = []
     for index, block in enumerate(blocks):
         slots = [
             Slot(name, part, key, tensor)
@@ -66,21 +68,31 @@ def park(model, prefix, blocks, source, stored):
             for name in [".".join(filter(None, (prefix, str(index), inner, key)))]
             if tensor is not None and name in stored and uses[id(tensor)] == 1
         ]
-        Parked(block, slots, read, mapped).put_away()
+        parks.append(Parked(block, slots, read))
+    inside = {id(slot.tensor) for own in parks for slot in own.slots}
+    mapped = _read_rest(model, inside, read, dtype)
+    for own in parks:
+        own.around = mapped
+        own.put_away()
+        for slot in own.slots if dtype is not None else ():
+            if slot.tensor.is_floating_point():
+                slot.held[slot.key].data = slot.held[slot.key].data.to(dtype)
 
 
-def _map_around(model, blocks, read):
-    """Map what lies in files around the blocks; the tensors that are."""
-    inside = {id(t) for part in (blocks.parameters(), blocks.buffers()) for t in part}
-    found = []
+def _read_rest(model, inside, read, dtype):
+    """Map what lies in files and in no block, or read it in another dtype; what is mapped."""
+    mapped = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        content = None
-        if id(tensor) not in inside and name in read.stored:
-            content = read.mapped(name)
-        if content is not None and content.dtype == tensor.dtype:
+        if id(tensor) in inside or name not in read.stored:
+            continue
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        content = read.mapped(name)
+        if content is not None and content.dtype == wanted:
             tensor.data = content
-            found.append(content)
-    return found
+            mapped.append(content)
+        elif tensor.dtype != wanted:
+            tensor.data = read(name).to(wanted)
+    return mapped
 
 
 class Parked:
@@ -92,12 +104,15 @@ class Parked:
     slots : list of Slot
     read : Reader
         By the names of the slots.
+
+    Attributes
+    ----------
     around : list of tensor
         What is mapped of the rest of the model.
     """
 
-    def __init__(self, block, slots, read, around):
-        self.block, self.slots, self.read, self.around = block, slots, read, around
+    def __init__(self, block, slots, read):
+        self.block, self.slots, self.read, self.around = block, slots, read, []
 
     def __call__(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -127,11 +127,13 @@ def _open(run, view, options, ranks):
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
     warming = None if source.gguf else _warm(source, recipe, place)
-    model = loading.load_model(source, run.trust_remote_code)
-    warming = warming or _warm(source, recipe, place)  # now that the GGUF is known to be whole
-    names = names_in_files(source, model, lambda name: recipe.of(name) is None)
+    skipped = lambda name: recipe.of(name) is None  # noqa: E731
     if whole_for(run, recipe) is None:
-        park_blocks(model, source, names)
+        model, names = open_parked(source, run.trust_remote_code, skipped=skipped)
+    else:
+        model = loading.load_model(source, run.trust_remote_code)
+        names = names_in_files(source, model, skipped)
+    warming = warming or _warm(source, recipe, place)  # now that the GGUF is known to be whole
     if recipe.rotate:
         check_all_known(model, source, names)
     if recipe.distill:
@@ -162,9 +164,10 @@ def _prune(run, view, options, ranks, began):
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
         if compared and not copied:
-            dense = loading.load_model(run.source, run.trust_remote_code)
             if whole_for(run, job.recipe) is None:
-                park_blocks(dense, run.source, job.names)
+                dense, _ = open_parked(run.source, run.trust_remote_code, job.names)
+            else:
+                dense = loading.load_model(run.source, run.trust_remote_code)
         if job.recipe.distill:
             _distill(job, dense, report)
         save_dtype = written_dtype(run.source, run.save_dtype)
@@ -191,10 +194,22 @@ def _prune(run, view, options, ranks, began):
     return report
 
 
-def park_blocks(model, source, names):
-    """Leave the weights in the blocks of a model in the files of its source."""
+def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name: False):
+    """A model whose blocks stay in their files, see `names_in_files`; and the names.
+
+    It is of the dtype that holds all weights, but no more of them than one block's are made so.
+    """
     stored = stored_tensors(source)
-    park(model, *find_blocks(model), source, {own: stored[name] for own, name in names.items()})
+    main, dtype = loading.main_dtype(stored), loading.weights_dtype(stored)
+    model = loading.load_model(source, trust_remote_code, main)
+    names = names or names_in_files(source, model, skipped)
+    own = model.state_dict(keep_vars=True)
+    if main != dtype and {id(own[name]) for name in names} != {id(t) for t in own.values()}:
+        # What is put together from several tensors is not to be rounded on the way.
+        model = loading.load_model(source, trust_remote_code)
+    by_own = {own: stored[name] for own, name in names.items()}
+    park(model, *find_blocks(model), source, by_own, None if main == dtype else dtype)
+    return model, names
 
 
 def _starting(job, before, report):

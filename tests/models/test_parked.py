@@ -47,10 +47,7 @@ def written(folder):
 
 def open_parked(source):
     """A model of a folder whose blocks are parked."""
-    model, source = load_model(source), find_source(source)
-    names = pipeline.names_in_files(source, model)
-    pipeline.park_blocks(model, source, names)
-    return model
+    return pipeline.open_parked(find_source(source))[0]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +66,28 @@ def test_same_bits_as_in_memory(family, options, tmp_path, calibration, monkeypa
     prune_folder(source, tmp_path / "parked", calibration, **given)
     monkeypatch.setattr(pipeline, "whole_for", lambda *_: "a test")
     prune_folder(source, tmp_path / "whole", calibration, **given)
+    assert written(tmp_path / "parked") == written(tmp_path / "whole")
+
+
+def test_weights_of_several_dtypes(tmp_path, calibration, monkeypatch):
+    """They are held in the one that holds all, block by block; most are read in their own."""
+    model, read = make_model("llama").bfloat16(), []
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-4
+    model.save_pretrained(tmp_path / "source")
+    load = pipeline.loading.load_model
+
+    def loaded(*args):
+        read.append(load(*args))
+        return read[-1]
+
+    monkeypatch.setattr(pipeline.loading, "load_model", loaded)
+    prune_folder(tmp_path / "source", tmp_path / "parked", calibration, device="cpu")
+    assert {t.dtype for m in read for t in m.state_dict().values()} == {torch.float32}
+    assert all(m.config.dtype == torch.bfloat16 for m in read)
+    monkeypatch.setattr(pipeline, "whole_for", lambda *_: "a test")
+    prune_folder(tmp_path / "source", tmp_path / "whole", calibration, device="cpu")
     assert written(tmp_path / "parked") == written(tmp_path / "whole")
 
 

@@ -25,7 +25,7 @@ from cuobs.models.planning import TOKENIZER, check_model
 DTYPES = {name: TORCH[name] for name in FLOATS}
 
 
-def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:
+def load_model(src: str | PathLike, trust_remote_code: bool = False, dtype: Any = None) -> Any:
     """The model of a checkpoint's folder or of a GGUF, on the CPU.
 
     Of the class that the config names (``architectures``), and in the dtype of the weights,
@@ -37,6 +37,8 @@ def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:
         See `cuobs.models.checkpoints.source.find_source`.
     trust_remote_code : bool
         Run the code that the folder holds, where its model needs it.
+    dtype : torch.dtype, optional
+        Another one for the weights; not of a GGUF.
 
     Returns
     -------
@@ -53,7 +55,7 @@ def load_model(src: str | PathLike, trust_remote_code: bool = False) -> Any:
     check_model(source)
     extra = {"gguf_file": source.gguf, "dtype": "auto"}
     if source.gguf is None:
-        extra = {"dtype": weights_dtype(stored_tensors(source))}
+        extra = {"dtype": dtype or weights_dtype(stored_tensors(source))}
     found = model_class(source, trust_remote_code)
     with _opening(source):
         model, info = found.from_pretrained(
@@ -172,6 +174,15 @@ def cast_stored(model, dtype):
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+
+
+def main_dtype(stored):
+    """The dtype in which most of a checkpoint's weights lie: those are mapped and not copied."""
+    sizes = Counter()
+    for tensor in stored.values():
+        if tensor.dtype in FLOATS:
+            sizes[DTYPES[tensor.dtype]] += tensor.nbytes
+    return max(sizes, key=sizes.get, default=torch.float32)
 
 
 def gguf_dtype(source):
