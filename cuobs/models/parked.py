@@ -109,10 +109,13 @@ class Parked:
     ----------
     around : list of tensor
         What is mapped of the rest of the model.
+    digest : str or None
+        A fingerprint of the tensors in the source, once it was made.
     """
 
     def __init__(self, block, slots, read):
-        self.block, self.slots, self.read, self.around = block, slots, read, []
+        self.block, self.slots, self.read = block, slots, read
+        self.around, self.digest = [], None
 
     def __call__(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -23,7 +23,7 @@ from cuobs.cores import cores
 from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
-from cuobs.models.parked import around, state_of
+from cuobs.models.parked import around, parked, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
 
@@ -67,10 +67,12 @@ def begin(folder, identity, resume):
 
 
 def digest(block):
-    """A fingerprint of all weights of a block, as they are now."""
+    """A fingerprint of all weights of a block, as they are now; a parked one keeps it."""
     result = hashlib.sha256()
     for name, tensor in state_of(block):
         _add(result, name, tensor)
+    if (own := parked(block)) is not None:
+        own.digest = result.hexdigest()
     return result.hexdigest()
 
 

@@ -382,7 +382,7 @@ def _prune_block(job, streams, index):
     dense = copy.deepcopy(block) if job.recipe.follows else None
     stored = before = None
     if job.folder is not None:
-        before = checkpoint.digest(block)
+        before = job.source.digest() or checkpoint.digest(block)
         stored = checkpoint.load_block(job.folder, index, job.name(index), block, before)
     if index == 0:
         check_by_window(block, streams.pruned[0], streams.calls[0][0], streams.room)

@@ -67,6 +67,10 @@ class Resident:
             self._parked.put_away()
             self._parked = None
 
+    def digest(self):
+        """The fingerprint of the block that is loaded, where it is known; else None."""
+        return self._parked and self._parked.digest
+
     def kept(self, stored):
         """Say in what files the weights of the block that is loaded are kept, by their names."""
         if self._parked is not None:
