@@ -1,24 +1,34 @@
-"""Check what a wheel and an sdist hold: the kernels, and cuobs and cuobs_cli alone."""
+"""Check that a wheel and an sdist hold every file of cuobs and cuobs_cli, and a wheel no others."""
 
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-expected = {str(path) for path in Path("cuobs").rglob("*.cu*")}
+FOLDERS = {"cuobs": "cuobs", "cli": "cuobs_cli"}
+KINDS = {".py", ".cu", ".cuh", ".typed"}
+
+
+def expected(wheel):
+    """The files of the packages, by the names that an archive gives them."""
+    for folder, package in FOLDERS.items():
+        for path in Path(folder).rglob("*"):
+            if path.suffix in KINDS:
+                name = path.relative_to(folder).as_posix()
+                yield f"{package if wheel else folder}/{name}"
+
+
 for archive in sys.argv[1:]:
-    if archive.endswith(".whl"):
+    wheel = archive.endswith(".whl")
+    if wheel:
         names = set(zipfile.ZipFile(archive).namelist())
         top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith("-info")}
         if top != {"cuobs", "cuobs_cli"}:
             sys.exit(f"{archive}: found the top-level names {sorted(top)}, expected cuobs's two")
-        cli = "cuobs_cli/__init__.py"
     else:
         # An sdist has one folder above everything.
         names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-        cli = "cli/__init__.py"
-    if missing := expected - names:
+    wanted = set(expected(wheel))
+    if missing := wanted - names:
         sys.exit(f"{archive}: {sorted(missing)} are missing")
-    if cli not in names:
-        sys.exit(f"{archive}: the command line is missing")
-    print(f"{Path(archive).name}: {len(names)} files, {len(expected)} kernel sources among them")
+    print(f"{Path(archive).name}: {len(names)} files, the {len(wanted)} of the packages among them")

@@ -11,6 +11,7 @@ release that it supports, and compiles there. It fails when an install or a comp
 import subprocess
 import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing import Pool
 from pathlib import Path
@@ -20,13 +21,25 @@ EXTRAS = ("cuda12", "cuda13")
 
 
 def main(folder):
+    # While the second release is installed, the first compiles.
+    with ThreadPoolExecutor() as pool:
+        homes = (install(Path(folder) / extra, extra) for extra in EXTRAS)
+        running = [pool.submit(compile_in, home) for home in homes]
+        for one in running:
+            one.result()
+
+
+def install(home, extra):
+    """An environment with what an extra brings."""
+    venv.create(home, with_pip=True, clear=not (home / "bin" / "pip").exists())
     root = Path(__file__).resolve().parent.parent
-    for extra in EXTRAS:
-        home = Path(folder) / extra
-        venv.create(home, with_pip=True, clear=not (home / "bin" / "pip").exists())
-        pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"{root}[{extra}]"], check=True)
-        subprocess.run([home / "bin" / "python", __file__, "--here"], check=True, cwd=home)
+    pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"{root}[{extra}]"], check=True)
+    return home
+
+
+def compile_in(home):
+    subprocess.run([home / "bin" / "python", __file__, "--here"], check=True, cwd=home)
 
 
 def compile_here():

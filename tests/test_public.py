@@ -1,10 +1,12 @@
 """The public names, and the examples in the docstrings."""
 
+import configparser
 import dataclasses
 import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,3 +135,13 @@ def test_importing_needs_no_extra():
         capture_output=True, text=True, check=True,
     ).stdout.split()
     assert not {"cupy", "torch", "safetensors", "matplotlib", "ml_dtypes"} & set(loaded)
+
+
+def test_every_package_is_installed():
+    """setup.cfg lists them by hand."""
+    root = Path(__file__).parents[1]
+    listed = configparser.ConfigParser()
+    listed.read(root / "setup.cfg")
+    folders = {path.parent.relative_to(root) for path in (root / "cuobs").rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders} | {"cuobs_cli"}
+    assert sorted(packages) == listed["options"]["packages"].split()
