@@ -4,17 +4,17 @@
 //
 //   product(values_map, index_map, inputs_map, bias, rows, out, M, tokens, tile_rows, column_tiles)
 //     Two warpgroups multiply 64 rows each. Another warp brings operands in:
-//     SPARSE    The weight stays packed, wgmma.sp takes it as it is: a tile's values are its rows of
-//               32 kept values, and a lane's index word becomes the word of places that it wants.
+//     SPARSE    The weight stays packed, wgmma.sp takes it as it is: a tile's values are its rows
+//               of 32 kept values, and a lane's index word becomes the word of places that it wants.
 //     otherwise further warps expand tiles into dense rows of 64 columns.
-//     A cluster of SHARING blocks of neighbouring rows shares its inputs, each block brings a part of
-//     them to all; a cluster of SPLITS blocks shares the columns, and adds up at the end.
+//     A cluster of SHARING blocks of neighbouring rows shares its inputs, each block brings a part
+//     of them to all; a cluster of SPLITS blocks shares the columns, and adds up at the end.
 //
 //   maps    of values, index words and inputs as `packed_hopper.maps` describes them
 //
 // Others, and the macros of a layout: packed.cuh. Here the rows of a tile are 16 neighbours and the
-// columns of a lane a multiple of 16. PLACES {two words: byte m has the two places that mask m keeps,
-// two bits each}; EXPANDERS warps, AHEAD tiles of columns on their way to them.
+// columns of a lane a multiple of 16. PLACES {two words: byte m has the two places that mask m
+// keeps, two bits each}; EXPANDERS warps, AHEAD tiles of columns on their way to them.
 
 #include "packed.cuh"
 
@@ -129,7 +129,7 @@ __device__ __forceinline__ void arrive_at(const unsigned barrier, const int rank
                  :: "r"(in_block(barrier, rank)) : "memory");
 }
 
-// Until all blocks of a cluster are here; what they have written is seen, or, "relaxed", may not be.
+// Until all blocks of a cluster are here; what they wrote is seen then, or, "relaxed", may not be.
 #define WAIT_FOR_CLUSTER(HOW)                                                                \
     asm volatile("barrier.cluster.arrive." HOW ";\nbarrier.cluster.wait;" ::: "memory")
 
@@ -180,15 +180,36 @@ struct Place {
     }
 };
 
+// What a block of threads has to do, and where its shared memory and barriers are.
+struct Block {
+    int rank, begin, end;       // in its cluster; of the columns' tiles
+    int clusters, parts, first, step;  // of the result: row clusters, parts, those of this block
+    int token_blocks;
+    unsigned base, tiles, full, empty, coming, read;
+
+    __device__ __forceinline__ Block(const int tile_rows, const int column_tiles,
+                                     const int tokens) {
+        rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
+        const int split = SPLITS == 1 ? 0 : rank;
+        begin = (long long)column_tiles * split / SPLITS;
+        end = (long long)column_tiles * (split + 1) / SPLITS;
+        const int row_blocks = (tile_rows + 7) / 8;
+        clusters = (row_blocks + SHARING - 1) / SHARING;
+        token_blocks = (tokens + TOKENS - 1) / TOKENS;
+        parts = clusters * token_blocks;
+        first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+    }
+};
+
 // One part of the result: rows and tokens of a block.
 struct Part {
     int row_block, first_token;
 
-    __device__ __forceinline__ Part(const int n, const int clusters, const int token_blocks,
-                                    const int rank) {
-        const int first = n / (BAND * token_blocks) * BAND;
-        const int width = min(BAND, clusters - first), in_band = n - first * token_blocks;
-        row_block = (first + in_band % width) * SHARING + (SHARING > 1 ? rank : 0);
+    __device__ __forceinline__ Part(const int n, const Block& block) {
+        const int first = n / (BAND * block.token_blocks) * BAND;
+        const int width = min(BAND, block.clusters - first);
+        const int in_band = n - first * block.token_blocks;
+        row_block = (first + in_band % width) * SHARING + (SHARING > 1 ? block.rank : 0);
         first_token = in_band / width * TOKENS;
     }
 };
@@ -216,7 +237,8 @@ __device__ __forceinline__ void write(const float (&sum)[GROUPS][4], char* stagi
         for (int h = 0; h < 4; h += 2) {
             const float(&a)[4] = sum[n + h];
             const float(&b)[4] = sum[n + h + 1];
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};"
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 "
+                         "[%0], {%1, %2, %3, %4};"
                          :: "r"(mine + h * 8 * ROW), "r"(two(a[0] + low, a[1] + low)),
                             "r"(two(a[2] + high, a[3] + high)), "r"(two(b[0] + low, b[1] + low)),
                             "r"(two(b[2] + high, b[3] + high)) : "memory");
@@ -319,6 +341,162 @@ struct Tile {
 };
 #endif
 
+// Bring in operands, by one warp: those of a stage, or its inputs alone and, AHEAD of them, packed
+// tiles that others expand, in a ring of their own.
+__device__ __forceinline__ void bring_in(const Block& block, const Map& values_map,
+                                         const Map& index_map, const Map& inputs_map) {
+    Place<STAGES> place;
+    auto bring = [&](const Part& part, const int j) {
+        const unsigned stage = block.base + place.slot * STAGE;
+        const unsigned barrier = block.full + place.slot * 8;
+        wait_for(block.empty + place.slot * 8, place.parity ^ 1);
+        expect(barrier, SPARSE ? STAGE : STAGE_X);
+        if constexpr (SPARSE) {
+            copy_tiles(stage + STAGE_X, values_map, part.row_block * 8, j, barrier);
+            copy_tiles(stage + STAGE_X + STAGE_W, index_map, part.row_block * 8, j, barrier);
+        }
+        const int share = SHARING > 1 ? block.rank * (TOKENS / SHARING) : 0;
+#pragma unroll
+        for (int f = 0; f < FOLDS; f++)
+            copy_inputs(stage + (f * TOKENS + share) * 128, inputs_map, part.first_token + share,
+                        (j * FOLDS + f) * 64, barrier);
+        place.advance();
+    };
+    Place<AHEAD> next;
+    auto bring_tiles = [&](const Part& part, const int j) {
+        const unsigned to = block.tiles + next.slot * (VALUES + INDEX);
+        const unsigned barrier = block.coming + next.slot * 8;
+        wait_for(block.read + next.slot * 8, next.parity ^ 1);
+        expect(barrier, VALUES + INDEX);
+        copy_tiles(to, values_map, part.row_block * 8, j, barrier);
+        copy_tiles(to + VALUES, index_map, part.row_block * 8, j / WORD_TILES, barrier);
+        next.advance();
+    };
+    for (int n = block.first; n < block.parts; n += block.step) {
+        const Part part(n, block);
+        constexpr int LEAD = SPARSE ? 0 : AHEAD - 1;
+        for (int j = block.begin - LEAD; j < block.end; j++) {
+            if (!SPARSE && j + LEAD < block.end) bring_tiles(part, j + LEAD);
+            if (j >= block.begin) bring(part, j);
+        }
+    }
+}
+
+#if !SPARSE
+// Expand the tiles of each stage, 8 below each other, dealt out to EXPANDERS warps. They touch no
+// memory but shared, since a fence waits for all that is under way.
+__device__ __forceinline__ void expand_tiles(const Block& block, const int expander,
+                                             const unsigned* table, const int* rows) {
+    constexpr int MOST = (8 + EXPANDERS - 1) / EXPANDERS;
+    int row[SLOTS];
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; slot++)
+        row[slot] = row_of(rows, 0, slot, threadIdx.x % 32 / 4);
+    Place<STAGES> place;
+    Place<AHEAD> held;
+    for (int n = block.first; n < block.parts; n += block.step) {
+        int i = expander;
+        for (int j = block.begin; j < block.end; j++, place.advance(), held.advance()) {
+            const unsigned from = block.tiles + held.slot * (VALUES + INDEX);
+            Tile tile[MOST];
+            wait_for(block.coming + held.slot * 8, held.parity);
+#pragma unroll
+            for (int k = 0; k < MOST; k++)
+                if (i + k * EXPANDERS < 8)
+                    tile[k].load(from + (i + k * EXPANDERS) * LOADS * 512,
+                                 from + VALUES + (i + k * EXPANDERS) * WORDS * 128);
+            wait_for(block.empty + place.slot * 8, place.parity ^ 1);
+#pragma unroll
+            for (int k = 0; k < MOST; k++)
+                if (i + k * EXPANDERS < 8)
+                    tile[k].expand_to(block.base + place.slot * STAGE + STAGE_X, table, j,
+                                      (i + k * EXPANDERS) * 16, row);
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            // Every lane has its part of the tiles by now, too: their place is free.
+            __syncwarp();
+            const int done = (8 - i + EXPANDERS - 1) / EXPANDERS;
+            arrive(block.full + place.slot * 8, done);
+            arrive(block.read + held.slot * 8, done);
+            i += done * EXPANDERS - 8;
+        }
+    }
+}
+#endif
+
+// Multiply the stages of a part as they come: 64 rows by each of two warpgroups. What they have
+// read is free for all blocks that bring something to it.
+struct Multiplier {
+    const Block& block;
+    const int warp;
+    Place<STAGES> place;
+    int before = 0;
+
+    __device__ __forceinline__ void release() {
+        if (SHARING > 1) {
+            if (threadIdx.x % 32 < SHARING) arrive_at(block.empty + before * 8, threadIdx.x % 32);
+        } else {
+            arrive(block.empty + before * 8);
+        }
+    }
+
+    // Add a stage's product; ``old`` where there are sums already. A stage before is free then.
+    __device__ __forceinline__ void add(float (&sum)[GROUPS][4], const bool old, unsigned& places) {
+        wait_for(block.full + place.slot * 8, place.parity);
+        const unsigned stage = block.base + place.slot * STAGE;
+        const unsigned weight = stage + STAGE_X + warp / 4 * 64 * (SPARSE ? 64 : 128);
+#if SPARSE
+        unsigned word;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word)
+                     : "r"(stage + STAGE_X + STAGE_W + (warp * 32 + threadIdx.x % 32) * 4));
+        places = places_of(word);
+#endif
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        auto multiply_step = [&](auto index) {
+            constexpr int i = decltype(index)::value;
+            if constexpr (SPARSE)
+                multiply<i>(sum, operand(weight + i * 32, 64), operand(stage + i * 64, 128),
+                            old || i, places);
+            else
+                multiply<i>(sum, operand(weight + i / 4 * BLOCK_ROWS * 128 + i % 4 * 32, 128),
+                            operand(stage + i / 4 * TOKENS * 128 + i % 4 * 32, 128), old || i, 0);
+        };
+        for_each<0, SPARSE ? 2 : 4 * FOLDS>(multiply_step);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (old) release();
+        before = place.slot;
+        place.advance();
+    }
+
+    __device__ __forceinline__ void part(float (&sum)[GROUPS][4]) {
+        // Two words in turn: a product that is under way still reads its own.
+        unsigned even = 0, odd = 0;
+        for (int j = block.begin; j < block.end; j += 2) {
+            add(sum, j > block.begin, even);
+            if (j + 1 < block.end) add(sum, true, odd);
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        release();
+    }
+};
+
+__device__ __forceinline__ void start_barriers(const Block& block) {
+    if (!threadIdx.x) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            start_barrier(block.full + s * 8, SPARSE ? 1 : 1 + 8);
+            start_barrier(block.empty + s * 8, CONSUMERS * SHARING);
+        }
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) {
+            start_barrier(block.coming + s * 8, 1);
+            start_barrier(block.read + s * 8, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
     product(const __grid_constant__ Map values_map, const __grid_constant__ Map index_map,
             const __grid_constant__ Map inputs_map, const REAL* bias, const int* rows, REAL* out,
@@ -328,184 +506,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     __shared__ unsigned table[SPARSE ? 1 : MASKS * SELECTORS];
     __shared__ unsigned long long full[STAGES], empty[STAGES], coming[AHEAD], read[AHEAD];
     // The same for all lanes, as the compiler sees from this.
-    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-    const int rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
-    const int split = SPLITS == 1 ? 0 : rank;
-    const int begin = (long long)column_tiles * split / SPLITS;
-    const int end = (long long)column_tiles * (split + 1) / SPLITS;
-    const int row_blocks = (tile_rows + 7) / 8;
-    const int clusters = (row_blocks + SHARING - 1) / SHARING;
-    const int token_blocks = (tokens + TOKENS - 1) / TOKENS;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const unsigned start = unsigned(__cvta_generic_to_shared(stages));
-    const unsigned base = (start + 1023) & ~1023u;
-    const unsigned fulls = unsigned(__cvta_generic_to_shared(full));
-    const unsigned empties = unsigned(__cvta_generic_to_shared(empty));
-    const unsigned comings = unsigned(__cvta_generic_to_shared(coming));
-    const unsigned frees = unsigned(__cvta_generic_to_shared(read));
-    const unsigned tiles = base + STAGES * STAGE;
-
-    if (!threadIdx.x) {
-#pragma unroll
-        for (int s = 0; s < STAGES; s++) {
-            start_barrier(fulls + s * 8, SPARSE ? 1 : 1 + 8);
-            start_barrier(empties + s * 8, CONSUMERS * SHARING);
-        }
-#pragma unroll
-        for (int s = 0; s < AHEAD; s++) {
-            start_barrier(comings + s * 8, 1);
-            start_barrier(frees + s * 8, 8);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
+    Block block(tile_rows, column_tiles, tokens);
+    block.base = (start + 1023) & ~1023u, block.tiles = block.base + STAGES * STAGE;
+    block.full = unsigned(__cvta_generic_to_shared(full));
+    block.empty = unsigned(__cvta_generic_to_shared(empty));
+    block.coming = unsigned(__cvta_generic_to_shared(coming));
+    block.read = unsigned(__cvta_generic_to_shared(read));
+    start_barriers(block);
     if (!SPARSE) fill_table(table);
     __syncthreads();
     if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
 
-    // Blocks of a cluster use each other's memory to the end.
-    auto finish = [&] {
-        if constexpr (SPLITS > 1) {
-            WAIT_FOR_CLUSTER("release");
-            const Part part(blockIdx.x / CLUSTER, clusters, token_blocks, rank);
-            add_up(base, rank, bias, out, M, tokens, part.row_block, part.first_token);
-        }
-        if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
-    };
-
-    const int all = clusters * token_blocks, step = gridDim.x / CLUSTER;
-    Place<STAGES> place;
     if (warp == CONSUMERS) {
-        // Bring in a stage's operands, or the inputs alone, once it is free.
-        auto bring = [&](const Part& part, const int j) {
-            const unsigned stage = base + place.slot * STAGE, barrier = fulls + place.slot * 8;
-            wait_for(empties + place.slot * 8, place.parity ^ 1);
-            expect(barrier, SPARSE ? STAGE : STAGE_X);
-            if constexpr (SPARSE) {
-                copy_tiles(stage + STAGE_X, values_map, part.row_block * 8, j, barrier);
-                copy_tiles(stage + STAGE_X + STAGE_W, index_map, part.row_block * 8, j, barrier);
-            }
-            const int share = SHARING > 1 ? rank * (TOKENS / SHARING) : 0;
-#pragma unroll
-            for (int f = 0; f < FOLDS; f++)
-                copy_inputs(stage + (f * TOKENS + share) * 128, inputs_map,
-                            part.first_token + share, (j * FOLDS + f) * 64, barrier);
-            place.advance();
-        };
-        // Packed tiles that others expand, in a ring of their own.
-        Place<AHEAD> next;
-        auto bring_tiles = [&](const Part& part, const int j) {
-            const unsigned to = tiles + next.slot * (VALUES + INDEX);
-            const unsigned barrier = comings + next.slot * 8;
-            wait_for(frees + next.slot * 8, next.parity ^ 1);
-            expect(barrier, VALUES + INDEX);
-            copy_tiles(to, values_map, part.row_block * 8, j, barrier);
-            copy_tiles(to + VALUES, index_map, part.row_block * 8, j / WORD_TILES, barrier);
-            next.advance();
-        };
-        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
-            const Part part(n, clusters, token_blocks, rank);
-            constexpr int LEAD = SPARSE ? 0 : AHEAD - 1;
-            for (int j = begin - LEAD; j < end; j++) {
-                if (!SPARSE && j + LEAD < end) bring_tiles(part, j + LEAD);
-                if (j >= begin) bring(part, j);
-            }
-        }
-        finish();
+        bring_in(block, values_map, index_map, inputs_map);
     } else if (warp > CONSUMERS) {
 #if !SPARSE
-        // These warps touch no memory but shared, since a fence waits for all that is under way.
-        constexpr int MOST = (8 + EXPANDERS - 1) / EXPANDERS;
-        int places[SLOTS];
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++)
-            places[slot] = row_of(rows, 0, slot, lane / 4);
-        Place<AHEAD> held;
-        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
-            int i = warp - CONSUMERS - 1;
-            for (int j = begin; j < end; j++, place.advance(), held.advance()) {
-                const unsigned from = tiles + held.slot * (VALUES + INDEX);
-                Tile tile[MOST];
-                wait_for(comings + held.slot * 8, held.parity);
-#pragma unroll
-                for (int k = 0; k < MOST; k++)
-                    if (i + k * EXPANDERS < 8)
-                        tile[k].load(from + (i + k * EXPANDERS) * LOADS * 512,
-                                     from + VALUES + (i + k * EXPANDERS) * WORDS * 128);
-                wait_for(empties + place.slot * 8, place.parity ^ 1);
-#pragma unroll
-                for (int k = 0; k < MOST; k++)
-                    if (i + k * EXPANDERS < 8)
-                        tile[k].expand_to(base + place.slot * STAGE + STAGE_X, table, j,
-                                          (i + k * EXPANDERS) * 16, places);
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                // Every lane has its part of the tiles by now, too: their place is free.
-                __syncwarp();
-                const int done = (8 - i + EXPANDERS - 1) / EXPANDERS;
-                arrive(fulls + place.slot * 8, done);
-                arrive(frees + held.slot * 8, done);
-                i += done * EXPANDERS - 8;
-            }
-        }
-        finish();
+        expand_tiles(block, warp - CONSUMERS - 1, table, rows);
 #endif
     } else {
-        const int group = warp / 4;
-        float sum[GROUPS][4];
-        int before = 0;
-        auto release = [&](const int slot) {
-            if (SHARING > 1) {
-                if (lane < SHARING) arrive_at(empties + slot * 8, lane);
-            } else {
-                arrive(empties + slot * 8);
-            }
-        };
-        auto add = [&](const bool old, unsigned& places) {
-            wait_for(fulls + place.slot * 8, place.parity);
-            const unsigned stage = base + place.slot * STAGE;
-            const unsigned weight = stage + STAGE_X + group * 64 * (SPARSE ? 64 : 128);
-#if SPARSE
-            unsigned word;
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word)
-                         : "r"(stage + STAGE_X + STAGE_W + (warp * 32 + lane) * 4));
-            places = places_of(word);
-#endif
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            auto multiply_step = [&](auto index) {
-                constexpr int i = decltype(index)::value;
-                if constexpr (SPARSE)
-                    multiply<i>(sum, operand(weight + i * 32, 64), operand(stage + i * 64, 128),
-                                old || i, places);
-                else
-                    multiply<i>(sum,
-                                operand(weight + i / 4 * BLOCK_ROWS * 128 + i % 4 * 32, 128),
-                                operand(stage + i / 4 * TOKENS * 128 + i % 4 * 32, 128), old || i,
-                                0);
-            };
-            for_each<0, SPARSE ? 2 : 4 * FOLDS>(multiply_step);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (old) release(before);
-            before = place.slot;
-            place.advance();
-        };
-        for (int n = blockIdx.x / CLUSTER; n < all; n += step) {
-            const Part part(n, clusters, token_blocks, rank);
-            // Two words in turn: a product that is under way still reads its own.
-            unsigned even = 0, odd = 0;
-            for (int j = begin; j < end; j += 2) {
-                add(j > begin, even);
-                if (j + 1 < end) add(true, odd);
-            }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release(before);
+        Multiplier multiplier{block, warp};
+        for (int n = block.first; n < block.parts; n += block.step) {
+            float sum[GROUPS][4];
+            multiplier.part(sum);
+            const Part part(n, block);
             if constexpr (SPLITS == 1) {
                 write(sum, staging, bias, out, M, tokens, part.row_block, part.first_token);
             } else {
                 // All stages are read: their place is free for the sums.
                 asm volatile("bar.sync 1, 256;" ::: "memory");
-                leave(sum, stages + (base - start));
+                leave(sum, stages + (block.base - start));
             }
         }
-        finish();
     }
+    // Blocks of a cluster use each other's memory to the end.
+    if constexpr (SPLITS > 1) {
+        WAIT_FOR_CLUSTER("release");
+        const Part part(block.first, block);
+        add_up(block.base, block.rank, bias, out, M, tokens, part.row_block, part.first_token);
+    }
+    if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
 }
