@@ -114,3 +114,20 @@ def test_the_example_of_the_command_line_runs_twice_in_a_row(folder):
     for line in [*lines, *lines]:
         result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_the_design_page_lists_what_is_there():
+    """Every file of cuobs/ and of cuobs/models/, every package, and nothing else."""
+    listed, above = set(), {}
+    for line in next(blocks("docs/design.rst", "shell")).splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        folder = above[indent - 2] if indent else ""
+        above[indent] = folder + name
+        beside = above[indent] if name.endswith("/") else folder
+        listed |= {above[indent], *(beside + more for more in re.findall(r"; (\w+\.py)", line))}
+    assert not {path for path in listed if not (ROOT / path).exists()}
+    files = {*(ROOT / "cuobs").glob("*.py"), *(ROOT / "cuobs/models").glob("[!_]*.py")}
+    there = {path.relative_to(ROOT).as_posix() for path in files}
+    packages = {path.parent for path in (ROOT / "cuobs").rglob("__init__.py")}
+    there |= {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
+    assert not there - listed - {"cuobs/algorithms/cuda/"}
