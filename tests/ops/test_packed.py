@@ -337,6 +337,13 @@ def test_every_way_gives_the_product(text, dtype, cupy):
                 assert error <= 4e-3 * np.linalg.norm(expected[:limit]), way
 
 
+# Of groups of 8 tokens: pairs of blocks that share columns, and that share inputs.
+TOGETHER = {
+    4: ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)), 8: ((2, 1), (1, 2)),
+    16: ((1, 1), (1, 4)), 32: ((1, 1), (4, 1), (1, 2)),
+}  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("text, dtype", [("2:4", "float16"), ("2:4", "bfloat16"),
                                          ("4:8", "float16"), ("1:4", "bfloat16"),
@@ -360,8 +367,8 @@ def test_blocks_of_hopper_that_work_together(text, dtype, cupy):
         values, index = packed.pack(cupy.asarray(W), layout)
         inputs, on_device = kernels.arranged(cupy.asarray(X), layout), cupy.asarray(bias)
         rows, _ = kernels.tables(layout, 0)
-        for size in (4, 8, 16, 32):
-            for splits, sharing in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)):
+        for size, together in TOGETHER.items():
+            for splits, sharing in together:
                 way = packed_ways.Way(packed_hopper.kernel_of(layout), size, splits=splits,
                                       sharing=sharing)  # fmt: skip
                 way = packed_ways.deepest(layout, way, device)
