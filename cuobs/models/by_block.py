@@ -11,7 +11,7 @@ from cuobs.models.parked import home_of, parked
 from cuobs.models.pruning.resident import Resident
 from cuobs.models.structure import find_blocks
 
-# Bytes of hidden states that go through the blocks together.
+# Bytes of hidden states that go through the blocks together, where as much is free four times.
 TOGETHER = {"cpu": 2**29, "cuda": 2**32}
 
 
@@ -82,7 +82,8 @@ class Runner:
         """Windows that go through the blocks together: whole batches of them."""
         weight = self.model.get_input_embeddings().weight
         window = tokens.shape[1] * weight.shape[1] * weight.element_size()
-        return batch * max(1, TOGETHER[self.device.type] // (window * batch))
+        most = min(TOGETHER[self.device.type], memory.free(self.device) // 4)
+        return batch * max(1, most // (window * batch))
 
     def _through(self, tokens, batch, room, tell):
         """What leaves the last block, batch by batch."""

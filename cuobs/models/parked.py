@@ -119,8 +119,8 @@ class Parked:
 
     def __call__(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._fetch(hidden.device)
         try:
+            self._fetch(hidden.device)
             return types.MethodType(type(self.block).forward, self.block)(*args, **kwargs)
         finally:
             self._release()

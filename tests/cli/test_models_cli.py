@@ -152,6 +152,8 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         (["--samples", "0"], "samples: found 0"),
         (["--seed", "-1"], "seed: found -1"),
         (["--shard-size", "big"], "shard_size: found 'big'"),
+        (["--host-memory", "much"], "host_memory: found 'much'"),
+        (["--host-memory", "1MB"], "host_memory: found"),
         (["--tune", "1", "--tune-rate", "0"], "tune_rate: found 0"),
         (["--batch-tokens", "0"], "batch_tokens: found 0"),
         (["--skip", "proj"], "no linear that could be pruned (skipped)"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import make_model, make_source, make_tokens
 
-from cuobs.models import load_model, perplexity, pipeline, prune_folder
+from cuobs.models import agreement, by_block, load_model, perplexity, pipeline, prune_folder
 from cuobs.models.checkpoints.source import find_source, stored_tensors
 from cuobs.models.memory import resident
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
@@ -245,3 +245,15 @@ def test_a_limit_of_the_hosts_memory_that_can_not_be_kept(tmp_path, calibration,
             source, tmp_path / "out", calibration, host_memory="1KB", dry_run=True, device="cpu"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_windows_in_groups_give_the_same(tmp_path, monkeypatch):
+    """Whatever of them goes through the blocks together; each is told of once, in order."""
+    source = make_source(tmp_path / "source", "gemma3")
+    model, whole = open_parked(source), load_model(source)
+    tokens, seen = make_tokens(50), []
+    expected = perplexity(whole, tokens), agreement(whole, whole, tokens)
+    monkeypatch.setitem(by_block.TOGETHER, "cpu", 1)
+    assert perplexity(model, tokens, progress=lambda *place: seen.append(place)) == expected[0]
+    assert agreement(model, whole, tokens) == expected[1]
+    assert seen == sorted(seen) and seen[-1] == (50, 50)
