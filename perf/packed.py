@@ -63,6 +63,7 @@ def tables(out):
             found[title] += speedup(shape, tokens, dtype, patterns, search=False)
             print(f"{title}, {shape}: {time.perf_counter() - began:.0f} s", flush=True)
         table(found[title], title)
+        spread(found[title], patterns)
         # What is measured is kept, should the time run out.
         picture(found["float16, 2:4"], os.path.join(out, "packed.png"), force=True)
         with open(os.path.join(out, "packed.json"), "w") as file:
@@ -114,6 +115,18 @@ def table(timings, title):
     print(rule + "\n", flush=True)
     for fault in dict.fromkeys(f"{n}: {why}" for t in timings for n, why in t.faults.items()):
         print(f"does not run  {fault}")
+
+
+def spread(timings, patterns):
+    """The least and the largest gain over the large shapes, for each number of tokens."""
+    for name in patterns:
+        parts = []
+        for tokens in dict.fromkeys(t.tokens for t in timings):
+            gains = [t.gain(name) for t in timings
+                     if t.tokens == tokens and t.rows != t.columns and t.gain(name)]  # fmt: skip
+            if gains:
+                parts.append(f"{tokens}: {min(gains):.2f} to {max(gains):.2f}")
+        print(f"{name}, large shapes, tokens: gain  {', '.join(parts)}", flush=True)
 
 
 def end_to_end():

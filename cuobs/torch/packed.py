@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
     """A linear layer whose weight is packed; no autograd: it runs, and does not learn.
 
     On a CUDA device (compute capability 8.0 and newer) kernels multiply float16 and bfloat16 with
-    the packed weight: few tokens, on Hopper any number. Otherwise, and on the CPU, it is unpacked
+    the packed weight: few tokens, on Hopper any number. Otherwise and on the CPU it is unpacked
     for each product. `torch.compile` and CUDA graphs take it, once it has run for as many tokens.
 
     Parameters
