@@ -31,7 +31,7 @@ def activation(monkeypatch):
     """The page's method, registered for a test."""
     scope = {}
     exec(recipe("method"), scope)
-    monkeypatch.setattr(RECIPE, "_METHODS", dict(RECIPE._METHODS))
+    monkeypatch.setattr(RECIPE, "_METHODS", dict(cuobs.methods()))
     cuobs.register_method(scope["METHOD"])
     return scope["METHOD"]
 
@@ -75,7 +75,7 @@ def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
     listed, pruned, compared = commands("it is a plugin of the command line")
     said = run(*listed).stdout
     assert re.search(r"^activation +weakest inputs, no compensation$", said, re.MULTILINE)
-    assert re.search(r"^ +--power  \[2.0\]$", said, re.MULTILINE)
+    assert re.search(r"^ +--power  \[default: 2.0\]$", said, re.MULTILINE)
     run(*pruned, "--report", "r.json")
     assert json.load(open("r.json"))["options"] == {"power": 1.0}
     scores = np.linalg.norm(X, axis=0).reshape(-1, 4)
