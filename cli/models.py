@@ -172,7 +172,7 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
     if as_json:
         click.echo(report.to_json(), nl=False)
     if plot:
-        from cuobs.models.report import picture
+        from cuobs.models.summary import picture
 
         picture(report, plot)
     if not (folder["dry_run"] or quiet or as_json):

@@ -48,7 +48,7 @@ class View:
 
     def starting(self, report):
         """What will be done."""
-        from cuobs.models.report import target_text
+        from cuobs.models.summary import target_text
 
         self.began = True
         settings = report.settings

@@ -17,8 +17,8 @@ from cuobs.models.pruning.prediction import (
     work_from_shapes,
 )
 from cuobs.models.pruning.prune import count_tokens, report_of
-from cuobs.models.report import time_text
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
+from cuobs.models.summary import time_text
 
 # Order of the matrices whose product shows how fast a device is, and how often it is taken.
 ORDER, TIMES = {"cpu": 1024, "cuda": 8192}, 3

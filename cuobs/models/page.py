@@ -4,7 +4,7 @@ from html import escape
 
 import cuobs
 from cuobs.arrays import size_text
-from cuobs.models.report import target_text, time_text
+from cuobs.models.summary import target_text, time_text
 from cuobs.pattern import parse
 
 __all__ = ["report_page"]

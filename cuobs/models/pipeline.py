@@ -31,9 +31,9 @@ from cuobs.models.pruning.prune import (
 from cuobs.models.pruning.warming import Warming
 from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, check_room, recover
-from cuobs.models.report import outcome, summary
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
+from cuobs.models.summary import outcome, summary
 from cuobs.models.tokens.calibration import load_tokens
 from cuobs.models.tokens.mixture import Reader, Unwritten, gather
 from cuobs.models.tokens.windows import check_windows

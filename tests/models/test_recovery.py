@@ -18,8 +18,9 @@ from cuobs.models import (
     write_calibration,
 )
 from cuobs.models.distilling import distillation
-from cuobs.models.report import read_report, summary
+from cuobs.models.report import read_report
 from cuobs.models.structure import find_blocks, linears
+from cuobs.models.summary import summary
 from cuobs.models.tokens import mixture
 from cuobs.models.tokens.mixture import gather
 

@@ -13,7 +13,7 @@ from cuobs.arrays import size_text
 from cuobs.models import BlockReport, ModelReport, RotationReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
 from cuobs.models.pruning.prediction import Work, batches_to_hold, predict, stages_of
-from cuobs.models.report import outcome, picture, summary, time_text
+from cuobs.models.summary import outcome, picture, summary, time_text
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from small_models import make_source, make_tokens, same
 
 import cuobs
 from cuobs.models import perplexity, prune_folder, rotate_folder
-from cuobs.models.report import ModelReport, summary
+from cuobs.models.report import ModelReport
+from cuobs.models.summary import summary
 
 
 @pytest.fixture

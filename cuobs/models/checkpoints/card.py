@@ -9,7 +9,7 @@ import os
 import re
 
 import cuobs
-from cuobs.models.report import target_text
+from cuobs.models.summary import target_text
 from cuobs.pattern import parse
 
 CARD = "README.md"
