@@ -149,7 +149,18 @@ def test_one_block_at_a_time_is_in_memory(tmp_path, calibration, monkeypatch):
 
     monkeypatch.setattr(Parked, "_fetch", look)
     text = calibration.replace("windows", "text")
-    prune_folder(source, tmp_path / "out", calibration, device="cpu", evaluate=[text])
+
+    def stop(report, blocks):
+        if len(report.blocks) == 2:
+            raise KeyboardInterrupt
+
+    options = {"device": "cpu", "evaluate": [text]}
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, on_block=stop, **options)
+    assert len(seen) == 3 and set(most) == {1}
+    seen.clear()
+    report = prune_folder(source, tmp_path / "out", calibration, resume=True, **options)
+    assert [block.resumed for block in report.blocks] == [True, True, False]
     assert len(seen) == 6  # of the dense model again, for the agreement
     assert set(most) == {1}
 
