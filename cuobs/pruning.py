@@ -5,8 +5,9 @@ from typing import Any
 
 from cuobs import arrays, validation
 from cuobs.layer import check_layer, hessian_of, prune_layer
+from cuobs.layout import Layout
 from cuobs.modules import weight_of
-from cuobs.pattern import Layout, Pattern
+from cuobs.pattern import Pattern
 from cuobs.problem import Problem
 from cuobs.recipe import Recipe, Settings
 from cuobs.refine import resolve, warn_unconverged

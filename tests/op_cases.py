@@ -5,7 +5,8 @@ import oracles
 import pytest
 from layers import FAR, ROWS, TALL, TILE, host
 
-from cuobs.pattern import Layout, parse, patterns
+from cuobs.layout import Layout
+from cuobs.pattern import parse, patterns
 
 PATTERNS = ("2:4", "4:8", "coupled-2:4", "block16-row8", "1:4", "2:3", "4:8x1", "8:16", "1:2",
             "16:20", TILE, FAR, ROWS, TALL)

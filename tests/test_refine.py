@@ -8,7 +8,7 @@ import oracles
 import pytest
 
 import cuobs
-from cuobs.pattern import Layout
+from cuobs.layout import Layout
 from cuobs.problem import Problem
 from cuobs.recipe import Settings
 from cuobs.refine import excess, resolve

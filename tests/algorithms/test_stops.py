@@ -7,7 +7,8 @@ import pytest
 
 from cuobs import Settings, refine
 from cuobs.algorithms.admm import admm
-from cuobs.pattern import Layout, parse
+from cuobs.layout import Layout
+from cuobs.pattern import parse
 from cuobs.problem import Problem
 
 
