@@ -8,20 +8,14 @@ temporary file in the same folder, renamed when it is complete.
 
 import contextlib
 import difflib
-import errno
-import lzma
-import math
 import os
 import re
 import secrets
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from cuobs import containers, extras
+from cuobs import containers, formats
 from cuobs.validation import existing_file, naming
 
 __all__ = [
@@ -42,11 +36,6 @@ __all__ = [
 ]
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
-# What zipfile raises on a damaged archive.
-_DAMAGE = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, OverflowError,
-    UnicodeDecodeError,
-)  # fmt: skip
 
 
 def split(spec):
@@ -115,9 +104,9 @@ def keys(path):
         if suffix == ".npy":
             return [None]
         if suffix == ".npz":
-            with _open_zip(path) as archive:
+            with formats.open_zip(path) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]
-        with _open_safetensors(path) as tensors:
+        with formats.open_safetensors(path) as tensors:
             return list(tensors.keys())
 
 
@@ -155,7 +144,7 @@ def save(spec, array, force=False):
         if suffix == ".npy":
             containers.write_npy(f, array)
         elif suffix == ".npz":
-            with _unpacking(path):
+            with formats.unpacking(path):
                 containers.replace_in_npz(f, path, key, array)
         else:
             containers.replace_in_safetensors(f, path, key, array)
@@ -197,7 +186,7 @@ def check_format(spec, dtype):
     suffix = _suffix(path)
     dtype = np.dtype(dtype)
     if suffix == ".safetensors":
-        _safetensors()
+        formats.safetensors_numpy()
         if key == containers.METADATA:
             raise ValueError(f"{path}: found the name {key}, which the format keeps for itself")
         if dtype.name not in containers.DTYPES.values():
@@ -305,8 +294,8 @@ def _load(path, name):
     suffix = _suffix(path)
     with _readable(path):
         if suffix == ".npy":
-            return _map_npy(path, 0, path)
-        return (_load_npz if suffix == ".npz" else _load_safetensors)(path, name)
+            return formats.load_npy(path)
+        return (formats.load_npz if suffix == ".npz" else formats.load_safetensors)(path, name)
 
 
 def _one_of(names):
@@ -330,129 +319,3 @@ def _pick(path, names, key):
             + (f" (nearest: {nearest[0]})" if nearest else "")
         )
     return key
-
-
-def _npy_header(f, name):
-    try:
-        version = np.lib.format.read_magic(f)
-    except ValueError:
-        raise ValueError(
-            f"{name}: found no .npy header (a pickle, or truncated), expected numpy.save's"
-        ) from None
-    try:
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(f)
-        broken = any(n < 0 for n in shape)
-    except Exception:  # NumPy parses the header as Python, which fails in any way that Python can
-        broken = True
-    if broken:
-        raise ValueError(f"{name}: found a broken or truncated .npy header")
-    if dtype.hasobject:
-        raise ValueError(f"{name}: found pickled Python objects, expected an array of floats")
-    return shape, fortran, dtype
-
-
-def _map_npy(path, start, name):
-    with open(path, "rb") as f:
-        f.seek(start)
-        shape, fortran, dtype = _npy_header(f, name)
-        offset = f.tell()
-    _check_length(shape, dtype, os.path.getsize(path) - offset, name)
-    return _map(path, offset, shape, dtype, "F" if fortran else "C")
-
-
-def _check_length(shape, dtype, found, name):
-    wanted = math.prod(shape) * dtype.itemsize
-    if found < wanted:
-        raise ValueError(
-            f"{name}: found {max(found, 0)} bytes of data (truncated), expected {wanted} for "
-            f"{dtype} {shape}"
-        )
-
-
-def _map(path, offset, shape, dtype, order):
-    if math.prod(shape) * dtype.itemsize == 0:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, order)
-
-
-@contextlib.contextmanager
-def _unpacking(name):
-    """Whatever a damaged archive may raise, in one sentence."""
-    try:
-        yield
-    except RuntimeError as error:  # encrypted, or packed in a way that is not known
-        raise ValueError(f"{name}: found an archive that can't be unpacked ({error})") from None
-    except (*_DAMAGE, OSError) as error:
-        # A seek before the file's beginning is no failure of the disk.
-        if getattr(error, "errno", None) not in (None, errno.EINVAL):
-            raise
-        raise ValueError(
-            f"{name}: found damaged data that does not unpack, expected a .npz file as numpy.savez "
-            "writes it"
-        ) from None
-
-
-def _open_zip(path):
-    try:
-        return zipfile.ZipFile(path)
-    except (*_DAMAGE, ValueError, RuntimeError):
-        raise ValueError(f"{path}: found a broken or truncated .npz file") from None
-
-
-def _load_npz(path, key):
-    name = f"{path}:{key}"
-    with _open_zip(path) as archive:
-        members = {n.removesuffix(".npy"): n for n in archive.namelist()}
-        member = archive.getinfo(members[key])
-        with _unpacking(name), archive.open(member) as f:
-            shape, fortran, dtype = _npy_header(f, name)
-            header = f.tell()
-            _check_length(shape, dtype, member.file_size - header, name)
-            packed = member.compress_type != zipfile.ZIP_STORED
-            if packed:
-                f.seek(0)
-                array = np.lib.format.read_array(f, allow_pickle=False)
-            # At the end of the member its CRC is looked at.
-            while f.read(containers.PIECE):
-                pass
-        if packed:
-            return array
-    with open(path, "rb") as f:
-        f.seek(member.header_offset)
-        local = f.read(30)
-    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:], "little")
-    offset = member.header_offset + 30 + lengths + header
-    return _map(path, offset, shape, dtype, "F" if fortran else "C")
-
-
-def _safetensors():
-    try:
-        import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
-        import safetensors.numpy
-    except ImportError as e:
-        raise ImportError(
-            f".safetensors files need {e.name}, which is not installed: "
-            + extras.hint("safetensors")
-        ) from None
-    return safetensors
-
-
-def _open_safetensors(path):
-    safetensors = _safetensors()
-    try:
-        return safetensors.safe_open(path, "numpy")
-    except safetensors.SafetensorError as e:
-        raise ValueError(f"{path}: found a broken or truncated .safetensors file ({e})") from None
-
-
-def _load_safetensors(path, key):
-    # keys() had safe_open check the header; it would copy the whole tensor, so map it instead
-    entry = containers.read_header(path)[0][key]
-    if entry.dtype not in containers.DTYPES:
-        raise TypeError(f"{path}:{key}: found dtype {entry.dtype}, expected F16, BF16, F32 or F64")
-    dtype = np.dtype(containers.DTYPES[entry.dtype])
-    return _map(path, entry.offset, tuple(entry.shape), dtype, "C")
