@@ -5,33 +5,27 @@ windows of tokens are all it takes.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import numbers
-import os
 import time
 from collections.abc import Callable
-from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
-from cuobs import arrays, files, validation
+from cuobs import arrays, validation
 from cuobs.models import memory
 from cuobs.models.blocks import evaluating
+from cuobs.models.distilling import fitting
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
-from cuobs.models.distilling.logits import CHUNK, Cut
+from cuobs.models.distilling.logits import Cut
+from cuobs.models.distilling.state import State, digest, put
 from cuobs.models.ranks import current
 from cuobs.models.repeatable import repeatable
 from cuobs.models.report import DistillationReport
-from cuobs.models.structure import find_blocks
 from cuobs.models.tokens.calibration import check_tokens, to_array
 from cuobs.torch.keep_zeros import masked_weights
 
@@ -42,8 +36,6 @@ BETAS = 0.9, 0.95
 LARGEST_GRADIENT = 1.0
 # One window in so many is kept aside.
 ASIDE = 32
-# Tokens that run through a model at once while gradients are wanted.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 SAVE_SECONDS = 180.0
 # All of PyTorch's attentions but that of cuDNN, whose sums have no fixed order.
 ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -144,12 +136,12 @@ def distill(
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
     check_fits(model, sum(weight.numel() for weight in weights.values()), device)
-    saved = _Saved(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
+    saved = State(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
     if state is not None:
         given = {
-            "tokens": _digest(tokens, mask, torch.from_numpy(times)),
-            "masks": _digest(*masks.values()),
-            "model": _digest(*weights.values()),
+            "tokens": digest(tokens, mask, torch.from_numpy(times)),
+            "masks": digest(*masks.values()),
+            "model": digest(*weights.values()),
         }
         saved.begin({**settings, **given}, resume)
     stored = [weight.dtype for weight in weights.values()]
@@ -163,8 +155,8 @@ def distill(
         held.enter_context(repeatable(device))
         held.enter_context(sdpa_kernel(ATTENTIONS))
         pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
-        room, again, report.memory_predicted = _plan(pair, step_windows, checkpointing)
-        held.enter_context(_forward_again(model, again))
+        room, again, report.memory_predicted = fitting.plan(pair, step_windows, checkpointing)
+        held.enter_context(fitting.forward_again(model, again))
         if starting:
             starting(report)
         _learn(pair, room, steps, aside, report, saved, progress, on_pass)
@@ -335,7 +327,7 @@ def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
                 on_pass(report)
     optimizer.state.clear()  # optimizers hold themselves, until they are collected
     report.kept = _best(report.divergence)
-    _put(weights, best if report.kept else first)
+    put(weights, best if report.kept else first)
 
 
 def _share_of_rate(step, warm_up, steps):
@@ -357,12 +349,6 @@ def _copies(pair):
     return [weight.detach().to("cpu", dtype, copy=True) for weight, dtype in pairs]
 
 
-@torch.no_grad()
-def _put(weights, values):
-    for weight, value in zip(weights, values, strict=True):
-        weight.copy_(value)
-
-
 @contextlib.contextmanager
 def _holding(pair, values):
     """Other values in the weights meanwhile: those that they will have when they are stored."""
@@ -370,91 +356,11 @@ def _holding(pair, values):
         yield
         return
     own = [weight.detach().clone() for weight in pair.weights]
-    _put(pair.weights, values)
+    put(pair.weights, values)
     try:
         yield
     finally:
-        _put(pair.weights, own)
-
-
-def _plan(pair, step_windows, checkpointing):
-    """How many windows run at once, whether forwards are done again, and the bytes it takes."""
-    learning = sum(weight.numel() for weight in pair.weights)
-    length = pair.tokens.shape[1]
-    chunk = 24 * CHUNK[pair.device.type]
-    if pair.device.type == "cuda":
-        memory.give_back()
-        free = torch.cuda.mem_get_info(pair.device)[0]
-    else:
-        free = arrays.free_memory(np)
-    # A gradient and two moments, in float32, are still to come.
-    free = 0.8 * free - 12 * learning - chunk
-    window = _bytes_of_a_window(pair)
-    again = window > free if checkpointing is None else checkpointing
-    if again:
-        blocks = max(1, len(_blocks_of(pair.model)))
-        window = window // blocks + 4 * blocks * length * pair.width
-    windows = min(step_windows, BATCH_TOKENS[pair.device.type] // length, int(free // window))
-    windows = max(1, windows)
-    total = 12 * learning + chunk + windows * window
-    if pair.device.type == "cuda":
-        total += torch.cuda.memory_allocated(pair.device)
-    else:
-        total += memory.resident() + 2 * 4 * learning
-    return memory.Room(windows), again, int(total)
-
-
-def _bytes_of_a_window(pair):
-    """What backpropagation keeps of a window, counted in a forward of it."""
-    own = {weight.untyped_storage().data_ptr() for weight in pair.model.parameters()}
-
-    def kept(length):
-        seen = {}
-
-        def note(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            mask = None if pair.mask is None else pair.mask[:1, :length]
-            hidden = pair.hidden(pair.pruned, pair.tokens[:1, :length], mask)
-        pair.width = hidden.shape[-1]
-        return sum(seen.values())
-
-    try:
-        # Copies of the weights in bfloat16 are kept however many tokens there are.
-        return max(1, kept(None) - kept(1))
-    except torch.cuda.OutOfMemoryError:
-        memory.give_back()
-        return math.inf
-
-
-def _blocks_of(model):
-    try:
-        return find_blocks(model)[1]
-    except ValueError:
-        return []
-
-
-@contextlib.contextmanager
-def _forward_again(model, again):
-    """Let each block keep its input alone, and run a second time for its gradient."""
-    blocks = _blocks_of(model) if again else []
-    own = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        put(pair.weights, own)
 
 
 @contextlib.contextmanager
@@ -525,86 +431,3 @@ def _check_tokens(model, tokens, attention_mask, times):
     some = mask.any(axis=1)
     mask = torch.from_numpy(mask[some].astype(np.int64))
     return torch.from_numpy(tokens[some]), mask, times[some]
-
-
-class _Saved:
-    """The state of a run in a file, written every so often."""
-
-    def __init__(self, path, seconds, ranks):
-        self._path, self._seconds, self._writes = path, seconds, ranks.leads
-        self._last = time.monotonic()
-
-    def begin(self, identity, resume):
-        """Note what decides the result, and refuse a file that holds something else."""
-        self._identity = json.loads(json.dumps(identity))
-        if not os.path.exists(self._path):
-            return
-        if not resume:
-            raise FileExistsError(f"{self._path}: found the state of a run, expected resume")
-        before = self._content()["identity"]
-        for key, value in self._identity.items():
-            if before.get(key) != value:
-                raise ValueError(
-                    f"resume: found that {self._path} was made with another {key}, expected the "
-                    "same run"
-                )
-
-    def load(self, weights, optimizer, report):
-        """Put the state in place; the steps done, and the best weights if there are any."""
-        if self._path is None or not os.path.exists(self._path):
-            return 0, None
-        content = self._content()
-        with safe_open(self._path, "pt") as stored:
-            names = set(stored.keys())
-            read = stored.get_tensor
-            _put(weights, [read(f"weight.{i}") for i in range(len(weights))])
-            step = torch.tensor(float(content["done"]))
-            moments = {
-                i: {"step": step.clone(), "exp_avg": read(f"first.{i}"),
-                    "exp_avg_sq": read(f"second.{i}")}
-                for i in range(len(weights)) if f"first.{i}" in names
-            }  # fmt: skip
-            best = [read(f"best.{i}") for i in range(len(weights)) if f"best.{i}" in names]
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        report.divergence[:] = content["divergence"]
-        return content["done"], best or None
-
-    def due(self, done, weights, optimizer, best, report):
-        """Write the state where the last one is old enough."""
-        early = time.monotonic() - self._last < self._seconds
-        if self._path is None or early or not self._writes:
-            return
-        tensors = {}
-        for i, weight in enumerate(weights):
-            tensors[f"weight.{i}"] = weight.detach()
-            if moments := optimizer.state.get(weight):
-                tensors[f"first.{i}"] = moments["exp_avg"]
-                tensors[f"second.{i}"] = moments["exp_avg_sq"]
-            tensors[f"best.{i}"] = best[i]
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        content = {"identity": self._identity, "done": done, "divergence": report.divergence}
-        with files.replacing(self._path, force=True) as file:
-            file.write(save(tensors, {"state": json.dumps(content)}))
-        self._last = time.monotonic()
-
-    def _content(self):
-        try:
-            with safe_open(self._path, "pt") as stored:
-                return json.loads(stored.metadata()["state"])
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"resume: found that {self._path} is damaged, expected a whole file; without it "
-                "distillation begins again"
-            ) from None
-
-
-def _digest(*tensors):
-    """A fingerprint of tensors, None among them."""
-    result = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.detach().cpu().contiguous()
-            result.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            result.update(tensor.flatten().view(torch.uint8).numpy())
-    return result.hexdigest()

@@ -1,0 +1,97 @@
+"""How many windows a distillation runs at once, and forwards done again where that saves room."""
+
+import contextlib
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cuobs import arrays
+from cuobs.models import memory
+from cuobs.models.distilling.logits import CHUNK
+from cuobs.models.structure import find_blocks
+
+# Tokens that run through a model at once while gradients are wanted.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def plan(pair, step_windows, checkpointing):
+    """How many windows run at once, whether forwards are done again, and the bytes it takes."""
+    learning = sum(weight.numel() for weight in pair.weights)
+    length = pair.tokens.shape[1]
+    chunk = 24 * CHUNK[pair.device.type]
+    if pair.device.type == "cuda":
+        memory.give_back()
+        free = torch.cuda.mem_get_info(pair.device)[0]
+    else:
+        free = arrays.free_memory(np)
+    # A gradient and two moments, in float32, are still to come.
+    free = 0.8 * free - 12 * learning - chunk
+    window = _bytes_of_a_window(pair)
+    again = window > free if checkpointing is None else checkpointing
+    if again:
+        blocks = max(1, len(_blocks_of(pair.model)))
+        window = window // blocks + 4 * blocks * length * pair.width
+    windows = min(step_windows, BATCH_TOKENS[pair.device.type] // length, int(free // window))
+    windows = max(1, windows)
+    total = 12 * learning + chunk + windows * window
+    if pair.device.type == "cuda":
+        total += torch.cuda.memory_allocated(pair.device)
+    else:
+        total += memory.resident() + 2 * 4 * learning
+    return memory.Room(windows), again, int(total)
+
+
+def _bytes_of_a_window(pair):
+    """What backpropagation keeps of a window, counted in a forward of it."""
+    own = {weight.untyped_storage().data_ptr() for weight in pair.model.parameters()}
+
+    def kept(length):
+        seen = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            mask = None if pair.mask is None else pair.mask[:1, :length]
+            hidden = pair.hidden(pair.pruned, pair.tokens[:1, :length], mask)
+        pair.width = hidden.shape[-1]
+        return sum(seen.values())
+
+    try:
+        # Copies of the weights in bfloat16 are kept however many tokens there are.
+        return max(1, kept(None) - kept(1))
+    except torch.cuda.OutOfMemoryError:
+        memory.give_back()
+        return math.inf
+
+
+def _blocks_of(model):
+    try:
+        return find_blocks(model)[1]
+    except ValueError:
+        return []
+
+
+@contextlib.contextmanager
+def forward_again(model, again):
+    """Let each block keep its input alone, and run a second time for its gradient."""
+    blocks = _blocks_of(model) if again else []
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
