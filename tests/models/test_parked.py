@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,16 @@ from small_models import make_model, make_source, make_tokens
 
 from cuobs.models import agreement, by_block, load_model, perplexity, pipeline, prune_folder
 from cuobs.models.checkpoints.source import find_source, stored_tensors
-from cuobs.models.memory import resident
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
 from cuobs.models.pruning import prune
 from cuobs.models.pruning.prediction import check_host, predict, to_scratch, work_from_shapes
-from cuobs.models.pruning.scratch import Scratch
+from cuobs.models.pruning.scratch import Scratch, leave
 from cuobs.models.recipe import read_arguments
 from cuobs.models.structure import find_blocks
 from cuobs.models.tokens.windows import check_windows
 
 CPU = torch.device("cpu")
+PAGE = resource.getpagesize()
 
 
 @pytest.fixture
@@ -200,15 +202,34 @@ def test_scratch_is_a_list_of_tensors(tmp_path, dtype):
     assert torch.equal(scratch[1], expected[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts pages as Linux does")
+def held():
+    """Bytes in memory of the files of a scratch that this process has mapped."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            inside = "cuobs_states_" in line
+        elif inside and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts pages as Linux does")
 def test_scratch_leaves_memory(tmp_path):
-    scratch, before = Scratch(tmp_path), resident()
-    for _ in range(8):
-        scratch.append(torch.ones(1, 2**10, 2**12))
+    scratch = Scratch(tmp_path)
+    for _ in range(4):
+        scratch.append(torch.ones(1, 2**8, 2**12))
+    assert held() == 0
     for i, tensor in enumerate(scratch):
+        assert float(tensor.sum()) == 2**20
         scratch[i] = tensor + i
-    assert float(sum(t.sum() for t in scratch)) == 2**22 * sum(range(1, 9))
-    assert resident() - before < 3 * 2**24 < 8 * 2**24
+        assert 0 < held() <= tensor.nbytes
+    leave(scratch[3])
+    assert held() == 0
+    parts = [tensor[:, 64:192] for tensor in scratch]
+    for i, part in enumerate(parts):
+        assert float(part.mean()) == i + 1
+        leave(part)
+    assert held() <= len(parts) * 2 * PAGE
 
 
 @pytest.mark.parametrize("tune", [0, 1])

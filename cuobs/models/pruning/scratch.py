@@ -59,6 +59,13 @@ class Scratch:
         self._last = None
 
 
+def leave(*tensors):
+    """Have what a `Scratch` has given, or parts of it, leave memory until it is wanted."""
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None:
+            let_go(tensor)
+
+
 def _mapped(folder, tensor):
     """A copy of a tensor in a file of its own, out of memory."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LEFTOVER}states_") as file:

@@ -9,6 +9,7 @@ import torch
 
 from cuobs.models.blocks import as_dtype, run, windows_of
 from cuobs.models.memory import Room
+from cuobs.models.pruning.scratch import leave
 from cuobs.models.ranks import Ranks
 from cuobs.models.repeatable import repeatable
 from cuobs.models.structure import linears
@@ -142,7 +143,9 @@ def _counting(hidden, counts):
 def _sums(part):
     """The squared norm of a part's goals, and how many tokens count."""
     _, goal, _, counts = part
-    return torch.stack([(goal.float().square() * counts).sum(), counts.sum()])
+    found = torch.stack([(goal.float().square() * counts).sum(), counts.sum()])
+    leave(goal)
+    return found
 
 
 def _gradient(block, weights, step, room):
@@ -166,7 +169,9 @@ def _lost(block, part, start, stop):
     hidden, goal, call, counts = part
     call = as_dtype(windows_of(call, start, stop, len(hidden)), torch.float32)
     out = run(block, hidden[start:stop].float(), call)
-    return ((out - goal[start:stop].float()).square() * counts[start:stop]).sum()
+    found = ((out - goal[start:stop].float()).square() * counts[start:stop]).sum()
+    leave(hidden, goal)
+    return found
 
 
 @torch.no_grad()
