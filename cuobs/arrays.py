@@ -6,6 +6,7 @@ its result back in the kind that came with `hand_back`.
 
 import contextlib
 import ctypes
+import math
 import numbers
 import os
 import re
@@ -182,8 +183,12 @@ def round_to(array, like):
             return array.astype(dtype_of(like), copy=False)
     # Round half to even on the upper 16 bits.
     bits = array.astype(np.float32).view(np.uint32)
-    bits += 0x7FFF + ((bits >> 16) & 1)
-    return (bits & xp.uint32(0xFFFF0000)).view(np.float32)
+    carry = bits >> 16
+    carry &= 1
+    carry += 0x7FFF
+    bits += carry
+    bits &= xp.uint32(0xFFFF0000)
+    return bits.view(np.float32)
 
 
 def hand_back(array, like, cast=True):
@@ -215,6 +220,12 @@ def asarray(array, xp, dtype=None):
     elif dtype_of(array) == "bfloat16":
         array = array.astype(np.float32)
     return xp.asarray(array, dtype=dtype)
+
+
+def widened_bytes(array):
+    """Bytes of what `receive` makes of an array, where it is not the same memory."""
+    halves = _is_torch(array) and dtype_of(array) == "bfloat16"
+    return array.numel() * np.dtype(np.float32).itemsize if halves else 0
 
 
 def largest(array):
@@ -308,13 +319,13 @@ def free_memory(xp):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def size_text(n):
-    """Bytes for people."""
-    if n >= 2**30:
-        return f"{n / 2**30:.2f} GiB"
-    for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
+def size_text(n, up=False):
+    """Bytes for people; with ``up`` no fewer, so that they are enough where so many are needed."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if n >= unit:
-            return f"{n / unit:.3g} {name}"
+            if up:
+                n = math.ceil(n / unit * 100) * unit / 100
+            return f"{n / unit:.2f} {name}" if up or unit == 2**30 else f"{n / unit:.3g} {name}"
     return f"{n} bytes"
 
 

@@ -1,5 +1,6 @@
 """Batches of rows: as many as fit the memory, shared by workers, halved when memory runs out."""
 
+import collections
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from cuobs.cores import cores
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
 CPU_ROWS = 16
 CPU_BYTES = 2**29
+# Ranges that wait for each of them.
+AHEAD = 4
 # On a GPU, row groups that keep it busy, and bytes that they may take unless told otherwise.
 GPU_ROWS = 256
 GPU_BYTES = 24 * 2**30
@@ -39,7 +42,9 @@ class Workspace(threading.local):
         self.buffers.clear()
 
 
-def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
+def run_batches(
+    function, count, problem, bytes_per_row=1, bytes_per_worker=0, held=0, unit=1, most=None
+):
     """Call ``function(start, stop)`` on ranges that cover 0 to count.
 
     Parameters
@@ -52,6 +57,10 @@ def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
         Whose settings and free memory size the batches.
     bytes_per_row : int
         Memory that one row group needs.
+    bytes_per_worker : int
+        What each thread on the CPU needs beside, however many row groups it takes at once.
+    held : int
+        What the caller holds beside the problem.
     unit : int
         On a GPU ranges hold a multiple of so many row groups where memory allows, so that none is
         computed in smaller company than another; they may overlap then.
@@ -67,14 +76,15 @@ def run_batches(function, count, problem, bytes_per_row, unit=1, most=None):
     """
     settings, xp = problem.settings, problem.xp
     if xp is not np:
-        _run_on_device(function, count, problem, bytes_per_row, unit, most or count)
+        _run_on_device(function, count, problem, bytes_per_row, held, unit, most or count)
         return
     workers = settings.workers or cores()
-    free = problem.free_bytes()
-    _check_limit(settings, free, bytes_per_row)
+    free = problem.free_bytes(held)
     if settings.memory_limit is not None:
-        workers = min(workers, free // max(1, bytes_per_row))
-    fit = min(free // workers, CPU_BYTES) // max(1, bytes_per_row)
+        least = bytes_per_row + bytes_per_worker
+        _check_limit(settings, free, least)
+        workers = min(workers, free // least)
+    fit = (min(free // workers, CPU_BYTES) - bytes_per_worker) // bytes_per_row
     rows = settings.batch_rows or max(1, min(CPU_ROWS, fit, -(-count // workers)))
     _share(function, count, rows, workers, settings)
 
@@ -89,15 +99,14 @@ def _check_limit(settings, free, bytes_per_row):
         )
 
 
-def _run_on_device(function, count, problem, bytes_per_row, unit, most):
+def _run_on_device(function, count, problem, bytes_per_row, held, unit, most):
     settings, xp = problem.settings, problem.xp
     pool = xp.get_default_memory_pool()
     pool.free_all_blocks()
-    free = problem.free_bytes()
     if settings.memory_limit is None:
-        free = min(free, GPU_BYTES)
+        free = min(problem.free_bytes(), GPU_BYTES)
     else:
-        free = min(free, settings.memory_limit - pool.used_bytes() - GPU_LIBRARIES)
+        free = problem.free_bytes(held)
         _check_limit(settings, free, bytes_per_row)
     rows = -(-(settings.batch_rows or GPU_ROWS) // unit) * unit
     rows = _whole(min(rows, max(1, free // bytes_per_row), count, most), unit)
@@ -130,13 +139,23 @@ def _whole(rows, unit):
 def _share(function, count, rows, workers, settings):
     """Spread ranges over threads, each with one BLAS thread: on small products more of them wait
     for each other longer than they compute."""
-    ranges = [(a, min(a + rows, count)) for a in range(0, count, rows)]
+    waiting = collections.deque()
+
+    def finish():
+        stop, future = waiting.popleft()
+        future.result()
+        settings.report(stop, count)
+
     with blas.one_thread(), ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, *limits) for limits in ranges]
         try:
-            for (_, stop), future in zip(ranges, futures, strict=True):
-                future.result()
-                settings.report(stop, count)
+            for start in range(0, count, rows):
+                # Each that waits takes a kilobyte.
+                if len(waiting) == AHEAD * workers:
+                    finish()
+                stop = min(start + rows, count)
+                waiting.append((stop, pool.submit(function, start, stop)))
+            while waiting:
+                finish()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
-from cuobs import arrays, recipe, sharing, validation
-from cuobs.layer import check_layer, check_memory, hessian_of, prune_checked
+from cuobs import arrays, footprint, recipe, sharing, validation
+from cuobs.layer import check_layer, given_of, hessian_of, prune_checked
 from cuobs.modules import weight_of
 from cuobs.pattern import Pattern
 from cuobs.recipe import SETTINGS, Recipe, Settings
@@ -203,16 +203,18 @@ def compare(
         layer = check_layer(W, target, settings.dtype)
         shape = layer.weight.shape
         pattern.compile(*shape)
-        check_memory(shape, settings)
         for own in recipes.values():
             sharing.check(own, settings, shape)
-        H, _ = hessian_of(shape, X, hessian, settings, settings.namespace(W))
+        xp = settings.namespace(W)
+        given = given_of(layer, X, hessian, settings, xp)
+        room = footprint.check(recipes.values(), settings, shape, xp, given)
+        H, _ = hessian_of(shape, X, hessian, settings, xp, room)
         done = {}
         # The others' ratios are known at once where the reference is the first to run.
         for name in sorted(recipes, key=lambda name: name != REFERENCE):
             if starting:
                 starting(name)
-            result = prune_checked(recipes[name], settings, layer, H)
+            result = prune_checked(recipes[name], settings, layer, H, given)
             done[name] = Row(name, result.loss, None, result.sparsity, result.seconds)
             table = Table(_with_ratios([done[n] for n in names if n in done]), pattern, shape)
             if finished:

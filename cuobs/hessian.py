@@ -15,6 +15,8 @@ from cuobs.ops.gram import add_gram
 PIECE = 128 * 2**20
 COPIED_PIECE = 256 * 2**20
 RESIDENT_PIECE = 2**30
+# Rows of a piece at least, however little memory there is.
+LEAST_ROWS = 64
 
 
 class Hessian:
@@ -98,7 +100,9 @@ class Hessian:
     def _zeros(self):
         return self._xp.zeros((self._K, self._K), self._dtype)
 
-    def update(self, X: Any, progress: Callable | None = None) -> None:
+    def update(
+        self, X: Any, progress: Callable | None = None, room: int | None = None
+    ) -> None:
         """Add activations, reading them in pieces.
 
         Whatever stops it, an exception of ``progress`` or Ctrl-C among them, leaves the sum as it
@@ -111,6 +115,8 @@ class Hessian:
             DataLoader.
         progress : callable, optional
             Called with (done, total) tokens, where the total is known.
+        room : int, optional
+            Bytes that a piece of X may take on its way, where that is less than it would.
 
         Raises
         ------
@@ -123,11 +129,11 @@ class Hessian:
         with arrays.stream_of(X, self):
             if are_batches(X):
                 matrices, count = check_batches(X, self.K)
-                pieces, X = join(matrices, self._xp, self._rows_of_piece()), None
+                pieces, X = join(matrices, self._xp, self._rows_of_piece(room=room)), None
             else:
                 X = check_matrix(X, self.K)
                 count = len(X)
-                pieces = arrays.pieces(X, self._xp, self._rows_of_piece(X))
+                pieces = arrays.pieces(X, self._xp, self._rows_of_piece(X, room))
             total, tokens, size = self._sum(pieces, count, progress, again=X is not None)
             largest = self._add_held(total)
             if not math.isfinite(largest):
@@ -179,15 +185,16 @@ class Hessian:
         before = self._state[1]
         self._state = total, None if None in (before, tokens) else before + tokens
 
-    def _rows_of_piece(self, X=None):
-        if self._xp is np:
-            size, item = PIECE, self._dtype.itemsize
-        elif X is None:
-            size, item = COPIED_PIECE, self._dtype.itemsize
+    def _rows_of_piece(self, X=None, room=None):
+        own, item = self._dtype.itemsize, self._dtype.itemsize if X is None else X.dtype.itemsize
+        if arrays.device_name(self._xp) == "cpu":
+            size, item = PIECE, own
         else:
-            size = COPIED_PIECE if isinstance(X, np.ndarray) else RESIDENT_PIECE
-            item = X.dtype.itemsize
-        return max(1, size // (self.K * item))
+            resident = X is not None and not isinstance(X, np.ndarray)
+            size = RESIDENT_PIECE if resident else COPIED_PIECE
+        rows = max(1, size // (self.K * item))
+        each = row_bytes(X, self.K, self._dtype, arrays.device_name(self._xp))
+        return rows if room is None or not each else max(1, min(rows, room // each))
 
     def merge(self, other):
         """Add another part, such as one from another machine; returns self."""
@@ -234,6 +241,24 @@ class Hessian:
             check_symmetric(H, self.K)
         self._state = self._xp.array(arrays.asarray(H, self._xp), dtype), tokens
         return self
+
+
+def row_bytes(X, K, dtype, device):
+    """Bytes that a row of activations takes on its way into a sum; batches where X is None."""
+    own = np.dtype(dtype).itemsize
+    if X is None:
+        # As they come, of a dtype that is not known yet, joined, and again in that of the sum.
+        return K * (8 + own)
+    item = 2 if arrays.dtype_of(X) == "bfloat16" else X.dtype.itemsize
+    widened = own * (arrays.dtype_of(X) != np.dtype(dtype).name)
+    # Two buffers take turns on the way to a GPU.
+    copied = 2 * item * (device != "cpu" and isinstance(X, np.ndarray))
+    return K * (widened + copied)
+
+
+def sum_bytes(matrix, row, device):
+    """Bytes that a sum takes to make: itself, on the CPU what is added to it, and some rows."""
+    return matrix * (2 if device == "cpu" else 1) + LEAST_ROWS * row
 
 
 def _check_tokens(array):

@@ -1,19 +1,27 @@
 """One layer: its weight and Hessian checked once, then pruned by a recipe."""
 
 import dataclasses
+import functools
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-from cuobs import arrays, sharing, validation
+from cuobs import arrays, footprint, sharing, validation
 from cuobs.activations import are_batches, count_tokens
-from cuobs.hessian import Hessian, check_fits, check_held, check_symmetric, warn_of_few
+from cuobs.hessian import (
+    Hessian,
+    check_fits,
+    check_held,
+    check_symmetric,
+    row_bytes,
+    warn_of_few,
+)
 from cuobs.loss import loss
 from cuobs.modules import weight_of
 from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
-from cuobs.problem import Problem
+from cuobs.problem import Problem, Pruned
 from cuobs.refine import resolve, warn_unconverged
 from cuobs.result import Result
 
@@ -47,8 +55,10 @@ def check_layer(W, target, dtype):
     return Layer(W, weight, target)
 
 
-def hessian_of(shape, X, hessian, settings, xp):
+def hessian_of(shape, X, hessian, settings, xp, room=None):
     """The undamped Hessian of a weight (M, K), on a namespace, from activations or as it came.
+
+    Of activations, a piece takes no more than `room` bytes on its way, where that is given.
 
     Returns
     -------
@@ -61,11 +71,8 @@ def hessian_of(shape, X, hessian, settings, xp):
     ValueError
         Neither or both of X and hessian are given, or one does not fit K.
     """
-    if (X is None) == (hessian is None):
-        found = "neither" if X is None else "both"
-        raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
     if hessian is None:
-        return _hessian_of_activations(shape, X, settings, xp)
+        return _hessian_of_activations(shape, X, settings, xp, room)
     tokens = None
     if isinstance(hessian, Hessian):
         hessian, tokens = hessian.matrix, hessian.tokens
@@ -75,7 +82,7 @@ def hessian_of(shape, X, hessian, settings, xp):
     return arrays.asarray(H, xp, settings.dtype), tokens
 
 
-def _hessian_of_activations(shape, X, settings, xp):
+def _hessian_of_activations(shape, X, settings, xp, room):
     if not are_batches(X):
         X = arrays.typed(X, "X")
         validation.floating("X", X)
@@ -85,22 +92,48 @@ def _hessian_of_activations(shape, X, settings, xp):
     if tokens is not None:  # said before the work, which may be long and for nothing
         warn_of_few(tokens, shape, activations=True)
     part = Hessian(shape[1], settings.dtype, arrays.device_name(xp), settings.precision)
-    part.update(X, settings.progress)
+    part.update(X, settings.progress, room)
     check_held(part.matrix, settings.dtype, "X")
     if tokens is None:
         warn_of_few(part.tokens, shape, activations=True)
     return part.matrix, part.tokens
 
 
-def check_memory(shape, settings):
-    """Refuse a limit that the weight and its Hessian alone exceed."""
-    M, K = shape
-    least = (M * K + K * K) * np.dtype(settings.dtype).itemsize
-    if settings.memory_limit is not None and settings.memory_limit < least:
-        raise ValueError(
-            f"memory_limit: found {arrays.size_text(settings.memory_limit)}, expected more than "
-            f"{arrays.size_text(least)}, which W {M} x {K} and its Hessian take in {settings.dtype}"
-        )
+def given_of(layer, X, hessian, settings, xp):
+    """What of a `Layer` and its inputs is there, for `footprint`.
+
+    Raises
+    ------
+    ValueError
+        Neither or both of X and hessian are given.
+    """
+    if (X is None) == (hessian is None):
+        found = "neither" if X is None else "both"
+        raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
+    device, dtype = arrays.device_name(xp), np.dtype(settings.dtype)
+    row = widened = 0
+    if hessian is None:
+        whole = hasattr(X, "dtype") and not are_batches(X)
+        row = row_bytes(X if whole else None, layer.weight.shape[1], dtype, device)
+        widened = arrays.widened_bytes(X) if whole else 0
+    elif isinstance(hessian, Hessian):
+        hessian = hessian.matrix
+    goal = layer.weight if layer.target is None else layer.target
+    return footprint.Given(
+        dtype=arrays.dtype_of(layer.W),
+        converts=any(_is_new(a, xp, dtype) for a in (goal, layer.weight)),
+        makes_hessian=hessian is None or _is_new(hessian, xp, dtype),
+        row=row,
+        widened=widened,
+        outside=arrays.widened_bytes(layer.W),
+    )
+
+
+def _is_new(array, xp, dtype):
+    """Whether an array becomes another one on a namespace and of a dtype."""
+    if not hasattr(array, "dtype") or arrays.dtype_of(array) != dtype.name:
+        return True
+    return arrays.namespace(array) is not xp
 
 
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
@@ -109,20 +142,22 @@ def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
     with sharing.first(settings), arrays.stream_of(W, X, hessian):
         layer = check_layer(W, target, settings.dtype)
         recipe.pattern.compile(*layer.weight.shape)
-        check_memory(layer.weight.shape, settings)
         sharing.check(recipe, settings, layer.weight.shape)
         xp = settings.namespace(layer.W)
         began = time.perf_counter()
-        H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp)
-        result = prune_checked(recipe, settings, layer, H, _since(began, xp))
+        given = given_of(layer, X, hessian, settings, xp)
+        room = footprint.check([recipe], settings, layer.weight.shape, xp, given)
+        H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp, room)
+        result = prune_checked(recipe, settings, layer, H, given, _since(began, xp))
         return dataclasses.replace(result, tokens=tokens)
 
 
-def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
+def prune_checked(recipe, settings, layer, H, given, hessian_seconds=0.0):
     """Prune a `Layer` under an undamped Hessian on the namespace and of the dtype to compute in."""
     xp = arrays.namespace(H)
     began = time.perf_counter()
-    new, mask, cost, converged = _solve(recipe, settings, layer, H)
+    outside = given.outside + given.makes_hessian * H.nbytes
+    new, mask, cost, converged = _solve(recipe, settings, layer, H, outside)
     seconds = _since(began, xp)
     base = arrays.asarray(layer.weight, xp, settings.dtype)
     if cost is not None:
@@ -141,26 +176,29 @@ def prune_checked(recipe, settings, layer, H, hessian_seconds=0.0):
     )
 
 
-def _solve(recipe, settings, layer, H):
+def _solve(recipe, settings, layer, H, outside):
     """`solve_layer`, on as many devices as the settings say."""
     if settings.devices is None:
-        return solve_layer(recipe, settings, layer, H)
-    return sharing.solve_on(solve_layer, recipe, settings, layer, H)
+        return solve_layer(recipe, settings, layer, H, outside=outside)
+    solve = functools.partial(solve_layer, outside=outside)
+    return sharing.solve_on(solve, recipe, settings, layer, H)
 
 
-def solve_layer(recipe, settings, layer, H, pull=None):
+def solve_layer(recipe, settings, layer, H, pull=None, outside=0):
     """New weights, mask, costs or None, and whether solves converged, on H's namespace.
 
     The weights are in the precision of the `Layer`'s own, and verified to be finite and to obey
     the pattern. Where `pull` is given, an (M, K) array, the target is raised by pull Hλ⁻¹, with the
-    factor of Hλ that the method uses.
+    factor of Hλ that the method uses. So many bytes `outside` count
+    under the limit of the settings.
     """
     xp = arrays.namespace(H)
-    layout = recipe.pattern.compile(*layer.weight.shape)
-    goal = layer.weight if layer.target is None else layer.target
-    mask, new, cost, converged = _apply(
-        recipe, settings, arrays.asarray(goal, xp, settings.dtype), H, layout, pull
-    )
+    size = footprint.size_of(recipe, settings, layer.weight.shape, xp)
+    layout, outside = size.layout, outside + footprint.small(size)
+    mask, new, cost, converged = _apply(recipe, settings, layer, H, layout, pull, outside)
+    mask, new = permute_back(mask, layout), permute_back(new, layout)
+    if cost is not None:
+        cost = cost[xp.asarray(np.argsort(layout.row_order.ravel()))]
     new = arrays.round_to(xp.where(mask, new, 0), layer.W)
     validation.holds(new, layer.W)
     found = verify(new, recipe.pattern)
@@ -169,32 +207,33 @@ def solve_layer(recipe, settings, layer, H, pull=None):
     return new, mask, cost, converged
 
 
-def _apply(recipe, settings, goal, H, layout, pull=None):
-    """Mask, weights and costs in the weight's own order, and whether solves converged."""
-    xp = arrays.namespace(H)
-    problem = Problem.build(goal, H, layout, recipe.damp, settings)
+def _apply(recipe, settings, layer, H, layout, pull, outside):
+    """`Pruned` with its weights and costs in terms of 1; the problem is gone when it returns."""
+    problem = _problem(recipe, settings, layer, H, layout, outside)
     if pull is not None:
         problem.pull(pull)
     if recipe.exact:
         problem.check_definite()
-    pruned = recipe.entry.function(problem, **recipe.options)
+    mask, new, cost, converged = recipe.entry.function(problem, **recipe.options)
     problem.check_factored()
-    new, converged = pruned.weight, pruned.converged
     if new is None and not recipe.exact:
         raise TypeError(
             f"method: found no weights from {recipe.method}, expected some, or resolves=True"
         )
     if recipe.exact:
-        new, solved = resolve(problem, pruned.mask, new)
+        new, solved = resolve(problem, mask, new)
         converged = converged and solved
     if not converged:
         warn_unconverged(settings.dtype)
-    new = problem.unscaled(new)
-    cost = pruned.cost
     if cost is not None:
-        cost = cost[xp.asarray(np.argsort(layout.row_order.ravel()))].astype("float64")
-        cost *= problem.cost_unit
-    return permute_back(pruned.mask, layout), permute_back(new, layout), cost, converged
+        cost = cost.astype("float64") * problem.cost_unit
+    return Pruned(mask, problem.unscaled(new), cost, converged)
+
+
+def _problem(recipe, settings, layer, H, layout, outside):
+    goal = layer.weight if layer.target is None else layer.target
+    goal = arrays.asarray(goal, arrays.namespace(H), settings.dtype)
+    return Problem.build(goal, H, layout, recipe.damp, settings, outside)
 
 
 def _since(began, xp):

@@ -98,6 +98,15 @@ class Layout:
         """The masks to choose from, by element: bool, shape (n, r, c), True = pruned."""
         return _read_only(self.candidate_blocks.T[:, self.blocks])
 
+    @cached_property
+    def pruned_columns(self):
+        """The fewest and the most columns that a scope loses of one row."""
+        n_pruned = self.n_blocks - self.keep
+        counts = (self.blocks[:, :, None] == np.arange(self.n_blocks)).sum(1)
+        counts.sort(axis=1)
+        least, most = counts[:, :n_pruned].sum(1).min(), counts[:, -n_pruned:].sum(1).max()
+        return (int(least), int(most)) if n_pruned else (0, 0)
+
     @property
     def enumerated(self):
         """Whether a scope has few enough masks to try them all."""

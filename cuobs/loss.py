@@ -10,6 +10,8 @@ from cuobs.hessian import Hessian, check_symmetric
 from cuobs.modules import weight_of
 from cuobs.ops.products import gemm, matmul
 
+# Block columns of a Hessian, of which only those above its diagonal are multiplied.
+BLOCKS = 8
 # Share of the whole energy that rounding may take off none at all.
 ROUNDING = 1e-3
 
@@ -68,7 +70,10 @@ def energies(W, W_pruned, H, unit):
     Those of some rows add up to those of all.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        whole, lost = output_energy(W / unit, H), output_energy((W_pruned - W) / unit, H)
+        whole = output_energy(W / unit, H)
+        away = W_pruned - W
+        away /= unit
+        lost = output_energy(away, H)
     if not math.isfinite(whole + lost):
         raise ValueError(
             f"hessian: found outputs whose energy overflows {W.dtype}, expected smaller values or "
@@ -90,7 +95,7 @@ def output_energy(D, H):
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
     K = len(H)
-    width = -(-K // 8)
+    width = -(-K // BLOCKS)
     energy = 0.0
     for a in range(0, K, width):
         part = D[:, a : a + width]
@@ -99,3 +104,9 @@ def output_energy(D, H):
             gemm(D[:, :a], H[:a, a : a + width], product, beta=1)
         energy += 2 * float((product * part).sum(dtype="float64"))
     return energy
+
+
+def loss_bytes(size):
+    """Bytes that `loss` takes: a weight, and three blocks of its columns."""
+    K = size.layout.shape[1]
+    return size.weight + 3 * size.weight * -(-K // BLOCKS) // K + size.matrix // BLOCKS**2

@@ -77,6 +77,8 @@ class Problem:
     settings : Settings
     weight_unit, hessian_unit : float
         Powers of four; 1 for ordinary sizes.
+    outside : int
+        Bytes under the limit of the settings that the caller holds beside the problem.
     """
 
     W: object
@@ -86,9 +88,10 @@ class Problem:
     settings: object
     weight_unit: float = 1.0
     hessian_unit: float = 1.0
+    outside: int = 0
 
     @classmethod
-    def build(cls, W, H, layout, damp, settings):
+    def build(cls, W, H, layout, damp, settings, outside=0):
         """Permute, scale, damp, and retire dead columns.
 
         Parameters
@@ -101,10 +104,10 @@ class Problem:
         damp : float
             λ as a share of the mean of the diagonal of H.
         settings : Settings
+        outside : int
+            Bytes under the limit of the settings that the caller holds.
         """
         xp = arrays.namespace(H)
-        # Both forms of the Hessian; the target and what becomes of it.
-        _check_room(settings, 0, 2 * (H.nbytes + W.nbytes), "copies of W and its Hessian")
         W = xp.ascontiguousarray(views.permute(W, layout))
         columns = layout.column_order.ravel()
         H = H.copy() if views.ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
@@ -121,7 +124,7 @@ class Problem:
         weight_unit = _unit(arrays.largest(W))
         if weight_unit != 1:
             W /= weight_unit
-        return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit)
+        return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit, outside)
 
     def pull(self, right):
         """Raise the target by right Hλ⁻¹, for an (M, K) array in the weight's own order.
@@ -189,7 +192,6 @@ class Problem:
 
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
-        self._check_factor()
         if self._shared:
             R, _ = factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)
             _check_factor_of(self.H, R)
@@ -219,16 +221,14 @@ class Problem:
     @made_once
     def R_inverse(self):
         """R⁻¹, upper triangular."""
-        R = self.R
-        self._check_factor()
-        return factors.upper_inverse(R, self.precision)
+        return factors.upper_inverse(self.R, self.precision)
 
     @made_once
     def C(self):
-        """The inverse of the damped Hessian."""
+        """The inverse of the damped Hessian. R⁻¹ is let go of: what else needs it comes first."""
         inverse = self.R_inverse
         self.check_factored()
-        self._check_factor()
+        del self.R_inverse
         return factors.upper_gram(inverse, self.precision)
 
     @made_once
@@ -236,20 +236,14 @@ class Problem:
         """The diagonal blocks of C, place-major: shape (c, c, n)."""
         return factor_scope_blocks(self.R_inverse, self.layout.columns)
 
-    def free_bytes(self):
-        """Bytes that a method may still allocate."""
+    def free_bytes(self, held=0):
+        """Bytes that a method which holds so many itself may still allocate."""
         free = arrays.free_memory(self.xp)
-        if self.settings.memory_limit is None:
+        limit = self.settings.memory_limit
+        if limit is None:
             return int(0.8 * free)
-        return min(free, max(self.settings.memory_limit - self._held(), 0))
-
-    def _held(self):
-        """Bytes of all arrays so far."""
-        return sum(value.nbytes for value in vars(self).values() if hasattr(value, "nbytes"))
-
-    def _check_factor(self):
-        """Refuse a limit that leaves no room for another matrix as large as the Hessian."""
-        _check_room(self.settings, self._held(), self.H.nbytes, "a factor of the Hessian")
+        own = sum(value.nbytes for value in vars(self).values() if hasattr(value, "nbytes"))
+        return min(free, max(limit - self.outside - own - held, 0))
 
 
 def _check_factor_of(H, R):
@@ -262,14 +256,9 @@ def _check_factor_of(H, R):
         raise RuntimeError("hessian: found a factor made by several that is none of it")
 
 
-def _check_room(settings, held, size, what):
-    limit = settings.memory_limit
-    if limit is not None and limit - held < size:
-        raise ValueError(
-            f"memory_limit: found {arrays.size_text(limit)}, of which "
-            f"{arrays.size_text(max(limit - held, 0))} are left beside what is held, expected "
-            f"{arrays.size_text(size)} for {what}"
-        )
+def build_bytes(size):
+    """Bytes that `Problem.build` takes: the Hessian again, and the target permuted and again."""
+    return size.matrix + 2 * size.weight
 
 
 def _unit(size):

@@ -65,8 +65,8 @@ def prune(
     precision : {"tensor", "fp32"}
         Whether products in float32 may run on tensor cores (tf32, float16); float64 never does.
     memory_limit : int or str, optional
-        Bytes, or a size like "8GiB", for the layer, its factors and batches of rows; what is made
-        on the way comes on top. One in which these do not fit is refused.
+        Bytes, or a size like "8GiB", for all that the call makes beside what it was given, on a
+        GPU with what CUDA takes. One that is too small is refused with what is needed.
     workers : int, optional
         Threads that share the rows on the CPU; one for each core that the process may use by
         default.

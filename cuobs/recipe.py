@@ -113,6 +113,10 @@ class Method:
     options : tuple of Option
     resolves : bool
         Whether the method always leaves its weights to the exact re-solve.
+    memory : callable, optional
+        Called with a `cuobs.footprint.Size` and every option by name; returns the
+        `cuobs.footprint.Memory` that the function takes, for which a ``memory_limit`` is refused
+        before any work. Without it a weight and a mask are counted.
 
     Examples
     --------
@@ -126,12 +130,15 @@ class Method:
     function: object
     options: tuple = ()
     resolves: bool = False
+    memory: object = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name: found {self.name!r}, expected a name for a method")
         if not callable(self.function):
             raise TypeError(f"function: found {self.function!r}, expected a function")
+        if self.memory is not None and not callable(self.memory):
+            raise TypeError(f"memory: found {self.memory!r}, expected a function")
         object.__setattr__(self, "options", tuple(self.options))
         for option in self.options:
             if not isinstance(option, Option):
@@ -274,8 +281,7 @@ class Settings:
     batch_rows : int, optional
         Rows in a batch; sized from the free memory by default.
     memory_limit : int or str, optional
-        Bytes, or a size like "8GiB", for the layer, its factors and batches of rows; what is made
-        on the way comes on top.
+        Bytes, or a size like "8GiB", for all that a call makes beside what it was given.
     progress : callable, optional
         Called with (done, total) as the work goes.
     devices : str or int, optional

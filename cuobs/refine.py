@@ -3,11 +3,12 @@
 import numpy as np
 
 from cuobs import validation
+from cuobs.arrays import device_name
 from cuobs.batches import run_batches
-from cuobs.ops.conjugate_gradient import masked_cg
+from cuobs.ops.conjugate_gradient import cg_bytes, masked_cg
 from cuobs.ops.factors import upper_solve
 from cuobs.ops.products import matmul
-from cuobs.ops.systems import masked_factor_solve
+from cuobs.ops.systems import factor_solve_bytes, masked_factor_solve
 
 # Residuals to stop at, by the norm of the target; both with columns scaled to a unit diagonal of H.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
@@ -42,22 +43,39 @@ def resolve(problem, mask, start=None):
     dtype = problem.dtype.name
     xp, target = problem.xp, problem.W
     M, K = mask.shape
-    kept = int(mask.sum()) / M
-    # A row's own factor costs kept³/3, an iteration of all rows K² each; both twice that in FLOP.
-    if xp is np and kept**3 / 3 < ITERATIONS[dtype] * K**2:
-        return _factor_rows(problem, mask), True
-    begin = xp.where(mask, target if start is None else start, 0)
-    X, converged = _descend(problem, mask, begin, problem.precision)
+    if _by_factors(device_name(xp), int(mask.sum()) / M, K, dtype):
+        return _factor_rows(problem, mask, start), True
+
+    def begin():
+        return xp.where(mask, target if start is None else start, 0)
+
+    X, converged = _descend(problem, mask, begin(), problem.precision)
     if dtype == "float64" or excess(problem, mask, X) <= CERTAIN:
         return X, converged
     # Again from the true residual, in which no rounding has added up.
     X, converged = _descend(problem, mask, X, problem.precision, further=True)
     if excess(problem, mask, X) > CERTAIN:
-        if xp is not np and problem.precision == "tensor":
+        if device_name(xp) == "cuda" and problem.precision == "tensor":
             # What tensor cores leave can be far off: with all digits from the beginning.
-            X, _ = _descend(problem, mask, begin, "fp32")
+            X, _ = _descend(problem, mask, begin(), "fp32")
         X, converged = _descend(problem, mask, X, "fp32", further=True)
     return X, converged and excess(problem, mask, X) <= CERTAIN
+
+
+def _by_factors(device, kept, K, dtype):
+    """Whether rows that keep so many of K columns are solved by a factor each."""
+    # That costs kept³/3, an iteration of all rows K² each; both twice that in FLOP.
+    return device == "cpu" and kept**3 / 3 < ITERATIONS[dtype] * K**2
+
+
+def resolve_bytes(size):
+    """Bytes that `resolve` takes beside the problem, the factor R, mask and start."""
+    layout, K = size.layout, size.layout.shape[1]
+    if _by_factors(size.device, K * layout.keep / layout.n_blocks, K, f"float{8 * size.itemsize}"):
+        kept = layout.column_groups * (layout.columns - layout.pruned_columns[0])
+        return 2 * size.weight + factor_solve_bytes(kept, K, size.itemsize)
+    # X and the residual to start from.
+    return 2 * size.weight + cg_bytes(*layout.shape, size.itemsize)
 
 
 def warn_unconverged(dtype):
@@ -75,15 +93,21 @@ def _descend(problem, mask, X, precision, further=False):
     away = target - X
     # What is left where it has settled is less than what tensor cores round.
     residual = matmul(away, H, "fp32" if further else precision)
+    away *= residual
+    energy = float(away.sum(dtype="float64"))
+    squares = problem.xp.multiply(target, target, out=away)
+    squares *= H.diagonal()
+    limit = TOLERANCE[dtype] ** 2 * squares.sum(1)
+    del away, squares
     return masked_cg(
         H,
         residual,
         mask,
         X,
-        limit=TOLERANCE[dtype] ** 2 * (target**2 * H.diagonal()).sum(1),
+        limit=limit,
         max_iterations=10 * len(H),
         settled=SETTLED[dtype] * (FURTHER if further else 1),
-        energy=float((away * residual).sum(dtype="float64")),
+        energy=energy,
         precision=precision,
         progress=lambda done: problem.settings.report(min(done, expected), expected),
     )
@@ -110,12 +134,14 @@ def excess(problem, mask, X):
     return above / lost if above > rounding and lost > 0 else 0.0
 
 
-def _factor_rows(problem, mask):
+def _factor_rows(problem, mask, start):
     G = problem.W @ problem.H
     out = np.zeros_like(problem.W)
+    held = G.nbytes + out.nbytes + mask.nbytes + (0 if start is None else start.nbytes)
+    each = factor_solve_bytes(int(mask.sum(1).max()), len(problem.H), out.itemsize)
 
     def solve(begin, end):
         masked_factor_solve(problem.H, G[begin:end], mask[begin:end], out=out[begin:end])
 
-    run_batches(solve, len(mask), problem, bytes_per_row=problem.H.nbytes)
+    run_batches(solve, len(mask), problem, bytes_per_worker=each, held=held)
     return out

@@ -1,7 +1,5 @@
 """The front door: what it refuses, what it gives back, options, targets, reconstruct."""
 
-import contextlib
-
 import layers
 import numpy as np
 import oracles
@@ -543,46 +541,3 @@ def test_relative_loss(xp):
 def test_a_limit_without_its_unit_is_refused(limit):
     refused(ValueError, "memory_limit: found .*, which is .* expected at least 64 KiB",
             memory_limit=limit)
-
-
-def test_a_limit_below_the_layer_itself_is_refused():
-    W, X = np.ones((64, 512), "float32"), np.ones((4, 512), "float32")
-    words = r"memory_limit: found 1 MiB, expected more than 1.12 MiB, which W 64 x 512 and its H"
-    refused(ValueError, words, W, X, memory_limit="1MiB", method="magnitude")
-    with pytest.raises(ValueError, match=words):
-        cuobs.compare(W, X, memory_limit="1MiB", device="cpu")
-
-
-@pytest.mark.parametrize("method", cuobs.methods())
-def test_a_limit_that_holds_a_layer_but_no_work_on_it_is_refused(method):
-    """W, its Hessian, and the same again, damped; then factors, where there are several."""
-    W, H = layers.random_layer(256, 512)
-    least, arguments = 4 * (256 * 512 + 512 * 512), {"hessian": H, "method": method}
-    refused = pytest.raises(ValueError, match="memory_limit: found .* left beside what is held")
-    with refused:
-        cuobs.prune(W, **arguments, memory_limit=least * 5 // 4, device="cpu")
-    few = method in ("magnitude", "wanda", "obs-interleaved", "sparsegpt")
-    with contextlib.nullcontext() if few else refused:
-        cuobs.prune(W, **arguments, memory_limit=2 * least, device="cpu")
-
-
-def test_a_limit_below_one_row_is_refused_and_one_above_it_is_kept(monkeypatch):
-    """True OBS of a row of 512 columns needs some MiB: never more rows at once than fit."""
-    from cuobs import batches
-
-    W, H = layers.random_layer(8, 512)
-    arguments = {"hessian": H, "method": "true-obs", "device": "cpu"}
-    with pytest.raises(ValueError, match="memory_limit: found 4.39 MiB, of which .* for a row at"):
-        cuobs.prune(W, **arguments, memory_limit="4500KiB", workers=2)
-    seen = []
-    share = batches._share
-
-    def watched(function, count, rows, workers, settings):
-        seen.append((rows, workers))
-        return share(function, count, rows, workers, settings)
-
-    monkeypatch.setattr(batches, "_share", watched)
-    plain = cuobs.prune(W, **arguments, workers=4)
-    tight = cuobs.prune(W, **arguments, memory_limit="5200KiB", workers=4)
-    np.testing.assert_array_equal(tight.mask, plain.mask)
-    assert [workers for _, workers in seen[:2]] == [4, 4] and seen[2:] == [(1, 2), (1, 1)]

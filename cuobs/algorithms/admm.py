@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from cuobs.algorithms.admm_ops import project_update, ridge_right_side
 from cuobs.arrays import largest
+from cuobs.footprint import Memory
 from cuobs.ops.products import gemm, matmul, tensor_operand
-from cuobs.ops.projection import project_mask
+from cuobs.ops.projection import project_mask, projection_bytes
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 
@@ -60,7 +61,8 @@ def admm(problem, schedule="default"):
     """
     xp, layout, precision = problem.xp, problem.layout, problem.precision
     scale = xp.sqrt(problem.H.diagonal())
-    H = problem.H / scale / scale[:, None]
+    H = problem.H / scale
+    H /= scale[:, None]
     W = problem.W * scale
     unit = _unit(W)
     W /= unit
@@ -69,18 +71,19 @@ def admm(problem, schedule="default"):
     H_operand = tensor_operand(H, precision)
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
-    B, D, V, right = W.copy(), W * mask, xp.zeros_like(W), xp.empty_like(W)
+    B, D, V, right = W, W * mask, xp.zeros_like(W), xp.empty_like(W)
     # B as tensor cores take it, where they do; the pass that reads B writes it too.
     B_operand = tensor_operand(B, precision)
     written = None if B_operand is B else B_operand
     settings = problem.settings
     n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
     rho, growth = SCHEDULES[schedule]
-    inverted = 0.0
+    A, inverted = None, 0.0
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
-            inverted = AHEAD * rho
-            A = tensor_operand(problem.inverse(_shifted(H, inverted)), precision)
+            # The last one goes before the next comes.
+            A, inverted = None, AHEAD * rho
+            A = tensor_operand(_shifted_inverse(problem, H, inverted), precision)
         ridge_right_side(D, V, G, rho, right, B, written)
         gemm(B_operand, H_operand, right, alpha=-1, beta=1, precision=precision)
         gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
@@ -91,7 +94,8 @@ def admm(problem, schedule="default"):
             break
         rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
     project_mask(B, mask, layout)
-    return Pruned(mask, B / scale)
+    B /= scale
+    return Pruned(mask, B)
 
 
 def _unit(W):
@@ -103,11 +107,23 @@ def _unit(W):
     return 2.0 ** max(math.frexp(size)[1] - 10, -60) if size else 1.0
 
 
-def _shifted(H, rho):
-    """H + ρI."""
-    shifted = H.copy()
-    shifted.ravel()[:: len(H) + 1] += rho
-    return shifted
+def _shifted_inverse(problem, H, rho):
+    """(H + ρI)⁻¹; the diagonal of H is changed meanwhile."""
+    diagonal = H.ravel()[:: len(H) + 1]
+    own = diagonal.copy()
+    diagonal += rho
+    try:
+        return problem.inverse(H)
+    finally:
+        diagonal[:] = own
+
+
+def memory(size, schedule):
+    """H with a unit diagonal and, of H + ρI, the inverse or what it comes from; six weights."""
+    operands = size.operand(size.matrix + 2 * size.weight)
+    inverted = 3 * size.matrix + size.operand(size.matrix)
+    applied = 2 * size.matrix + max(size.product, size.mask + projection_bytes(size))
+    return Memory(5 * size.weight + size.mask + operands + max(inverted, applied))
 
 
 METHOD = Method(
@@ -117,4 +133,5 @@ METHOD = Method(
     (Option("schedule", str, tuple(SCHEDULES), "default",
             "How the penalty grows; slow is better and takes longer."),),
     resolves=True,
+    memory=memory,
 )  # fmt: skip

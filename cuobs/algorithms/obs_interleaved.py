@@ -1,8 +1,9 @@
 """OBS span by span: compensation to the right, each finished span eliminated from C."""
 
+from cuobs.footprint import Memory
 from cuobs.ops.products import gemm
-from cuobs.ops.selection import scope_blocks, select_mask
-from cuobs.ops.sweep import scope_solutions, span_inverses
+from cuobs.ops.selection import mask_bytes, scope_blocks, select_mask
+from cuobs.ops.sweep import scope_solutions, solutions_bytes, span_inverses
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 
@@ -60,7 +61,7 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
     xp, W = problem.xp, problem.W
     R = xp.ascontiguousarray(problem.R)
     precision = problem.precision
-    width = -(-problem.layout.column_groups // splits) * problem.layout.columns
+    width = span_width(problem.layout, splits)
     T = xp.zeros_like(W)
     weight = xp.empty_like(W)
     starts = range(0, W.shape[1], width)
@@ -80,8 +81,37 @@ def sweep_spans(problem, splits, mask, choose_mask=None):
     return Pruned(mask, weight)
 
 
+def span_width(layout, splits):
+    """Columns of a span."""
+    return -(-layout.column_groups // splits) * layout.columns
+
+
+def split_memory(size, splits):
+    """`memory`, and R⁻¹ with its scopes' blocks."""
+    more = size.matrix + size.layout.columns * size.layout.shape[1] * size.itemsize
+    most, kept = memory(size, splits)
+    return Memory(more + most, more + kept)
+
+
+def memory(size, splits):
+    """R twice, the inverses of all spans, T, mask, weight and what is added to T or a span."""
+    M, K = size.layout.shape
+    width = min(span_width(size.layout, splits), K)
+    # Each span has two arrays, which are objects of Python.
+    spans = 2 * K * width * size.itemsize + 1024 * (K // width)
+    span = M * width * size.itemsize
+    chosen = mask_bytes(size) if width == K else mask_bytes(size) * width // K
+    rest = size.product * (K - width) // K
+    work = span + max(chosen, solutions_bytes(size, width), span + max(span, rest))
+    return Memory(
+        2 * size.matrix + spans + 2 * size.weight + size.mask + work, size.matrix
+    )
+
+
 SPLITS = Option("splits", int, default=64, help="Spans of columns.")
-SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_split, (SPLITS,))
+SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_split, (SPLITS,),
+               memory=split_memory)
 METHOD = Method(
-    "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,)
+    "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,),
+    memory=memory,
 )

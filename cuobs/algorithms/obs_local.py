@@ -1,7 +1,9 @@
 """OBS with compensation inside each scope only."""
 
-from cuobs.ops.selection import select_mask
-from cuobs.ops.systems import scope_compensation
+from cuobs.footprint import Memory
+from cuobs.ops.pieces import piece_bytes
+from cuobs.ops.selection import mask_bytes, select_mask
+from cuobs.ops.systems import scope_compensation, solve_bytes
 from cuobs.problem import Pruned
 from cuobs.recipe import Method
 
@@ -23,4 +25,15 @@ def obs_local(problem):
     return Pruned(mask, scope_compensation(W, C, mask))
 
 
-METHOD = Method("obs-local", "exact scope costs, compensation inside each scope", obs_local)
+def memory(size):
+    """R, R⁻¹ and the scopes' blocks; mask, weight and a piece of either pass."""
+    M, K = size.layout.shape
+    c = size.layout.columns
+    kept = 2 * size.matrix + c * K * size.itemsize
+    solved = piece_bytes(M, K // c * solve_bytes(c, size.itemsize), size.device)
+    return Memory(kept + size.mask + max(mask_bytes(size), size.weight + solved), kept)
+
+
+METHOD = Method(
+    "obs-local", "exact scope costs, compensation inside each scope", obs_local, memory=memory
+)

@@ -3,10 +3,11 @@
 import numpy as np
 
 from cuobs.arrays import to_numpy
-from cuobs.ops.conjugate_gradient import masked_cg
+from cuobs.footprint import Memory
+from cuobs.ops.conjugate_gradient import cg_bytes, masked_cg
 from cuobs.ops.products import gemm, matmul
 from cuobs.ops.schur import eliminate
-from cuobs.ops.selection import expand, scope_blocks, select
+from cuobs.ops.selection import expand, mask_bytes, scope_blocks, select
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 
@@ -33,7 +34,8 @@ def obs_ordered(problem, group=None, order="largest"):
     m, r, c = layout.row_groups, layout.rows, layout.columns
     scopes, M = layout.column_groups, m * r
     group, tolerance = group or default_group(scopes), TOLERANCE[problem.dtype.name]
-    W, C = problem.W.copy(), problem.C.copy()
+    # Of the scopes that are left; what shrinks is taken into another array before it is written.
+    W, C = problem.W, problem.C
     left = np.arange(scopes)
     weight = xp.empty_like(W)
     mask = xp.empty(W.shape, bool)
@@ -63,7 +65,8 @@ def obs_ordered(problem, group=None, order="largest"):
         mask[:, final] = kept
         W = W[:, others]
         gemm(multipliers, cross, W, alpha=-1, beta=1, precision=problem.precision)
-        C = C[others][:, others]
+        C = C[others]
+        C = C[:, others]
         eliminate(C, C_group, cross, problem.precision)
         left = left[rest]
         problem.settings.report(scopes - len(left), scopes)
@@ -89,6 +92,36 @@ def _columns(scopes, c):
     return (scopes[:, None] * c + np.arange(c)).ravel()
 
 
+def memory(size, group, order):
+    """R, R⁻¹ and C, then R and C; weight and mask, and the first two groups' work."""
+    K, c = size.layout.shape[1], size.layout.columns
+    p = min(group or default_group(size.layout.column_groups), size.layout.column_groups) * c
+    first = _group_bytes(size, K, p, owned=False)
+    second = _group_bytes(size, max(K - p, 0), p, owned=True)
+    work = size.weight + size.mask + max(first, second)
+    return Memory(max(3 * size.matrix, 2 * size.matrix + work), 2 * size.matrix)
+
+
+def _group_bytes(size, columns, p, owned):
+    """Of a group of p columns among those that are left, whose C and W are the loop's own or the
+    problem's."""
+    M, (m, s) = size.layout.shape[0], (size.layout.row_groups, size.itemsize)
+    left = max(columns - p, 0)
+    scopes = m * columns // size.layout.columns
+    C, W = owned * columns**2 * s, owned * M * columns * s
+    selected = scopes * (size.layout.n_blocks + 2 * s)
+    # Rows of C and what lies between group and others; multipliers, deviations and weights.
+    group = p * (columns + p + left) * s + M * p * (3 * s + 1)
+    rest = M * left * s
+    return max(
+        C + W + selected + mask_bytes(size),
+        C + W + selected + group + cg_bytes(M, p, s),
+        C + selected + group + rest + max(W, size.product and rest),
+        C + selected + group + rest + left * columns * s,
+        selected + group + rest + left * (left + max(columns, left + p)) * s,
+    )
+
+
 GROUP = Option(
     "group", int, help="Scopes between two Schur updates.", computed="a tenth of them"
 )
@@ -97,4 +130,5 @@ METHOD = Method(
     "groups of scopes, dearest first, one C for all rows",
     obs_ordered,
     (GROUP, Option("order", str, ORDERS, "largest", "Which scopes go first.")),
+    memory=memory,
 )

@@ -1,5 +1,6 @@
 """SparseGPT in the form of one Cholesky factor."""
 
+from cuobs.footprint import Memory
 from cuobs.ops.products import gemm
 from cuobs.ops.sweep import block_width, sparsegpt_block
 from cuobs.problem import Pruned
@@ -41,7 +42,24 @@ def sparsegpt(problem):
             gemm(S[:, i:j], own[:, j - i :], S[:, j:b], beta=1, precision=problem.precision)
         gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1, precision=problem.precision)
         problem.settings.report(b, K)
-    return Pruned(mask, (W - S) * mask)
+    weight = xp.subtract(W, S, out=S)
+    weight *= mask
+    return Pruned(mask, weight)
 
 
-METHOD = Method("sparsegpt", "column by column, kept columns freeze", sparsegpt)
+def memory(size):
+    """R and some rows of it, S, mask, and either a block's columns or what is added to S."""
+    M, K = size.layout.shape
+    c, s = size.layout.columns, size.itemsize
+    width = block_width(c)
+    rows = min(BLOCKS * width, K)
+    block = M * (min(width, K) * (4 * s + 2) + c * (5 * s + 8))
+    added = size.product * max(K - rows, rows - width) // K
+    return Memory(
+        size.matrix + rows * K * s + size.weight + size.mask + max(block, added), size.matrix
+    )
+
+
+METHOD = Method(
+    "sparsegpt", "column by column, kept columns freeze", sparsegpt, memory=memory
+)

@@ -9,9 +9,11 @@ from cuobs import arrays
 from cuobs.algorithms import true_obs_ops as ops
 from cuobs.algorithms.obs_ordered import GROUP, default_group
 from cuobs.batches import Workspace, run_batches
+from cuobs.footprint import Memory
 from cuobs.ops.factors import cholesky_inverse
+from cuobs.ops.pieces import piece_bytes
 from cuobs.ops.products import CHUNK, tensor_operand
-from cuobs.ops.selection import scope_blocks, select
+from cuobs.ops.selection import scope_blocks, select, select_bytes
 from cuobs.problem import Pruned
 from cuobs.recipe import Method, Option
 
@@ -53,6 +55,8 @@ def true_obs(problem, group=None, order="gap"):
     scale = 1 / xp.sqrt(problem.C.diagonal())
     C = problem.C * scale
     C *= scale[:, None]
+    # The weights are found by H alone.
+    del problem.C
     W = (problem.W * scale).reshape(m, r, n, c)
     rank = _shared_rank(W, C, layout) if order == "shared" else xp.arange(n)
     run = _Run(
@@ -80,8 +84,13 @@ def true_obs(problem, group=None, order="gap"):
                 f"in {C.dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
             ) from None
 
-    run_batches(prune, m, problem, r * _bytes_per_row(run), unit=CHUNK // math.gcd(CHUNK, r),
-                most=max(1, MAX_ROWS // r))
+    held = {id(a): a.nbytes for a in (C, run.C_factor, W, mask, cost)}
+    shape = layout, run.group, C.dtype.itemsize
+    each = _bytes_per_row(*shape, run.C_factor.dtype.itemsize, arrays.device_name(xp))
+    run_batches(
+        prune, m, problem, r * each, _bytes_per_worker(*shape), sum(held.values()),
+        unit=CHUNK // math.gcd(CHUNK, r), most=max(1, MAX_ROWS // r),
+    )  # fmt: skip
     return Pruned(mask.reshape(m * r, n * c), cost=cost.ravel())
 
 
@@ -109,22 +118,20 @@ def _prune_rows(run, W, mask, cost):
     sizes, area = _plan(layout, run.group)
     dtype = run.C_factor.dtype
     for name, size in sizes.items():
-        space.array(name, (m * r, size), dtype, xp)
+        rows = ops.rows_at_once(W, m * r) if name == "Y" else m * r
+        space.array(name, (rows, size), dtype, xp)
     # Of the open scopes: which they are, weights and diagonal blocks of the inverse Hessian,
     # place-major, and the factor of all columns pruned so far.
     scopes = xp.tile(xp.arange(n, dtype=np.int32), (m, 1))
     w = xp.array(W.transpose(3, 0, 1, 2), order="C")
     own = scope_blocks(run.C, c)[:, :, None, None]
     D = xp.array(xp.broadcast_to(own, (c, *w.shape)), order="C")
-    alike = ops.pruned_columns(layout)[1]
-    factor = ops.Factor(
-        xp.empty((m * r, n * c, 0), dtype), starts=None if alike else xp.zeros(m * r, np.int32)
-    )
+    starts = None if ops.alike(layout) else xp.zeros(m * r, np.int32)
+    factor = ops.Factor(xp.empty((m * r, n * c, 0), dtype), starts=starts)
     cost[...] = 0
     cost = cost.reshape(m * r)
-    # A GPU is not asked before the end, since each question waits for it; only where rows lose
-    # different numbers of columns, each group asks for the most.
-    info = None if xp is np else xp.zeros(m * r, np.int32)
+    # Only where rows lose different numbers of columns, each group asks a GPU for the most.
+    info = ops.notes(W, m * r)
     for left in range(n - run.group, -run.group, -run.group):
         size = run.group + min(left, 0)
         blocks, best, gap = select(w, D, layout)
@@ -160,7 +167,7 @@ def _plan(layout, group):
     """Elements that a row needs in each buffer, and the area that its Z spans."""
     n, c = layout.column_groups, layout.columns
     K = n * c
-    most, alike = ops.pruned_columns(layout)
+    most = layout.pruned_columns[1]
     # A group takes `aligned` columns of Z, few as they may be.
     area = int(SHARE * K * n * ops.aligned(group * most) / group)
     Z = Y = Z_P = used = room = 0
@@ -173,21 +180,48 @@ def _plan(layout, group):
             room = ops.room_for(used + p, rows, area)
             Z = max(Z, rows * (room + ops.ALIGN))
         used += p
-    return {"Z0": Z, "Z1": Z, "Y": Y, "Z_P": Z_P} | ({} if alike else {"Zn": Y}), area
+    return {"Z0": Z, "Z1": Z, "Y": Y, "Z_P": Z_P} | ({} if ops.alike(layout) else {"Zn": Y}), area
 
 
-def _bytes_per_row(run):
-    """Memory that a row of a batch takes at most."""
-    layout, size = run.layout, run.C.dtype.itemsize
+def _bytes_per_row(layout, group, itemsize, short, device):
+    """Bytes that a row of a batch takes at most; `short` are those of a number in the factor."""
     n, c = layout.column_groups, layout.columns
-    short = run.C_factor.dtype.itemsize
-    p = ops.aligned(run.group * ops.pruned_columns(layout)[0])
-    buffers = sum(_plan(layout, run.group)[0].values()) * short
+    p = ops.aligned(group * layout.pruned_columns[1])
+    sizes, _ = _plan(layout, group)
+    on_cpu = device == "cpu"
+    buffers = (sum(sizes.values()) - on_cpu * sizes["Y"]) * short
     # A = LLᵀ, halves of it while it is factored, L⁻¹ again in the factor's dtype.
-    factors = p * p * (2 * size + short)
-    # Weights twice, blocks, and what a selection looks at and returns.
-    scopes = n * ((c * c + 2 * c + len(layout.candidates) + 8) * size + layout.n_blocks + 8)
-    return buffers + factors + scopes + p * (size + 16)
+    factors = p * p * (2 * itemsize + short)
+    # Weights twice, blocks, and what a selection returns; a kernel makes nothing else on the way.
+    scopes = n * ((c * c + 2 * c + 8) * itemsize + layout.n_blocks + 24)
+    on_the_way = select_bytes(layout, itemsize, own=True) if on_cpu else (
+        n * len(layout.candidates) * itemsize
+    )
+    return buffers + factors + scopes + on_the_way + p * (itemsize + 16 + 40 * on_cpu)
+
+
+def _bytes_per_worker(layout, group, itemsize):
+    """What a thread on the CPU takes for the one row that it is at."""
+    K = layout.column_groups * layout.columns
+    p = ops.aligned(group * layout.pruned_columns[1])
+    # Rows of C, Y and what it loses; the places of A and what that loses.
+    return 3 * p * K * itemsize + p * p * (16 + itemsize)
+
+
+def memory(size, group, order):
+    """R, R⁻¹ and C, then R and a scaled C; the scaled weight, mask, and a row."""
+    layout, s = size.layout, size.itemsize
+    n, groups = layout.column_groups, layout.row_groups
+    group = min(group or default_group(n), n)
+    short = s - size.operand(s)
+    row = layout.rows * _bytes_per_row(layout, group, s, short, size.device)
+    row += (size.device == "cpu") * _bytes_per_worker(layout, group, s)
+    if order == "shared":
+        each = select_bytes(layout, s)
+        ranking = groups * n * (layout.n_blocks + 2 * s) + piece_bytes(groups, each, size.device)
+        row = max(row, ranking)
+    work = size.operand(size.matrix) + size.weight + size.mask + row
+    return Memory(max(3 * size.matrix, 2 * size.matrix + work), size.matrix)
 
 
 def _shared_rank(W, C, layout):
@@ -205,4 +239,5 @@ METHOD = Method(
     true_obs,
     (GROUP, Option("order", str, ORDERS, "gap", "Which scopes go first.")),
     resolves=True,
+    memory=memory,
 )

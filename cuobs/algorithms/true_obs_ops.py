@@ -10,7 +10,6 @@ Shapes speak of m row groups of r rows, of which each has n open scopes of c col
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -40,6 +39,21 @@ class Factor:
     used: int = 0
     starts: object = None
     turn: int = 0
+
+
+@twinned()
+def rows_at_once(C, rows):
+    """Of so many rows of a batch, those whose Y `eliminated_columns` makes at once."""
+    return 1
+
+
+@twinned()
+def notes(W, rows):
+    """Where to note the rows whose factorisation fails; None where that is raised at once.
+
+    A GPU is not asked before the end, since each question waits for it.
+    """
+    return None
 
 
 @twinned()
@@ -105,7 +119,13 @@ def take_pruned(blocks, chosen, scopes, w, layout, mask):
     columns = scopes[index // r, position] * c + place
     places = position * c + place
     places[filled] = columns[filled] = -1
-    return places, columns, weights, None if pruned_columns(layout)[1] else counts
+    return places, columns, weights, None if alike(layout) else counts
+
+
+def alike(layout):
+    """Whether every row loses as many columns of a scope."""
+    least, most = layout.pruned_columns
+    return least == most
 
 
 @twinned()
@@ -129,7 +149,7 @@ def gather_factor(Z, places, used, out=None):
         out[...] = Z[:, :, :used]
     else:
         for b in range(B):
-            Z[b, :, :used].take(places[b], axis=0, out=out[b], mode="wrap")
+            out[b] = Z[b, places[b], :used]
         if (places[:, -1] < 0).any():
             out[places < 0] = 0
     return out
@@ -288,9 +308,10 @@ def eliminated_columns(C, scopes, columns, Z, Z_P, inverse, counts, out, space, 
     c, r = Z.shape[1] // n, B // m
     by_scope = C.reshape(len(C), -1, c)
     for b in range(B):
-        own = p if counts is None else counts[b]
+        own = p if counts is None else int(counts[b])
+        Y = space.array("Y", (own, n, c), C.dtype)
         # Whole rows first: two takes read memory in order, one double index would not.
-        Y = by_scope[columns[b, :own]].take(scopes[b // r], axis=1)
+        by_scope[columns[b, :own]].take(scopes[b // r], axis=1, out=Y, mode="clip")
         Y = Y.reshape(own, n * c)
         if Z.shape[2]:
             Y -= Z_P[b, :own] @ Z[b].T
@@ -361,16 +382,6 @@ def make_room(factor, p, area, space):
 def room_for(used, n, area):
     """The columns that `make_room` gives a Z of n rows that needs `used` of them."""
     return aligned(max(used, area // n))
-
-
-@lru_cache(maxsize=64)
-def pruned_columns(layout):
-    """The most columns that a scope takes from one row, and whether it always takes as many."""
-    n_pruned = layout.n_blocks - layout.keep
-    counts = (layout.blocks[:, :, None] == np.arange(layout.n_blocks)).sum(1)
-    counts.sort(axis=1)
-    most, least = counts[:, -n_pruned:].sum(1).max(), counts[:, :n_pruned].sum(1).min()
-    return int(most), bool(most == least)
 
 
 def aligned(count):

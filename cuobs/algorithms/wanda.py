@@ -1,6 +1,6 @@
 """Wanda: weights times activation norms."""
 
-from cuobs.algorithms.magnitude import prune_by_score
+from cuobs.algorithms.magnitude import memory, prune_by_score
 from cuobs.recipe import Method
 
 
@@ -12,9 +12,15 @@ def wanda(problem):
     .. [1] Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for large language
        models", ICLR 2024.
     """
-    return prune_by_score(problem, problem.W**2 * problem.diagonal)
+
+    def score(W):
+        squares = W * W
+        squares *= problem.diagonal
+        return squares
+
+    return prune_by_score(problem, score)
 
 
 METHOD = Method(
-    "wanda", "smallest weights times activation norms, no compensation", wanda
+    "wanda", "smallest weights times activation norms, no compensation", wanda, memory=memory
 )

@@ -73,8 +73,10 @@ def masked_cg(
     operand = A / scale
     operand /= scale[:, None]
     operand = tensor_operand(operand, precision)
-    residual = xp.where(mask, residual / scale, 0)
-    X = xp.zeros_like(residual) if X is None else xp.where(mask, X * scale, 0)
+    residual = xp.where(mask, residual, 0)
+    residual /= scale
+    X = xp.zeros_like(residual) if X is None else xp.where(mask, X, 0)
+    X *= scale
     rr = row_squares(residual)
     # A residual below this counts as none: the unit of its direction would overflow.
     limit = xp.maximum(limit, 4 * len(A) / float(xp.finfo(rr.dtype).max))
@@ -100,6 +102,15 @@ def masked_cg(
         converged = bool((rr <= limit).all())
     X /= scale
     return X, converged
+
+
+def cg_bytes(M, K, itemsize):
+    """Bytes that `masked_cg` takes beside its arguments.
+
+    X, residual, direction, product and what a step makes of one of them; a mask; the matrix with a
+    unit diagonal.
+    """
+    return M * K * (5 * itemsize + 1) + K * K * itemsize
 
 
 def _check_system(A, residual, mask, X, limit, precision):

@@ -5,7 +5,8 @@ from typing import Any
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, contiguous, real, shaped
 from cuobs.ops.dispatch import twinned
-from cuobs.ops.selection import block_sums, expand, prune_lowest
+from cuobs.ops.pieces import piece_bytes, pieces
+from cuobs.ops.selection import keep_highest, score_bytes
 
 
 def check_project_mask(B, mask, layout):
@@ -18,6 +19,12 @@ def check_project_mask(B, mask, layout):
     shaped("mask", mask, B.shape)
     for name, array in ("B", B), ("mask", mask):
         contiguous(name, array)
+
+
+def projection_bytes(size):
+    """Bytes that `project_mask` makes on the way."""
+    each = score_bytes(size.layout, size.layout.shape[1], size.itemsize)
+    return piece_bytes(size.layout.row_groups, each, size.device)
 
 
 @twinned(check_project_mask)
@@ -39,11 +46,10 @@ def project_mask(B: Any, mask: Any, layout: Any) -> int:
     int
         Elements whose mask changed.
     """
-    r, c = layout.blocks.shape
-    m, n = B.shape[0] // r, B.shape[1] // c
-    squares = (B * B).reshape(m, r, n, c).transpose(3, 0, 1, 2)
-    pruned = prune_lowest(block_sums(squares, layout), layout.n_blocks - layout.keep)
-    new = ~expand(pruned, layout).reshape(mask.shape)
-    changed = int(namespace(B).count_nonzero(new != mask))
-    mask[...] = new
+    xp, r, changed = namespace(B), layout.rows, 0
+    for part in pieces(xp, len(B) // r, score_bytes(layout, B.shape[1], B.dtype.itemsize)):
+        rows = slice(part.start * r, part.stop * r)
+        new = keep_highest(B[rows] * B[rows], layout)
+        changed += int(xp.count_nonzero(new != mask[rows]))
+        mask[rows] = new
     return changed

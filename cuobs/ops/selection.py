@@ -4,6 +4,7 @@ Arrays are place-major: w has shape (c, m, r, n) for m row groups of r rows and 
 c columns; what is known of the blocks of a scope has shape (blocks, m, n).
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, real, rows_in_a_piece, same_dtype, square
 from cuobs.ops.dispatch import twinned
+from cuobs.ops.pieces import piece_bytes, pieces
 
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
 COMPARED = 16
@@ -99,6 +101,35 @@ def expand(blocks: Any, layout: Any) -> Any:
         for place in range(c):
             out[:, row, :, place] = blocks[layout.blocks[row, place]]
     return out
+
+
+def keep_highest(scores, layout):
+    """The mask of the blocks whose scores have the highest sums: bool like the scores, True = kept.
+
+    Parameters
+    ----------
+    scores : array, shape (rows, K)
+        Of whole row groups, in layout order.
+    layout : Layout
+    """
+    r, c = layout.blocks.shape
+    by_place = scores.reshape(-1, r, scores.shape[1] // c, c).transpose(3, 0, 1, 2)
+    pruned = prune_lowest(block_sums(by_place, layout), layout.n_blocks - layout.keep)
+    kept = expand(pruned, layout)
+    return ~kept.reshape(scores.shape)
+
+
+def score_bytes(layout, K, itemsize):
+    """Bytes that `keep_highest` makes on the way for a row group, its scores among them."""
+    # Sums, and the same without NaN.
+    sums = itemsize * (1 if layout.elementwise else 2)
+    scopes = layout.column_groups * (layout.n_blocks * sums + _rank_bytes(layout))
+    return layout.rows * K * (itemsize + 3) + scopes
+
+
+def _rank_bytes(layout):
+    """Of the blocks of a scope: ranks of a byte with what is compared, or two sorts."""
+    return layout.n_blocks * (3 if layout.n_blocks <= COMPARED else 24)
 
 
 def scope_blocks(C, c):
@@ -267,7 +298,42 @@ def select(w: Any, C: Any, layout: Any) -> tuple:
     best, gap : array, shape (m, n)
         The cost of that mask, and how much more the second-best costs.
     """
-    return choose(candidate_costs(w, C, layout), layout)
+    xp = namespace(w)
+    _, m, _, n = w.shape
+    blocks = xp.empty((layout.n_blocks, m, n), bool)
+    best, gap = xp.empty((m, n), w.dtype), xp.empty((m, n), w.dtype)
+    for part, *found in _chosen(w, C, layout):
+        blocks[:, part], best[part], gap[part] = found
+    return blocks, best, gap
+
+
+def _chosen(w, C, layout):
+    """Pieces of row groups, each with what `choose` finds there."""
+    own = C.ndim > 3
+    for part in pieces(namespace(w), w.shape[1], select_bytes(layout, w.dtype.itemsize, own)):
+        costs = candidate_costs(w[:, part], C[:, :, part] if own else C, layout)
+        yield part, *choose(costs, layout)
+
+
+@lru_cache(maxsize=64)
+def select_bytes(layout, itemsize, own=False):
+    """Bytes that `select` makes on the way for a row group, whose C is its own or shared."""
+    known = 0
+    for masks in layout.candidates.transpose(1, 0, 2):
+        places = [tuple(np.flatnonzero(mask).tolist()) for mask in masks]
+        sets = {p[: i + 1] for p in places for i in range(len(p))}
+        # The cost of each that a chain knows, and of more than one place the weight; the pivot and
+        # the row of L, too, if C is its own.
+        known = max(known, sum(2 + own * len(p) if p[1:] else 1 for p in sets))
+    costs = len(layout.candidates)
+    numbers = max(known + costs + 8, 2 * costs + layout.n_blocks + 8)
+    return layout.column_groups * (numbers * itemsize + _rank_bytes(layout))
+
+
+def mask_bytes(size):
+    """Bytes that `select_mask` makes on the way, of a shared C."""
+    each = select_bytes(size.layout, size.itemsize)
+    return piece_bytes(size.layout.row_groups, each, size.device)
 
 
 def _check_select_mask(w, C, layout, out):
@@ -291,5 +357,7 @@ def select_mask(w: Any, C: Any, layout: Any, out: Any) -> None:
     out : array of bool, shape (m r, n c)
         True = kept; rows may be those of a wider array. Overwritten.
     """
-    pruned, _, _ = choose(candidate_costs(w, C, layout), layout)
-    out[...] = ~expand(pruned, layout).reshape(out.shape)
+    r = w.shape[2]
+    for part, pruned, _, _ in _chosen(w, C, layout):
+        rows = out[part.start * r : part.stop * r]
+        rows[...] = ~expand(pruned, layout).reshape(rows.shape)

@@ -16,7 +16,7 @@ from cuobs.ops.dispatch import twinned
 from cuobs.ops.factors import upper_inverse
 from cuobs.ops.products import gemm, matmul
 from cuobs.ops.selection import block_sums, expand, prune_lowest
-from cuobs.ops.systems import masked_solve
+from cuobs.ops.systems import masked_solve, solve_bytes
 
 # Columns that a sweep finishes before it updates those to the right by one product.
 BLOCK = 128
@@ -61,6 +61,14 @@ def scope_solutions(W: Any, C: Any, mask: Any, layout: Any, precision: str = "fp
         gemm(solutions[:, a:b], C[a:b, b:], solutions[:, b:], alpha=-1, beta=1,
              precision=precision)
     return solutions
+
+
+def solutions_bytes(size, n):
+    """Bytes that `scope_solutions` takes for n columns of a weight, λ among them."""
+    (M, K), c, s = size.layout.shape, size.layout.columns, size.itemsize
+    width = min(block_width(c), n)
+    block = M * (width * (2 * s + 2) + solve_bytes(c, s))
+    return n * size.weight // K + max(block, (n - width) * size.product // K)
 
 
 def _check_scopes(W, C, mask, c):

@@ -8,6 +8,7 @@ import scipy.linalg
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
+from cuobs.ops.pieces import pieces
 
 # Systems up to this order are solved by unrolled array operations over the batch.
 UNROLLED = 16
@@ -103,16 +104,28 @@ def scope_compensation(W: Any, C: Any, mask: Any) -> Any:
     array, shape (M, K)
     """
     c, _, n = C.shape
-    scoped = len(W), n, c
-    pruned = ~mask.reshape(scoped).transpose(2, 0, 1)
-    multipliers = masked_solve(C[:, :, None], W.reshape(scoped).transpose(2, 0, 1), pruned)
     out = W.copy()
-    w = out.reshape(scoped).transpose(2, 0, 1)
-    for i in range(c):
-        for j in range(c):
-            w[i] -= multipliers[j] * C[j, i]
+    for rows in pieces(namespace(W), len(W), n * solve_bytes(c, W.dtype.itemsize)):
+        pruned = ~_placed(mask[rows], c)
+        multipliers = masked_solve(C[:, :, None], _placed(W[rows], c), pruned)
+        w = _placed(out[rows], c)
+        for i in range(c):
+            for j in range(c):
+                w[i] -= multipliers[j] * C[j, i]
     out *= mask
     return out
+
+
+def _placed(array, c):
+    """A view (c, rows, n) of an array (rows, n c), the place in a scope first."""
+    return array.reshape(len(array), -1, c).transpose(2, 0, 1)
+
+
+def solve_bytes(c, itemsize):
+    """Bytes that `masked_solve` makes on the way for a system of order c, its solution among them.
+    """
+    arrays = c * (c + 1) // 2 + 5 * c if c <= UNROLLED else 3 * c * c + 4 * c
+    return arrays * itemsize + 2 * c
 
 
 def _check_factor_solve(A, B, mask, out):
@@ -138,15 +151,25 @@ def masked_factor_solve(A: Any, B: Any, mask: Any, out: Any) -> None:
         Overwritten where in S.
     """
     _check_factor_solve(A, B, mask, out)
-    posv = scipy.linalg.get_lapack_funcs("posv", (A,))
     for m in range(len(B)):
         kept = np.flatnonzero(mask[m])
         if not kept.size:
             continue
-        block = A[kept].take(kept, axis=1)
-        _, solution, info = posv(block.T, B[m, kept], lower=1, overwrite_a=True)
+        solution, info = _solved_row(A, B[m, kept], kept)
         if info:
             raise np.linalg.LinAlgError(
                 f"H: found a block that is not positive definite in row {m}, expected more damping"
             )
         out[m, kept] = solution
+
+
+def _solved_row(A, right, kept):
+    posv = scipy.linalg.get_lapack_funcs("posv", (A,))
+    block = A[kept].take(kept, axis=1)
+    _, solution, info = posv(block.T, right, lower=1, overwrite_a=True)
+    return solution, info
+
+
+def factor_solve_bytes(kept, K, itemsize):
+    """Bytes that `masked_factor_solve` takes for a row that keeps so many of K columns."""
+    return kept * ((K + kept) * itemsize + 32)

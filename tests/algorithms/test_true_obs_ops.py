@@ -223,8 +223,8 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
     R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     B, n, used = R * r, G - 1, 8 * int(rng.integers(0, 4))
     size = int(rng.integers(1, n + 1))
-    most, alike = true_obs_ops.pruned_columns(layout)
-    room = used + true_obs_ops.aligned(size * most) + 16
+    alike = true_obs_ops.alike(layout)
+    room = used + true_obs_ops.aligned(size * layout.pruned_columns[1]) + 16
     C = definite(rng, G * c) * 0.05 + np.eye(G * c)
     if layout.enumerated:
         masks = layout.candidate_blocks
@@ -372,7 +372,7 @@ def test_a_batch_fits_what_it_is_said_to_take(cp, monkeypatch, pattern, M, K, gr
     """Its arrays and what the pool keeps between them, beside half a megabyte."""
     said = []
     monkeypatch.setitem(true_obs.__globals__, "_bytes_per_row",
-                        lambda run: said.append(_bytes_per_row(run)) or said[-1])
+                        lambda *given: said.append(_bytes_per_row(*given)) or said[-1])
     true_obs(problem_on(cp, pattern, M, K, batch_rows=M), group=group)
     pool = cp.get_default_memory_pool()
     pool.free_all_blocks()
@@ -437,16 +437,12 @@ def test_half_precision_does_not_move_the_cost(cp, example):
     assert costs["tensor"] == pytest.approx(costs["fp32"], rel=5e-3)
 
 
-@pytest.mark.gpu
 def test_the_plan_of_the_published_size():
     """256 rows fit 24 GiB, and 8 GiB hold 32 beside everything else."""
     layout = parse("2:4").compile(2560, 9728)
-    C = np.empty((0, 0), np.float32)
-    run = true_obs.__globals__["_Run"](
-        C, C.astype("float16"), "tensor", layout, 256, "gap", None, None
-    )
-    assert 256 * _bytes_per_row(run) < batches.GPU_BYTES
-    assert 32 * _bytes_per_row(run) < 4 * 2**30
+    row = _bytes_per_row(layout, group=256, itemsize=4, short=2, device="cuda")
+    assert 256 * row < batches.GPU_BYTES
+    assert 32 * row < 4 * 2**30
 
 
 @pytest.mark.gpu

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cuobs import arrays
-from cuobs.layer import check_layer, hessian_of, solve_layer
+from cuobs import arrays, footprint
+from cuobs.layer import check_layer, given_of, hessian_of, solve_layer
 from cuobs.loss import energies, energy_unit, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
@@ -141,6 +141,8 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
             settings = replace(settings, others=ranks)
         layer = check_layer(W, goal, settings.dtype)
         pull = None if pull is None else arrays.receive(pull)
+        given = given_of(layer, None, H, settings, arrays.namespace(H))
+        footprint.check([recipe], settings, layer.weight.shape, arrays.namespace(H), given)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
         new, mask = (arrays.hand_back(array, W) for array in (new, mask))
         losses = _losses(weights, own, new.split([len(part) for part in own]), H, call, ranks)
