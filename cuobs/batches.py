@@ -43,7 +43,7 @@ class Workspace(threading.local):
 
 
 def run_batches(
-    function, count, problem, bytes_per_row=1, bytes_per_worker=0, held=0, unit=1, most=None
+    function, count, problem, bytes_per_row=0, bytes_per_worker=0, held=0, unit=1, most=None
 ):
     """Call ``function(start, stop)`` on ranges that cover 0 to count.
 
@@ -83,8 +83,8 @@ def run_batches(
     if settings.memory_limit is not None:
         least = bytes_per_row + bytes_per_worker
         _check_limit(settings, free, least)
-        workers = min(workers, free // least)
-    fit = (min(free // workers, CPU_BYTES) - bytes_per_worker) // bytes_per_row
+        workers = min(workers, free // max(1, least))
+    fit = (min(free // workers, CPU_BYTES) - bytes_per_worker) // max(1, bytes_per_row)
     rows = settings.batch_rows or max(1, min(CPU_ROWS, fit, -(-count // workers)))
     _share(function, count, rows, workers, settings)
 

@@ -90,6 +90,8 @@ class Given(NamedTuple):
         Whether the weight is of another dtype or elsewhere.
     makes_hessian : bool
         Whether the Hessian is made by the call: summed, converted or moved.
+    sums : bool
+        Whether it is made of activations.
     row : int
         Bytes that a row of activations takes on its way into the sum.
     widened : int
@@ -101,6 +103,7 @@ class Given(NamedTuple):
     dtype: str
     converts: bool = False
     makes_hessian: bool = False
+    sums: bool = False
     row: int = 0
     widened: int = 0
     outside: int = 0
@@ -152,8 +155,9 @@ def needed(recipe, size, given):
         problem.build_bytes(size) + given.converts * size.weight,
         size.weight + size.matrix + _method(recipe, size),
     )
+    summing = given.outside + given.widened + hessian.sum_bytes(size.matrix, given.row, size.device)
     most = max(
-        given.outside + given.widened + hessian.sum_bytes(size.matrix, given.row, size.device),
+        summing if given.sums else 0,
         given.held(size) + work,
         given.held(size) + _result(size, given),
     )

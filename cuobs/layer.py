@@ -123,6 +123,7 @@ def given_of(layer, X, hessian, settings, xp):
         dtype=arrays.dtype_of(layer.W),
         converts=any(_is_new(a, xp, dtype) for a in (goal, layer.weight)),
         makes_hessian=hessian is None or _is_new(hessian, xp, dtype),
+        sums=hessian is None,
         row=row,
         widened=widened,
         outside=arrays.widened_bytes(layer.W),

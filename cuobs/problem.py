@@ -242,7 +242,9 @@ class Problem:
         limit = self.settings.memory_limit
         if limit is None:
             return int(0.8 * free)
-        own = sum(value.nbytes for value in vars(self).values() if hasattr(value, "nbytes"))
+        # Vectors are counted with all else that is small, by `footprint`.
+        arrays_made = (value for value in vars(self).values() if getattr(value, "ndim", 0) > 1)
+        own = sum(value.nbytes for value in arrays_made)
         return min(free, max(limit - self.outside - own - held, 0))
 
 

@@ -87,10 +87,11 @@ def span_width(layout, splits):
 
 
 def split_memory(size, splits):
-    """`memory`, and R⁻¹ with its scopes' blocks."""
+    """`memory`, and R⁻¹ with its scopes' blocks, of which all masks are chosen first."""
     more = size.matrix + size.layout.columns * size.layout.shape[1] * size.itemsize
     most, kept = memory(size, splits)
-    return Memory(more + most, more + kept)
+    choosing = kept + size.mask + mask_bytes(size)
+    return Memory(more + max(most, choosing), more + kept)
 
 
 def memory(size, splits):

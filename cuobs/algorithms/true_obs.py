@@ -84,7 +84,7 @@ def true_obs(problem, group=None, order="gap"):
                 f"in {C.dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
             ) from None
 
-    held = {id(a): a.nbytes for a in (C, run.C_factor, W, mask, cost)}
+    held = {id(a): a.nbytes for a in (C, run.C_factor, W, mask)}
     shape = layout, run.group, C.dtype.itemsize
     each = _bytes_per_row(*shape, run.C_factor.dtype.itemsize, arrays.device_name(xp))
     run_batches(

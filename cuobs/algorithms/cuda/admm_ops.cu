@@ -18,12 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restrict__ D,
                bool* __restrict__ mask, const REAL rho, const REAL inverse_rho, const int m,
                const int n, unsigned long long* changed) {
-    const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    const long long row = n * (long long)PLACES;
-    int count = 0;
-    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < n && group < m;
-         group += gridDim.y * blockDim.y) {
-        const long long first = group * ROWS * row + g * PLACES;
+    each_scope(m, n, changed, [&](const long long first, const long long row) {
         REAL x[ROWS][PLACES];
 #pragma unroll
         for (int q = 0; q < ROWS; q++) {
@@ -34,7 +29,7 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
             for (int i = 0; i < PLACES; i++) x[q][i] = x[q][i] * inverse_rho + b[i];
         }
         const unsigned pruned = project(x);
-        count += replace_mask(mask, first, row, pruned);
+        const int count = replace_mask(mask, first, row, pruned);
         // Where kept, D = B + V / rho makes the new V zero; where pruned, D = 0.
 #pragma unroll
         for (int q = 0; q < ROWS; q++) {
@@ -48,8 +43,8 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
             store(D + first + q * row, x[q]);
             store(V + first + q * row, multiplier);
         }
-    }
-    add_to(changed, count);
+        return count;
+    });
 }
 
 #else

@@ -44,3 +44,17 @@ __device__ __forceinline__ void add_to(unsigned long long* total, int count) {
         count += __shfl_down_sync(0xffffffffu, count, offset);
     if (threadIdx.x == 0 && count) atomicAdd(total, (unsigned long long)count);
 }
+
+// Call scope(first, row), the offset of a scope's first element and of one row to the next, on the
+// scopes of this thread; the elements that it counts are added to `changed`.
+template <class Scope>
+__device__ __forceinline__ void each_scope(const int m, const int n, unsigned long long* changed,
+                                           const Scope scope) {
+    const int g = blockIdx.x * blockDim.x + threadIdx.x;
+    const long long row = n * (long long)PLACES;
+    int count = 0;
+    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < n && group < m;
+         group += gridDim.y * blockDim.y)
+        count += scope(group * ROWS * row + g * PLACES, row);
+    add_to(changed, count);
+}

@@ -11,16 +11,10 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 project_mask(const REAL* __restrict__ B, bool* __restrict__ mask, const int m, const int n,
              unsigned long long* changed) {
-    const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    const long long row = n * (long long)PLACES;
-    int count = 0;
-    for (int group = blockIdx.y * blockDim.y + threadIdx.y; g < n && group < m;
-         group += gridDim.y * blockDim.y) {
-        const long long first = group * ROWS * row + g * PLACES;
+    each_scope(m, n, changed, [&](const long long first, const long long row) {
         REAL x[ROWS][PLACES];
 #pragma unroll
         for (int q = 0; q < ROWS; q++) load(B + first + q * row, x[q]);
-        count += replace_mask(mask, first, row, project(x));
-    }
-    add_to(changed, count);
+        return replace_mask(mask, first, row, project(x));
+    });
 }
