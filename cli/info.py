@@ -53,8 +53,7 @@ def _version(package):
 
 
 def _device():
-    import cupy
-
+    cupy = arrays.find_cupy()
     runtime = cupy.cuda.runtime
     name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
     free, total = (n / 2**30 for n in runtime.memGetInfo())
@@ -62,10 +61,8 @@ def _device():
 
 
 def _kernel():
-    import cupy
-
     try:
-        cupy.RawKernel(KERNEL, "probe").compile()
+        arrays.find_cupy().RawKernel(KERNEL, "probe").compile()
     except Exception as error:
         reason = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
         return f"do not compile ({reason.strip()}): pip install 'cupy-cuda12x[ctk]' or -cuda13x"

@@ -19,7 +19,7 @@ import numpy as np
 from cuobs import extras
 
 # What is public; the rest is for the package.
-__all__ = ["cupy_fault", "size_text"]
+__all__ = ["cupy_fault", "find_cupy", "size_text"]
 
 DEVICES = ("auto", "cpu", "cuda")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -317,6 +317,12 @@ def free_memory(xp):
             if match := re.search(r"MemAvailable:\s+(\d+) kB", file.read()):
                 return 1024 * int(match[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def give_back():
+    """Free what CuPy keeps of the device for itself, where it is in use."""
+    if "cupy" in sys.modules and find_cupy():
+        find_cupy().get_default_memory_pool().free_all_blocks()
 
 
 def size_text(n, up=False):

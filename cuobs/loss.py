@@ -8,6 +8,7 @@ import numpy as np
 from cuobs import arrays, validation
 from cuobs.hessian import Hessian, check_symmetric
 from cuobs.modules import weight_of
+from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm, matmul
 
 # Block columns of a Hessian, of which only those above its diagonal are multiplied.
@@ -94,14 +95,12 @@ def output_energy(D, H):
 
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
-    K = len(H)
-    width = -(-K // BLOCKS)
     energy = 0.0
-    for a in range(0, K, width):
-        part = D[:, a : a + width]
-        product = matmul(part, 0.5 * H[a : a + width, a : a + width])
+    for a, b in strips(len(H), BLOCKS):
+        part = D[:, a:b]
+        product = matmul(part, 0.5 * H[a:b, a:b])
         if a:
-            gemm(D[:, :a], H[:a, a : a + width], product, beta=1)
+            gemm(D[:, :a], H[:a, a:b], product, beta=1)
         energy += 2 * float((product * part).sum(dtype="float64"))
     return energy
 

@@ -18,6 +18,10 @@ from cuobs.ops.selection import factor_scope_blocks
 
 # Order from which a Hessian is worth being factored together by those who share the rows.
 SHARED_FROM = 8192
+NOT_DEFINITE = (
+    "hessian: found a matrix that is not positive definite with this damping, expected a larger "
+    "damp (0.01 is usual), more calibration tokens than columns, or dtype='float64'"
+)
 # How far the product of its factor may be away from it.
 ALIKE = 1e-2
 # Largest targets and mean diagonals of Hessians that are left as they are.
@@ -180,7 +184,8 @@ class Problem:
 
         A GPU is asked here only, and not while it factors: a method launches its work meanwhile.
         """
-        factors.check_hessian(self._info)
+        if int(self._info[0]):
+            raise np.linalg.LinAlgError(NOT_DEFINITE)
 
     @made_once
     def _info(self):
@@ -193,11 +198,14 @@ class Problem:
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
         if self._shared:
-            R, _ = factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)
+            try:
+                R, _ = factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)
+            except np.linalg.LinAlgError:
+                raise np.linalg.LinAlgError(NOT_DEFINITE) from None
             _check_factor_of(self.H, R)
             return R
         R = factors.reversed_cholesky(self.H, self._info)
-        if self.xp is np:
+        if arrays.device_name(self.xp) == "cpu":
             self.check_factored()
         return R
 

@@ -20,7 +20,7 @@ def one_pool(device):
     if device.type != "cuda":
         yield
         return
-    import cupy
+    cupy = arrays.find_cupy()
 
     def take(size, device_id):
         stream = torch.cuda.current_stream(device_id).cuda_stream
@@ -122,8 +122,7 @@ def give_back():
     Each has a pool of its own and can't use what lies in the other's.
     """
     torch.cuda.empty_cache()
-    if "cupy" in sys.modules and torch.cuda.is_available():
-        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+    arrays.give_back()
 
 
 def trim(device):
@@ -150,8 +149,7 @@ def let_go(tensor):
 def reset(device):
     """Begin to measure the peak anew."""
     if device.type == "cuda":
-        if "cupy" in sys.modules:
-            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+        arrays.give_back()
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:

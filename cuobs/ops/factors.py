@@ -61,12 +61,17 @@ def cholesky(A: Any, info: Any = None) -> Any:
     numpy.linalg.LinAlgError
         A is not positive definite.
     """
-    _check_matrix("A", A)
+    return _factored("A", A, info, _lower_factor)
+
+
+def _factored(name, A, info, factor):
+    """What `factor` makes of a checked matrix, which raises where nobody asked to be told later."""
+    _check_matrix(name, A)
     noted = namespace(A).zeros(1, np.int32) if info is None else info
-    L = _lower_factor(A, noted)
+    made = factor(A, noted)
     if info is None:
         check_factored(noted)
-    return L
+    return made
 
 
 @twinned()
@@ -110,16 +115,6 @@ def check_factored(info: Any) -> None:
     )
 
 
-def check_hessian(info):
-    """`check_factored` of a damped Hessian, with what to do about it."""
-    if int(info[0]):
-        raise np.linalg.LinAlgError(
-            "hessian: found a matrix that is not positive definite with this damping, expected "
-            "a larger damp (0.01 is usual), more calibration tokens than columns, or "
-            "dtype='float64'"
-        )
-
-
 def reversed_cholesky(H: Any, info: Any = None) -> Any:
     """Upper triangular R with H = R Rᵀ.
 
@@ -130,7 +125,7 @@ def reversed_cholesky(H: Any, info: Any = None) -> Any:
     ----------
     H : array, shape (K, K)
     info : array of int32, shape (1,), optional
-        As in `cholesky`, for `check_hessian`.
+        As in `cholesky`, with pivots counted from the last one.
 
     Returns
     -------
@@ -139,14 +134,9 @@ def reversed_cholesky(H: Any, info: Any = None) -> Any:
     Raises
     ------
     numpy.linalg.LinAlgError
-        H is not positive definite.
+        As `cholesky`.
     """
-    _check_matrix("H", H)
-    noted = namespace(H).zeros(1, np.int32) if info is None else info
-    R = _reversed_factor(H, noted)
-    if info is None:
-        check_hessian(noted)
-    return R
+    return _factored("H", H, info, _reversed_factor)
 
 
 @twinned()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuobs.arrays import namespace
+from cuobs.arrays import device_name, namespace
 from cuobs.ops.dispatch import twinned
 
 # Of the order of the bytes; a reader refuses what it does not know.
@@ -80,7 +80,7 @@ def tiling(layout):
     ValueError
         A scope has more masks than an index can number.
     """
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     check(layout)
     values = kept_places(layout).shape[1]
     # Whole loads of values and whole loads of inputs.
@@ -93,7 +93,7 @@ def tiling(layout):
     return Tiling(
         cells, scopes, values, bits, cells * scopes * values // LOAD,
         max(1, 32 // tile_bits), -(-tile_bits // 32),
-        -(-R // (LANE_ROWS * cells)), -(-G // (LANE_COLUMNS * scopes)),
+        -(-m // (LANE_ROWS * cells)), -(-n // (LANE_COLUMNS * scopes)),
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def unpacked_rows(values, index, layout):
     """The weight in pieces: pairs of rows (an array of int) and what they hold."""
     xp = namespace(values)
     form = tiling(layout)
-    r, G, c = layout.rows, layout.column_groups, layout.columns
+    r, n, c = layout.rows, layout.column_groups, layout.columns
     rows, columns = xp.asarray(layout.row_order), xp.asarray(layout.column_order.ravel())
     places = kept_places(layout)
     # Of each place, the value that is put there; one more value is 0.
@@ -199,12 +199,12 @@ def unpacked_rows(values, index, layout):
     group = LANE_ROWS * form.cells
     for tiles in _pieces(form, layout, xp):
         part = rows[tiles.start * group : tiles.stop * group]
-        masks = _read_index(index[tiles], form)[: len(part), :G]
-        kept = _collect(values[tiles], form)[: len(part), :G]
+        masks = _read_index(index[tiles], form)[: len(part), :n]
+        kept = _collect(values[tiles], form)[: len(part), :n]
         kept = xp.concatenate([kept, xp.zeros((*kept.shape[:2], 1), kept.dtype)], axis=2)
-        scopes = xp.take_along_axis(kept, source[masks], axis=2).reshape(len(part), G, r, c)
-        piece = xp.empty((part.size, G * c), values.dtype)
-        piece[:, columns] = scopes.transpose(0, 2, 1, 3).reshape(part.size, G * c)
+        scopes = xp.take_along_axis(kept, source[masks], axis=2).reshape(len(part), n, r, c)
+        piece = xp.empty((part.size, n * c), values.dtype)
+        piece[:, columns] = scopes.transpose(0, 2, 1, 3).reshape(part.size, n * c)
         yield part.ravel(), piece
 
 
@@ -241,7 +241,7 @@ def packed_matmul(values: Any, index: Any, layout: Any, X: Any, bias: Any = None
 def _pieces(form, layout, xp):
     """Slices of tile rows that are rearranged at once."""
     elements = math.prod(layout.shape) // form.row_tiles + 1
-    step = max(1, PIECE["cpu" if xp is np else "cuda"] // elements)
+    step = max(1, PIECE[device_name(xp)] // elements)
     for start in range(0, form.row_tiles, step):
         yield slice(start, min(start + step, form.row_tiles))
 

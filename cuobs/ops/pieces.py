@@ -19,3 +19,10 @@ def pieces(xp, count, bytes_each):
 def piece_bytes(count, bytes_each, device="cpu"):
     """Bytes that the largest of `pieces` makes on the way."""
     return min(count, max(1, PIECE[device] // bytes_each)) * bytes_each
+
+
+def strips(count, most, tile=1):
+    """(start, stop) of at most so many strips that cover 0 to count, as high as whole tiles."""
+    height = -(-count // (most * tile)) * tile
+    for start in range(0, count, height):
+        yield start, min(start + height, count)

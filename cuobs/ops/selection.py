@@ -166,16 +166,7 @@ def factor_scope_blocks(U: Any, c: int) -> Any:
 def candidate_costs(w, C, layout):
     """Cost w_P (C_PP)⁻¹ w_Pᵀ of each candidate mask of each scope, summed over the scope's rows.
 
-    Parameters
-    ----------
-    w : array, shape (c, m, r, n)
-    C : array, shape (c, c, n) or (c, c, m, r, n)
-        The diagonal blocks of the inverse Hessian, shared or one for each row.
-    layout : Layout
-
-    Returns
-    -------
-    array, shape (candidates, m, n)
+    Given as to `select`; an array of shape (candidates, m, n).
 
     Notes
     -----

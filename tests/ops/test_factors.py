@@ -20,12 +20,11 @@ def test_cholesky(xp, rng, dtype, close):
 
 def test_not_positive_definite_is_noticed(xp):
     bad = np.diag([1.0, -1.0, 1.0])
-    with pytest.raises(np.linalg.LinAlgError):
-        factors.cholesky(xp.asarray(bad))
+    for factor in factors.cholesky, factors.reversed_cholesky:
+        with pytest.raises(np.linalg.LinAlgError, match="A: found a matrix whose pivot 1"):
+            factor(xp.asarray(bad))
     with pytest.raises(np.linalg.LinAlgError, match="found 2 of 4 .*numbers 1, 2"):
         factors.cholesky_inverse(xp.asarray(np.stack([np.eye(3), bad, -np.eye(3), np.eye(3)])))
-    with pytest.raises(np.linalg.LinAlgError, match="hessian: .*damp"):
-        factors.reversed_cholesky(xp.asarray(bad))
     for factor in factors.cholesky, factors.reversed_cholesky:
         info = xp.zeros(1, np.int32)
         factor(xp.asarray(bad), info)

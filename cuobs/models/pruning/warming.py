@@ -53,7 +53,7 @@ class Warming:
         for thread in self._threads:
             thread.join()
         if self._threads:
-            arrays.find_cupy().get_default_memory_pool().free_all_blocks()
+            arrays.give_back()
 
 
 def _quietly(device, function, *args):

@@ -7,6 +7,7 @@ import numpy as np
 
 from cuobs.ops.cuda import loader
 from cuobs.ops.gram import mirror_upper
+from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -94,11 +95,8 @@ def upper_inverse(U, precision="fp32"):
 
 
 def upper_gram(U, precision="fp32"):
-    K = len(U)
     out = cupy.empty_like(U)
-    width = -(-K // BLOCK_ROWS)
-    for a in range(0, K, width):
-        b = min(a + width, K)
+    for a, b in strips(len(U), BLOCK_ROWS):
         gemm(U[:b, a:b].T, U[:b, a:], out[a:b, a:], precision=precision)
     mirror_upper(out)
     return out

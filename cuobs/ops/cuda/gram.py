@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cuobs.ops.cuda import loader
+from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -18,10 +19,7 @@ TILE, TILE_ROWS = 32, 8
 
 def add_gram(X, out, precision="tensor"):
     (X,) = _operands(out, precision, X)
-    K = len(out)
-    width = -(-K // (BLOCK_ROWS * BLOCK_TILE)) * BLOCK_TILE
-    for a in range(0, K, width):
-        b = min(a + width, K)
+    for a, b in strips(len(out), BLOCK_ROWS, BLOCK_TILE):
         gemm(X[:, a:b].T, X[:, a:], out[a:b, a:], beta=1, precision=precision)
     mirror_upper(out)
 
