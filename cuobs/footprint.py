@@ -13,7 +13,7 @@ import numpy as np
 
 from cuobs import arrays, batches, hessian, loss, problem, refine
 from cuobs.ops import views
-from cuobs.pattern import Layout
+from cuobs.layout import Layout
 
 # Objects of Python, and arrays of the length of a row or a column: for each call, row and column.
 SMALL, SMALL_EACH = 2**15, 128
