@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cuobs import arrays, batches, hessian, loss, problem, refine
-from cuobs.ops import views
 from cuobs.layout import Layout
+from cuobs.ops import views
 
 # Objects of Python, and arrays of the length of a row or a column: for each call, row and column.
 SMALL, SMALL_EACH = 2**15, 128
