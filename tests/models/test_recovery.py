@@ -7,12 +7,14 @@ import pytest
 import torch
 from small_models import make_model, make_tokens, weights_of
 
+import cuobs
 from cuobs.models import (
     agreement,
     evaluate_folder,
     load_masks,
     load_model,
     memory,
+    perplexity,
     pipeline,
     prune_folder,
     write_calibration,
@@ -23,6 +25,8 @@ from cuobs.models.structure import find_blocks, linears
 from cuobs.models.summary import summary
 from cuobs.models.tokens import mixture
 from cuobs.models.tokens.mixture import gather
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -125,6 +129,29 @@ def test_folder_is_distilled_and_opens_everywhere(source, tmp_path, calibration)
     found = evaluate_folder(dst, calibration, against=source, device="cpu")
     assert found.agreement == pytest.approx(near, rel=1e-4)
     assert found.perplexity == pytest.approx(report.perplexity[name][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_rotated_tuned_and_distilled_in_one_run(source, tmp_path, calibration, device):
+    dst = tmp_path / "out"
+    report = prune_folder(
+        source, dst, calibration, samples=16, tune=1, rotate=True, rotate_steps=8, distill=2,
+        distill_rate=3e-3, distill_calibration=["self:24"], evaluate=[calibration],
+        save_masks=True, device=device,
+    )  # fmt: skip
+    assert report.rotation.after < report.rotation.before and report.rotation.deviation < 1e-2
+    assert all(block.tuned[1] <= block.tuned[0] for block in report.blocks)
+    done = report.distillation
+    assert done.divergence[done.kept] == min(done.divergence) <= done.divergence[0]
+    model, dense = load_model(dst), load_model(source)
+    for layer, mask in load_masks(dst).items():
+        weight = model.get_submodule(layer).weight
+        assert torch.equal(weight != 0, mask) and cuobs.verify(weight.detach(), "2:4")
+    near = agreement(model, dense, make_tokens(40))
+    assert report.agreement["tokens.npy"]["divergence"] == pytest.approx(near.divergence, rel=2e-2)
+    assert report.perplexity["tokens.npy"][1] == pytest.approx(
+        perplexity(model, make_tokens(40)), rel=2e-2
+    )
 
 
 def test_a_run_that_goes_on_gives_the_same_bits(source, tmp_path, calibration, monkeypatch):
