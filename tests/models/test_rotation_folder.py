@@ -93,8 +93,13 @@ def test_command_line(tmp_path, calibration):
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "expected a new or empty folder" in again.output
     pruned = ["prune-model", str(src), str(tmp_path / "pruned"), *arguments[3:], "--rotate"]
-    result = CliRunner().invoke(main, [*pruned, "--rotate-steps", "2", "--method", "wanda"])
+    pruned += ["--rotate-steps", "2", "--rotate-score", "activations", "--no-rotate-permute"]
+    result = CliRunner().invoke(main, [*pruned, "--method", "wanda"])
     assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "pruned" / "cuobs_report.json").read_text())["rotation"]
+    assert not written["permuted"] and written["score"] == "activations"
+    written = json.loads((tmp_path / "dst" / "cuobs_rotation.json").read_text())
+    assert written["permuted"] and written["score"] == "compensated"
     lines = ("rotation     2 steps; a tied head is untied", "rotated      0.", "head of its own  ")
     assert all(line in result.output for line in lines)
     make_source(tmp_path / "other", "opt")
