@@ -71,7 +71,7 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f"cuobs.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if not name.startswith("_") and find_spec(f"cuobs.{name}"):
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"cuobs.{name}"):
         return importlib.import_module(f"cuobs.{name}")
     raise AttributeError(f"module 'cuobs' has no attribute {name!r}")
 

@@ -252,8 +252,11 @@ def solve_on(solve, recipe, settings, layer, H):
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        board.barrier.abort()  # who is interrupted here leaves nobody to wait for the others
     if errors:
         raise errors[0]
     new, mask, cost, converged = zip(*found, strict=True)

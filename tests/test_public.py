@@ -28,6 +28,7 @@ def test_public_names():
     public = {name for name in dir(cuobs) if not name.startswith("_")} - submodules
     assert public | {"compare", "methods"} == set(PUBLIC)
     assert all(callable(getattr(cuobs, name)) for name in PUBLIC)
+    assert not any(hasattr(cuobs, name) for name in ("none", "none.prune", "sharing.none", ""))
 
 
 def test_methods_and_patterns():

@@ -1,5 +1,6 @@
 """Rows of a layer shared out over devices: NumPy in threads stands for several GPUs."""
 
+import signal
 import threading
 
 import numpy as np
@@ -136,6 +137,30 @@ def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
             Recipe("2:4", "fails").run(W, H, three)
     finally:
         cuobs.recipe._METHODS.pop("fails")
+
+
+def test_who_is_interrupted_leaves_nobody_waiting(three, monkeypatch):
+    """Ctrl-C comes to the thread that waits for the others: none of them may go on for ever."""
+    calls, begun = [], threading.Event()
+
+    def without_end(problem):
+        calls.append(threading.current_thread())
+        while True:
+            problem.settings.over_all_rows(1.0)
+            if len(calls) == 3 and not begun.is_set():
+                begun.set()
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sharing, "BY_ROW", ("without-end",))
+    cuobs.register_method(cuobs.Method("without-end", "without end", without_end))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Recipe("2:4", "without-end").run(np.ones((6, 8)), np.eye(8), three)
+    finally:
+        cuobs.recipe._METHODS.pop("without-end")
+    for thread in calls:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(

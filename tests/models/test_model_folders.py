@@ -739,6 +739,7 @@ def test_gguf_with_tensors_that_are_not_read(tmp_path, calibration):
         prune_folder(path, tmp_path / "out", calibration, device="cpu")
     assert not (tmp_path / "out").exists()
 
+
 def test_a_dry_run_of_a_gguf_reads_its_header(tmp_path, calibration, monkeypatch):
     path, lines, seen = tmp_path / "tiny.gguf", [], []
     write_gguf(path)

@@ -17,5 +17,5 @@ def test_every_variant_compiles_and_loads(cp):
         if source != packed_hopper.SOURCE:
             cp.RawModule(code=loader.text(source), options=options).compile()
         elif cp.cuda.Device().compute_capability == "90":
-            packed_hopper.module(options)
+            packed_hopper.module(options, cp.cuda.Device().id)
     assert seen == set(loader.sources())

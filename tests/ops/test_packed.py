@@ -1,6 +1,7 @@
 """Packed weights: the bytes, the products, and the kernels beside the NumPy body."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,44 @@ def test_blocks_of_hopper():
     assert packed_hopper.grid_blocks(layout, way, 33, 132) == 8 * 2
     assert packed_hopper.grid_blocks(layout, way._replace(splits=4), 33, 132) == 8 * 2 * 4
     assert packed_hopper.grid_blocks(layout, way._replace(sharing=2), 4096, 133) == 132
+
+
+@pytest.mark.parametrize("kernel", ["many", "sparse"])
+def test_each_device_has_a_kernel_of_its_own(kernel, monkeypatch):
+    """What a device allows of shared memory, and what it has loaded, is not another's."""
+    cupy = pytest.importorskip("cupy")
+    from cuobs.ops.cuda import packed as kernels
+
+    here, allowed, loaded = [0], [], []
+
+    class Kernel:
+        def __setattr__(self, name, value):
+            allowed.append((name, here[0], value))
+
+    class Module:
+        def __init__(self, path):
+            self.path = path
+
+        def compile(self):
+            loaded.append((here[0], Path(self.path).read_bytes()))
+
+        def get_function(self, name):
+            return Kernel()
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: here[0])
+    monkeypatch.setattr(cupy, "RawModule", Module)
+    monkeypatch.setattr(packed_hopper, "_binary", lambda options: b"code")
+    monkeypatch.setattr(kernels.loader, "kernel", lambda *args, **macros: Kernel())
+    layout = parse("2:4").compile(128, 256)
+    way = packed_ways.Way(kernel, 8, 8, 5, 2, splits=7)  # no other test's
+    for here[0] in (0, 1, 1, 0):
+        kernels.function(layout, "float16", way, "product")
+    kernels._function.cache_clear()
+    packed_hopper.module.cache_clear()
+    shared = packed_ways.shared_bytes(layout, way)
+    assert shared > kernels.loader.USUAL_SHARED
+    assert allowed == [("max_dynamic_shared_size_bytes", n, shared) for n in (0, 1)]
+    assert loaded == ([] if kernel == "many" else [(0, b"code"), (1, b"code")])
 
 
 def test_a_measured_way_is_kept(tmp_path, monkeypatch):

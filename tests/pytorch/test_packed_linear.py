@@ -194,6 +194,19 @@ def test_wider_dtypes_captured_in_a_graph(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 20, 60, 200])
+def test_on_a_second_device(tokens):
+    """After the same on the first: kernels and what they may use are each device's own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for pattern in PATTERNS:
+        for device in ("cuda:0", "cuda:1"):
+            packed, W, b = module(pattern, dtype=torch.float16, device=device)
+            x = torch.randn(tokens, 160, device=device, dtype=torch.float16)
+            close(packed(x), x, W, b, 1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_slices_of_rows(count):
     if not torch.cuda.is_available():

@@ -112,12 +112,17 @@ def _current():
     return Stream(cupy.cuda.get_current_stream().ptr)
 
 
-@lru_cache(maxsize=1024)
 def function(layout, dtype, way, name):
     """A kernel of a way, ready to launch on the current device."""
+    return _function(layout, dtype, way, name, cupy.cuda.runtime.getDevice())
+
+
+@lru_cache(maxsize=1024)
+def _function(layout, dtype, way, name, number):
+    # Each device has a module of its own, and its own limit of shared memory.
     macros = defines(layout, dtype, way)
     if way.kernel in packed_hopper.KERNELS:
-        found = packed_hopper.module(loader.options(macros)).get_function(name)
+        found = packed_hopper.module(loader.options(macros), number).get_function(name)
     else:
         found = loader.kernel(SOURCE, name, **macros)
     shared = shared_bytes(layout, way)

@@ -97,25 +97,31 @@ def defines(layout, dtype, way):
 
 
 @lru_cache(maxsize=1024)
-def module(options):
-    """The source, compiled for sm_90a, which CuPy by itself does not compile for."""
+def module(options, number):
+    """The source, compiled for sm_90a, on the current device, which has a number."""
     import cupy
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(_binary(options))
+        file.flush()
+        found = cupy.RawModule(path=file.name)
+        found.compile()
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _binary(options):
+    """The source in the code of sm_90a, which CuPy by itself does not compile for."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(loader.text(SOURCE), SOURCE.name, (), ())
     try:
         nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
-        binary = nvrtc.getCUBIN(program)
+        return nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError:
         raise RuntimeError(nvrtc.getProgramLog(program)) from None
     finally:
         nvrtc.destroyProgram(program)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        found = cupy.RawModule(path=file.name)
-        found.compile()
-    return found
 
 
 class TensorMap(NamedTuple):
