@@ -67,6 +67,23 @@ def check_layer(w, x, hessian):
         found = "neither" if x is None else "both"
         raise ValueError(f"X, hessian: found {found}, expected exactly one of them")
     check_inputs(w, x, hessian)
+    check_array("W", w)
+    if x:
+        check_array("X", x)
+
+
+def check_array(name, spec):
+    """Refuse the file of a Hessian or of a packed weight where an array is expected."""
+    path, key = files.split(spec)
+    held = set() if key else set(files.keys(path))
+    if {"hessian", "tokens"} <= held:
+        way_out = f", or --hessian {path}" if name == "X" else ""
+        raise ValueError(f"{name}: found a Hessian in {path}, expected an array{way_out}")
+    if {"packed", "values", "index"} <= held:
+        raise ValueError(
+            f"{name}: found a packed weight in {path}, expected an array, as 'cuobs unpack' "
+            "writes it"
+        )
 
 
 def check_outputs(inputs, outputs, force):

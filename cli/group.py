@@ -1,6 +1,7 @@
 """The command `cuobs`: its commands by name, plugins, and errors in one sentence."""
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import os
@@ -129,6 +130,14 @@ class Commands(click.Group):
             return None
         module, attribute = COMMANDS[name].split(":")
         return getattr(importlib.import_module(f"cuobs_cli.{module}"), attribute)
+
+    def resolve_command(self, ctx, args):
+        """The command of the first argument; of one that there is not, which it is near to."""
+        name = str(args[0])
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        if nearest and name not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {name!r}. Did you mean {nearest[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx, formatter):
         """Write a section for each kind of command."""

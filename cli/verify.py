@@ -4,7 +4,7 @@ import os
 import sys
 
 import click
-from cuobs_cli import models, options
+from cuobs_cli import common, models, options
 
 import cuobs
 from cuobs import files
@@ -29,6 +29,7 @@ def verify(ctx, w, pattern):
         given = ctx.get_parameter_source("pattern") not in options.NOT_GIVEN
         return _verify_folder(w, pattern if given else None)
     files.existing_file(files.split(w)[0], "a weight, or the folder of a pruned model")
+    common.check_array("W", w)
     found = cuobs.verify(files.load(w), pattern)
     if found:
         click.echo(f"{w} obeys {pattern.label} ({pattern.keeps}) in {found.scopes} scopes")

@@ -1,8 +1,13 @@
 """Second-order pruning of linear layers to patterns that hardware can use.
 
-A name is imported when it is first asked for: ``python -m cuobs`` comes through here before its own
-first line, and what takes time here could be interrupted nowhere.
+`prune` prunes a weight W (outputs, inputs) under calibration activations X (tokens, inputs);
+`compare` sets the methods side by side, `Hessian` adds up XᵀX in pieces, `verify` checks a pattern
+and `pack` stores what it keeps. `collect` and `prune_linear` are for layers of PyTorch, and
+``cuobs.models`` is for whole models. `methods` and `patterns` list what there is.
 """
+
+# A name is imported when it is first asked for: ``python -m cuobs`` comes through here before its
+# own first line, and what takes time here could be interrupted nowhere.
 
 TYPE_CHECKING = False  # of the name that checkers of types know, without its module
 if TYPE_CHECKING:

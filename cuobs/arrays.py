@@ -331,7 +331,9 @@ def size_text(n, up=False):
         if n >= unit:
             if up:
                 n = math.ceil(n / unit * 100) * unit / 100
-            return f"{n / unit:.2f} {name}" if up or unit == 2**30 else f"{n / unit:.3g} {name}"
+            if up or unit == 2**30:
+                return f"{n / unit:.2f} {name}"
+            return f"{n / unit:{'.3g' if n < 999.5 * unit else '.0f'}} {name}"
     return f"{n} bytes"
 
 

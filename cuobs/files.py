@@ -275,6 +275,8 @@ def _unwritable(path, error):
 def _suffix(path):
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
+        if os.path.isdir(path):
+            raise ValueError(f"{path}: found a folder, expected {_one_of(SUFFIXES)}")
         raise ValueError(
             f"{path}: found {repr(suffix) if suffix else 'no ending'}, expected "
             f"{_one_of(SUFFIXES)}"

@@ -8,6 +8,7 @@ import numpy as np
 
 from cuobs import files, ops
 from cuobs.arrays import choose, namespace, receive, stream_of
+from cuobs.modules import weight_of
 from cuobs.ops.packed import VERSION
 from cuobs.pattern import Pattern, parse, verify
 
@@ -20,7 +21,7 @@ def pack(W: Any, pattern: str | Pattern = "2:4") -> "Packed":
 
     Parameters
     ----------
-    W : array, shape (M, K)
+    W : array, shape (M, K), or a linear layer
         Of NumPy, CuPy or PyTorch, in floating point; zeros where it is pruned.
     pattern : str or Pattern
         See `patterns`; its scopes may have up to 128 masks.
@@ -49,7 +50,7 @@ def pack(W: Any, pattern: str | Pattern = "2:4") -> "Packed":
     >>> (packed @ np.ones(64, np.float16))[:3]
     array([496., 496., 496.], dtype=float16)
     """
-    pattern = parse(pattern)
+    pattern, W = parse(pattern), weight_of(W, "W")
     if _is_tensor(W):
         from cuobs.torch.packed import pack_tensor
 
@@ -105,6 +106,8 @@ class Packed:
     index: np.ndarray
     pattern: Pattern
     shape: tuple
+    # NumPy leaves ``x @ packed`` to Python then, which says that there is no such product.
+    __array_ufunc__ = None
 
     def __post_init__(self):
         form = ops.tiling(self.layout)
@@ -147,11 +150,7 @@ class Packed:
             return ops.unpack(self.values, self.index, self.layout)
 
     def __matmul__(self, x):
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
-            raise ValueError(
-                f"x: found the shape {tuple(x.shape)}, expected ({self.shape[1]},) or "
-                f"({self.shape[1]}, n)"
-            )
+        self._check_factor(x)
         columns = x.T if x.ndim == 2 else x[None]
         if _is_tensor(self.values):
             from cuobs.torch.packed import packed_linear, pattern_text
@@ -159,14 +158,23 @@ class Packed:
             out = packed_linear(columns, self.values, self.index, None,
                                 pattern_text(self.pattern), *self.shape)  # fmt: skip
         else:
-            if namespace(x) is not namespace(self.values):
-                raise TypeError(
-                    f"x: found {type(x).__name__}, expected an array of the weight's kind, "
-                    f"{type(self.values).__name__}"
-                )
             with stream_of(self.values):
                 out = ops.packed_matmul(self.values, self.index, self.layout, columns)
         return out.T if x.ndim == 2 else out[0]
+
+    def _check_factor(self, x):
+        """Refuse what can't be multiplied: another kind of array, or another shape."""
+        if not _is_alike(x, self.values):
+            raise TypeError(
+                f"x: found {type(x).__name__}, expected an array of the weight's kind, "
+                f"{type(self.values).__name__}"
+            )
+        K = self.shape[1]
+        if x.ndim not in (1, 2) or x.shape[0] != K:
+            fits = ": its transpose fits" if x.ndim == 2 and x.shape[1] == K else ""
+            raise ValueError(
+                f"x: found the shape {tuple(x.shape)}, expected ({K},) or ({K}, n){fits}"
+            )
 
     def save(self, path: str, force: bool = False) -> None:
         """Write a .npz or .safetensors file, whole or not at all.
@@ -245,3 +253,10 @@ def _to_host(array):
 
 def _is_tensor(array):
     return type(array).__module__.partition(".")[0] == "torch"
+
+
+def _is_alike(x, values):
+    """Whether x is an array of the kind that the values are."""
+    if _is_tensor(values) or _is_tensor(x):
+        return _is_tensor(values) and _is_tensor(x)
+    return hasattr(x, "dtype") and namespace(x) is namespace(values)

@@ -6,7 +6,6 @@ compiled once, for a given shape, into a `Layout` that every method works on.
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cuobs import validation
 from cuobs.arrays import FLOATS, dtype_of, namespace, receive
 from cuobs.layout import Layout, compile_layout
 from cuobs.modules import weight_of
@@ -345,10 +345,9 @@ def parse(text):
         return Pattern(block=(1, width), scope=(1, blocks), keep=keep, name=text)
     if "=" in text:
         return _parse_fields(text)
-    nearest = difflib.get_close_matches(text.lower(), _NAMED, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"pattern: found {text!r}, expected one of {', '.join(_NAMED)}, n:m, n:mxb or "
-        f"'view=... block=... scope=... keep=...' (nearest: {nearest})"
+        f"'view=... block=... scope=... keep=...'{validation.nearest(text, _NAMED)}"
     )
 
 

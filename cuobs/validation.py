@@ -127,10 +127,15 @@ def name_of(kind, name, known):
         raise TypeError(f"{kind}: found {type(name).__name__}, expected a name")
     if name in known:
         return
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     raise ValueError(
-        f"{kind}: found {name!r}, expected one of {', '.join(known)} (nearest: {nearest[0]})"
+        f"{kind}: found {name!r}, expected one of {', '.join(known)}{nearest(name, known)}"
     )
+
+
+def nearest(name, known):
+    """The known name that an unknown one was likely to be, in parentheses; else nothing."""
+    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f" (nearest: {found[0]})" if found else ""
 
 
 def integer(name, value, low=1, high=None):

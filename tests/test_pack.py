@@ -53,6 +53,12 @@ def test_refused_inputs():
     packed = cuobs.pack(weight())
     with pytest.raises(ValueError, match=r"x: found the shape \(95,\), expected \(96,\)"):
         packed @ np.ones(95)
+    with pytest.raises(ValueError, match=r"\(5, 96\), expected .*: its transpose fits"):
+        packed @ np.ones((5, 96), np.float32)
+    with pytest.raises(TypeError, match="x: found list, expected an array of the weight's kind"):
+        packed @ [1.0] * 96
+    with pytest.raises(TypeError, match="unsupported operand"):
+        np.ones((5, 24), np.float32) @ packed
     with pytest.raises(ValueError, match=r"values: found the shape .* expected"):
         cuobs.Packed(packed.values[:1], packed.index, packed.pattern, packed.shape)
 

@@ -221,7 +221,9 @@ def _check_skip(skip):
     try:
         re.compile(skip or "")
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"skip: found {skip!r}, no regular expression ({error})") from None
+        raise ValueError(
+            f"skip: found {skip!r}, no regular expression ({error}); a config takes globs"
+        ) from None
     if _repeats_repeats(skip or ""):
         raise ValueError(
             f"skip: found {skip!r}, which repeats something that is itself repeated or of several "

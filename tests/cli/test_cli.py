@@ -262,11 +262,19 @@ def bad_files():
         ("W.npy X.npy -o a.txt", r"a\.txt: found '\.txt', expected \.npy"),
         ("W.npy X.npy --mask-out a", r"a: found no ending, expected \.npy"),
         ("W.npy few.npy --damp 0", r"positive definite"),
+        ("W.npy H.npz", r"X: found a Hessian in H\.npz, expected an array, or --hessian H\.npz"),
+        ("packed.npz X.npy", r"W: found a packed weight in packed\.npz.*'cuobs unpack'"),
+        ("folder X.npy", r"folder: found a folder, expected \.npy"),
+        ("W.npy X.npy --pattern foo", r"pattern: found 'foo', expected .* keep=\.\.\.'$"),
+        ("W.npy X.npy --order foo --method true-obs", r"order: found 'foo', expected .*shared$"),
     ],
 )
 def test_prune_refuses(arguments, said):
     bad_files()
     np.save("few.npy", np.load("X.npy")[: K // 2])
+    cuobs_hessian().save("H.npz")
+    cuobs.pack(np.zeros((M, K), np.float32)).save("packed.npz")
+    os.mkdir("folder")
     assert re.search(said, refused("prune", *arguments.split()))
 
 
@@ -359,6 +367,8 @@ def test_a_result_that_cannot_be_written_leaves_nothing(monkeypatch):
 
 
 def test_verify():
+    cuobs.pack(np.zeros((M, K), np.float32)).save("packed.npz")
+    assert "W: found a packed weight in packed.npz" in refused("verify", "packed.npz")
     assert run("verify", "W.npy", code=1).stdout == (
         "W.npy breaks 2:4 (keep 2 of 4) in 64 of 64 scopes; the first begins at row 0, column 0\n"
     )

@@ -298,6 +298,16 @@ def test_the_help_shows_every_command_once_by_what_it_is_for():
     assert "..." not in run("plot", "--help").output.partition("Commands")[2]
 
 
+@pytest.mark.parametrize(("word", "said"), [
+    ("prun", "No such command 'prun'. Did you mean 'prune'?"),
+    ("prune_model", "No such command 'prune_model'. Did you mean 'prune-model'?"),
+    ("xyz", "No such command 'xyz'.\n"),
+])  # fmt: skip
+def test_a_command_that_there_is_not_names_the_nearest(word, said):
+    result = CliRunner().invoke(main, [word, "W.npy"])
+    assert result.exit_code == 2 and said in result.stderr
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     ("cuobs pru", {"prune", "prune-model"}),
     ("cuobs prune --method obs-", {"obs-local", "obs-full", "obs-split", "obs-interleaved",

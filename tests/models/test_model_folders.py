@@ -168,7 +168,7 @@ def test_text_is_tokenised_and_drawn(source, tmp_path):
         source, tmp_path / "all", tmp_path / "text.txt", sequence_length=32, device="cpu",
         method="wanda", say=lines.append,
     )  # fmt: skip
-    assert lines[0].endswith("31 windows of 32 tokens")
+    assert lines[0].endswith(" all 31 windows of 32 tokens")
     chosen = np.sort(np.random.default_rng(3).choice(1000 // 32, 10, replace=False))
     model = load_model(source)
     prune_model(model, words[: 31 * 32].reshape(31, 32)[chosen], device="cpu")

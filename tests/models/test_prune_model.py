@@ -329,7 +329,7 @@ def test_few_tokens_are_warned_of_once(tokens, windows, warned):
     said = [str(w.message) for w in found if "columns" in str(w.message)]
     assert len(said) == warned and report.protocol["tokens"] == 23 * windows
     if warned:
-        assert said[0].startswith("tokens: found 46 for 64 columns of model.layers")
+        assert said[0].startswith("tokens: found 46 for 64 columns of model.layers.0.")
 
 
 def test_bfloat16(tokens):
@@ -452,14 +452,15 @@ def test_what_is_by_head_is_not_taken_for_windows(kind, tokens):
         ({"method": "sparsegtp"}, ValueError, "nearest: sparsegpt"),
         ({"splits": 4}, ValueError, "splits.*admm takes"),
         ({"refine": "no"}, ValueError, "refine"),
-        ({"target": "half"}, ValueError, "target.*nearest"),
+        ({"target": "mix"}, ValueError, "target.*nearest: mixed"),
+        ({"target": "half"}, ValueError, "target: found 'half', expected .*dense$"),
         ({"dense_share": -1}, ValueError, "dense_share: found -1"),
         ({"target": "pruned", "residual_share": 0.5}, ValueError, "with target='pruned'"),
         ({"tune_rate": float("nan")}, ValueError, "tune_rate: found nan"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens: found 0"),
         ({"tokens": make_tokens(2, 65)}, ValueError, "tokens: found windows of 65"),
         ({"residual_share": (1, 2, 3)}, ValueError, "residual_share"),
-        ({"skip": "("}, ValueError, "skip.*regular expression"),
+        ({"skip": "("}, ValueError, "skip.*regular expression.*a config takes globs"),
         ({"damp": -0.1}, ValueError, "damp"),
         ({"tune": -1}, ValueError, "tune"),
         ({"device": "tpu"}, ValueError, "device"),

@@ -92,6 +92,7 @@ def test_numbers_that_json_does_not_know(report):
 
 def test_size():
     assert size_text(3 * 2**20) == "3 MiB"
+    assert size_text(1000 * 2**20) == "1000 MiB" and size_text(2**20 - 1) == "1024 KiB"
     assert size_text(5 * 2**29) == "2.50 GiB"
 
 

@@ -239,3 +239,22 @@ def test_two_streams_at_once():
         torch.cuda.synchronize()
         for x, out in zip(inputs, found, strict=True):
             close(out, x, W, b, 2e-3)
+
+
+def test_a_linear_layer_is_packed_as_its_weight():
+    W = weight("2:4", 24, 96)
+    layer = torch.nn.Linear(96, 24)
+    with torch.no_grad():
+        layer.weight.copy_(W)
+    packed = cuobs.pack(layer, "2:4")
+    assert torch.equal(packed.unpack(), W) and not packed.values.requires_grad
+    with pytest.raises(TypeError, match="W: found a module GELU .*expected an array, an nn.Linear"):
+        cuobs.pack(torch.nn.GELU())
+
+
+def test_kinds_of_arrays_are_not_mixed():
+    W = weight("2:4", 24, 96)
+    with pytest.raises(TypeError, match="x: found ndarray, expected .*kind, Tensor"):
+        cuobs.pack(W) @ np.ones(96, np.float32)
+    with pytest.raises(TypeError, match="x: found Tensor, expected .*kind, ndarray"):
+        cuobs.pack(W.numpy()) @ torch.ones(96)

@@ -1,6 +1,7 @@
 """Prune a causal language model in memory, block by block and group by group."""
 
 import copy
+import operator
 import os
 import tempfile
 import time
@@ -263,9 +264,10 @@ def count_tokens(windows, layers, blocks):
     """Tokens that count, for a protocol; warn of fewer than a linear that is pruned has columns."""
     found = int(windows.keep.sum())
     columns, name = max(
-        (oriented(linears(blocks[index])[inner]).shape[1], f"{layers.prefix}.{index}.{inner}")
-        for index, inner in layers.recipes
-    )
+        ((oriented(linears(blocks[index])[inner]).shape[1], f"{layers.prefix}.{index}.{inner}")
+         for index, inner in layers.recipes),
+        key=operator.itemgetter(0),
+    )  # fmt: skip
     if found < columns:
         validation.warn(
             f"tokens: found {found} for {columns} columns of {name}, expected several for each: "

@@ -53,9 +53,10 @@ class Mixture(NamedTuple):
     def lines(self, seed):
         """The sources, for people."""
         for spec, count in self.counts.items():
-            how = f", drawn with seed {seed}" if spec in self.drawn else ""
             text = not is_tokens(spec) and self_written(spec) is None
-            documents = f"{read_documents(spec)}, " if text else ""
+            how = f", drawn with seed {seed}" if spec in self.drawn else ""
+            every = "" if how else "all "
+            documents = f"{read_documents(spec)}, {every}" if text else ""
             yield f"{spec}: {documents}{count} windows of {self.pruning.shape[1]} tokens{how}"
 
 
