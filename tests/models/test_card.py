@@ -6,7 +6,7 @@ import yaml
 from small_models import make_source, make_tokens
 
 from cuobs.models import ModelReport, prune_folder
-from cuobs.models.checkpoints.card import MARK, model_card
+from cuobs.models.checkpoints.card import MARK, model_card, stored_otherwise
 from cuobs.models.report import BlockReport, LayerReport
 
 ORIGINAL = """---
@@ -97,6 +97,14 @@ def test_without_metadata_and_without_perplexity():
 def test_packed():
     card = model_card(report(), packed=True)
     assert "stored dense" not in card and "import cuobs.models" in card
+
+
+def test_a_card_that_cuobs_did_not_write_stays_when_a_model_is_packed():
+    dense = model_card(report(), ORIGINAL, "OPTForCausalLM")
+    packed = stored_otherwise(report(), dense, packed=True)
+    assert packed == model_card(report(), ORIGINAL, "OPTForCausalLM", packed=True)
+    assert stored_otherwise(report(), packed, packed=False) == dense
+    assert stored_otherwise(report(), ORIGINAL, packed=True) == ORIGINAL
 
 
 def test_in_the_folder(tmp_path):

@@ -104,6 +104,11 @@ def test_patterns_of_the_report(tmp_path, source):
     cuobs.models.prune_folder(source, dense, f"{tokens}:t", **options)
     cuobs.models.prune_folder(source, one, f"{tokens}:t", packed=True, **options)
     found = pack_folder(dense, two)
+    unpack_folder(two, str(tmp_path / "again"))
+    folders = [tmp_path / name for name in ("dense", "one", "two", "again")]
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    assert cards[1] == cards[2] and cards[0] == cards[3]
+    assert "import cuobs.models" in cards[2] and "stored dense" in cards[3]
     assert set(found.modules.values()) == {"2:4", "4:8"}
     assert all(p == "4:8" for n, p in found.modules.items() if "down_proj" in n)
     assert found.left and all("k_proj" in name for name in found.left)

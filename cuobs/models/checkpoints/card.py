@@ -59,6 +59,23 @@ def model_card(
     return _head(head, report, base_model) + (body and body + "\n\n") + part + "\n"
 
 
+def stored_otherwise(report, card, packed):
+    """The card of a pruned model that is packed or unpacked; as it is where cuobs did not write it.
+
+    Parameters
+    ----------
+    report : ModelReport
+    card : str
+    packed : bool
+        How the weights are stored now.
+    """
+    _, mark, part = card.partition(MARK)
+    if not mark:
+        return card
+    opened = re.search(r"^model = (\w+)\.from_pretrained\(", part, re.MULTILINE)
+    return model_card(report, card, *(opened.groups() if opened else ()), packed=packed)
+
+
 def _part(report, model_class, packed):
     settings, protocol = report.settings, report.protocol
     pattern = parse(settings["pattern_view"])

@@ -5,6 +5,7 @@ name of its weight and its index beside them; ``quantization_config`` of its ``c
 which these are, and by what pattern.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -17,12 +18,14 @@ import torch
 
 import cuobs
 from cuobs import arrays
+from cuobs.models.checkpoints.card import CARD, stored_otherwise
 from cuobs.models.checkpoints.destination import finish
 from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.checkpoints.marker import check_destination
 from cuobs.models.checkpoints.names import Reader
 from cuobs.models.checkpoints.source import METHOD, REPORT, find_source, stored_tensors
 from cuobs.models.parked import at_hand
+from cuobs.models.report import read_report
 from cuobs.models.structure import find_blocks, is_transposed, linears, oriented, shared_weights
 from cuobs.ops.packed import VERSION
 from cuobs.packed import check_obeys
@@ -186,7 +189,7 @@ def pack_folder(
         _refuse(source.name, found)
     finish(
         source, dst, changed, config={**source.config, "quantization_config": found.config()},
-        extra=_report_of(source), shard_size=shard_bytes,
+        extra=_said_of(source, packed=True), shard_size=shard_bytes,
     )  # fmt: skip
     return found
 
@@ -283,8 +286,8 @@ def unpack_folder(
         if progress:
             progress(done, len(modules))
     finish(
-        source, dst, changed, dropped=dropped, config=config, extra=_report_of(source),
-        shard_size=shard_bytes,
+        source, dst, changed, dropped=dropped, config=config,
+        extra=_said_of(source, packed=False), shard_size=shard_bytes,
     )  # fmt: skip
     return list(modules)
 
@@ -396,6 +399,18 @@ def _report_of(source):
         return {}
     with open(path, "rb") as file:
         return {REPORT: file.read()}
+
+
+def _said_of(source, packed):
+    """The report that goes with a model, and its card, which says how the weights are stored."""
+    files = _report_of(source)
+    if files and CARD in source.carried:
+        with open(source.path(CARD), "rb") as file:
+            card = file.read().decode(errors="surrogateescape")
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # another release's report
+            card = stored_otherwise(read_report(source.folder), card, packed)
+            files[CARD] = card.encode(errors="surrogateescape")
+    return files
 
 
 def _patterns_of(source):
