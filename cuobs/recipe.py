@@ -183,11 +183,12 @@ def methods():
 
     A package brings one by an entry point of the group ``cuobs.methods`` that is a `Method`.
     """
+    # They register themselves; again where that was interrupted.
+    importlib.import_module("cuobs.algorithms")
     with _LOADING:
         if ENTRY_POINTS not in _loaded:
             # Noted first: a package may ask for the methods while it is loaded.
             _loaded.add(ENTRY_POINTS)
-            importlib.import_module("cuobs.algorithms")  # they register themselves
             _load_entry_points()
     return dict(_METHODS)
 

@@ -146,3 +146,28 @@ def test_every_package_is_installed():
     folders = {path.parent.relative_to(root) for path in (root / "cuobs").rglob("__init__.py")}
     packages = {".".join(folder.parts) for folder in folders} | {"cuobs_cli"}
     assert sorted(packages) == listed["options"]["packages"].split()
+
+
+def test_methods_come_after_an_import_that_was_interrupted():
+    """In a notebook Ctrl-C is no end: what is asked for again is imported again."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "cuobs.algorithms.obs_full":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+from cuobs.recipe import methods
+try:
+    methods()
+except KeyboardInterrupt:
+    print(*methods())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == list(cuobs.methods()), found.stderr
