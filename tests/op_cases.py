@@ -18,7 +18,7 @@ EVERY = pytest.mark.parametrize(
      TALL, PAIRS),
 )
 # Row groups and scopes: one of each, fewer and more than a warp, a warp and one, several blocks.
-SHAPE = pytest.mark.parametrize("R, G", [(1, 1), (1, 40), (33, 1), (5, 7), (37, 33), (9, 130)])
+SHAPE = pytest.mark.parametrize("m, n", [(1, 1), (1, 40), (33, 1), (5, 7), (37, 33), (9, 130)])
 # What a kernel may differ from its twin, as a share of the largest entry.
 TOLERANCE = {"float16": 5e-3, "float32": 2e-4, "float64": 1e-10}
 SINGLE = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -44,11 +44,11 @@ def by_scope(array, layout):
     return array.reshape(shape).transpose(3, 0, 1, 2)
 
 
-def layout_of(pattern, R, G):
+def layout_of(pattern, m, n):
     """A pattern compiled, for any number of row groups and of scopes."""
     blocks, keep = scope_of(pattern)
     r, c = blocks.shape
-    return Layout(np.arange(R * r).reshape(R, r), np.arange(G * c).reshape(G, c), blocks, keep)
+    return Layout(np.arange(m * r).reshape(m, r), np.arange(n * c).reshape(n, c), blocks, keep)
 
 
 def scope_of(pattern):

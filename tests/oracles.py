@@ -56,8 +56,8 @@ class Scopes:
     scope: np.ndarray  # (M, K) ints
     block: np.ndarray  # (M, K) ints, block within the scope
     keep: int
-    rows: np.ndarray  # (R, r)
-    columns: np.ndarray  # (G, c)
+    rows: np.ndarray  # (m, r)
+    columns: np.ndarray  # (n, c)
     blocks: np.ndarray  # (r, c)
 
     @cached_property
@@ -210,7 +210,7 @@ def removal_cost(w, C, s, lost):
 
 
 def shared_costs(W, C, s, groups):
-    """(R, len(groups), choices) costs under one C for all rows."""
+    """(row groups, len(groups), choices) costs under one C for all rows."""
     at = s.columns[groups]
     blocks = C[at[:, :, None], at[:, None, :]][:, None]
     blocks = np.broadcast_to(blocks, (len(groups), s.rows.shape[1], *blocks.shape[2:]))
@@ -221,9 +221,9 @@ def pruned_of(s, costs, groups, M, K):
     """(M, K) True where the cheapest choices of these column groups prune."""
     gone = np.zeros((M, K), bool)
     best = costs.argmin(-1)
-    for R, rows in enumerate(s.rows):
+    for i, rows in enumerate(s.rows):
         for k, g in enumerate(groups):
-            gone[rows[:, None], s.columns[g]] = s.lost[best[R, k]]
+            gone[rows[:, None], s.columns[g]] = s.lost[best[i, k]]
     return gone
 
 

@@ -204,20 +204,15 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
 
     Parameters
     ----------
-    A : array, shape (K, K)
+    A, precision
+        As in `inverse`, whose errors it has.
     by_rows : callable
         Called with a function that gives the rows of a slice, and their number: all of them, by
         whomever they are made.
-    precision : {"tensor", "fp32"}
 
     Returns
     -------
     array, shape (K, K)
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        A is not positive definite.
     """
     _, U = factor_by_rows(A, by_rows, precision, inverted=True)
 

@@ -16,8 +16,8 @@ from cuobs.ops import projection
 @pytest.mark.parametrize("text", PATTERNS)
 def test_projection(xp, rng, dtype, close, text):
     layout, s = compiled(text)
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    B, V, old = (rng.standard_normal((R * r, G * c)).astype(dtype) for _ in range(3))
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    B, V, old = (rng.standard_normal((m * r, n * c)).astype(dtype) for _ in range(3))
 
     def mask_of(A):
         squares = by_scope(A.astype(float), layout) ** 2
@@ -59,9 +59,9 @@ def test_ridge_right_side(xp, rng, dtype, close):
 @EVERY
 @SHAPE
 @SINGLE
-def test_project_update(cp, rng, pattern, R, G, dtype):
+def test_project_update(cp, rng, pattern, m, n, dtype):
     """Three steps, each from the arrays that the one before has left on its own side."""
-    layout = layout_of(pattern, R, G)
+    layout = layout_of(pattern, m, n)
     M, K = layout.shape
     V, D = (rng.standard_normal((M, K)).astype(dtype) for _ in range(2))
     mask = rng.random((M, K)) < 0.5

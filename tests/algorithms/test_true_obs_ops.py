@@ -23,24 +23,24 @@ def test_first_scopes(xp, rng, dtype):
     scopes = np.argsort(rng.random((6, 90)), axis=1)[:, :37].astype(np.int32)
     for size in 1, 5, 36, 37:
         found = host(true_obs_ops.first_scopes(xp.asarray(key), xp.asarray(scopes), size))
-        for R in range(6):
-            order = sorted(range(37), key=lambda k: (key[R, k], scopes[R, k]))  # noqa: B023
-            assert found[R].tolist() == sorted(order[:size])
+        for m in range(6):
+            order = sorted(range(37), key=lambda k: (key[m, k], scopes[m, k]))  # noqa: B023
+            assert found[m].tolist() == sorted(order[:size])
 
 
 @pytest.fixture(params=["2:4", "4:8", "block16-row8", TILE, TALL])
 def state(request, rng):
     """Row groups in the middle of true-obs: n open scopes of each, in any order, and a Z."""
     layout = compiled(request.param, columns=9)[0]
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    m, r, N, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
     n, used = 6, 8
     return {
-        "layout": layout, "R": R, "r": r, "G": G, "c": c, "n": n, "used": used,
-        "scopes": np.argsort(rng.random((R, G)), axis=1)[:, :n].astype(np.int32),
-        "w": rng.standard_normal((c, R, r, n)), "D": rng.standard_normal((c, c, R, r, n)),
-        "Z": rng.standard_normal((R * r, n * c, used + 56)) / 10,
-        "chosen": np.sort(np.argsort(rng.random((R, n)), axis=1)[:, :2]).astype(np.int32),
-        "C": definite(rng, G * c),
+        "layout": layout, "m": m, "r": r, "N": N, "c": c, "n": n, "used": used,
+        "scopes": np.argsort(rng.random((m, N)), axis=1)[:, :n].astype(np.int32),
+        "w": rng.standard_normal((c, m, r, n)), "D": rng.standard_normal((c, c, m, r, n)),
+        "Z": rng.standard_normal((m * r, n * c, used + 56)) / 10,
+        "chosen": np.sort(np.argsort(rng.random((m, n)), axis=1)[:, :2]).astype(np.int32),
+        "C": definite(rng, N * c),
     }
 
 
@@ -48,34 +48,34 @@ def state(request, rng):
 def test_take_pruned(xp, rng, state, dtype):
     layout, c, r = state["layout"], state["c"], state["r"]
     blocks = selection.prune_lowest(
-        rng.random((layout.n_blocks, state["R"], state["n"])), layout.n_blocks - layout.keep)
-    mask = xp.zeros((state["R"], r, state["G"], c), bool)
+        rng.random((layout.n_blocks, state["m"], state["n"])), layout.n_blocks - layout.keep)
+    mask = xp.zeros((state["m"], r, state["N"], c), bool)
     places, columns, weights, counts = true_obs_ops.take_pruned(
         xp.asarray(blocks), xp.asarray(state["chosen"]), xp.asarray(state["scopes"]),
         xp.asarray(state["w"], dtype), layout, mask)
     places, columns, weights, mask = map(host, (places, columns, weights, mask))
-    for R, i in np.ndindex(state["R"], r):
+    for m, i in np.ndindex(state["m"], r):
         expected = []
-        for k in state["chosen"][R]:
-            scope = state["scopes"][R, k]
-            gone = blocks[layout.blocks[i], R, k]
-            assert np.array_equal(mask[R, i, scope], ~gone)
-            expected += [(k * c + j, scope * c + j, state["w"].astype(dtype)[j, R, i, k])
+        for k in state["chosen"][m]:
+            scope = state["scopes"][m, k]
+            gone = blocks[layout.blocks[i], m, k]
+            assert np.array_equal(mask[m, i, scope], ~gone)
+            expected += [(k * c + j, scope * c + j, state["w"].astype(dtype)[j, m, i, k])
                          for j in np.flatnonzero(gone)]
-        b = R * r + i
+        b = m * r + i
         found = zip(places[b], columns[b], weights[b], strict=True)
         assert sorted(f for f in found if f[0] >= 0) == sorted(expected)
         assert (columns[b][places[b] < 0] == -1).all() and not weights[b][places[b] < 0].any()
         if counts is not None:
             assert host(counts)[b] >= len(expected)
-    assert mask.sum() == sum(mask[R, :, state["scopes"][R, k]].sum()
-                             for R in range(state["R"]) for k in state["chosen"][R])
+    assert mask.sum() == sum(mask[m, :, state["scopes"][m, k]].sum()
+                             for m in range(state["m"]) for k in state["chosen"][m])
 
 
 @SINGLE
 def test_groups_of_rows(xp, rng, state, dtype, close):
     """Z_P, A = C_PP - Z_P Z_P^T and y = L^-1 w, with rows that lose fewer columns filled up."""
-    B, c, n, used = state["R"] * state["r"], state["c"], state["n"], state["used"]
+    B, c, n, used = state["m"] * state["r"], state["c"], state["n"], state["used"]
     places = np.argsort(rng.random((B, n * c)), axis=1)[:, :min(5, n * c)].astype(np.int32)
     places[::2, -1] = -1
     scope = np.repeat(state["scopes"], state["r"], axis=0)
@@ -106,15 +106,15 @@ def test_groups_of_rows(xp, rng, state, dtype, close):
 @SINGLE
 def test_drop_scopes(xp, state, dtype, close):
     """What is left are the other scopes, each with its own weights, blocks and rows of Z."""
-    R, r, c, n, used = (state[name] for name in ("R", "r", "c", "n", "used"))
+    m, r, c, n, used = (state[name] for name in ("m", "r", "c", "n", "used"))
     arrays = {name: xp.array(state[name], dtype) for name in ("w", "D", "Z")}
     factor = true_obs_ops.Factor(arrays["Z"], used=used)
     scopes, w, D = true_obs_ops.drop_scopes(
         xp.asarray(state["chosen"]), xp.array(state["scopes"]), arrays["w"], arrays["D"], factor)
     scopes, w, D, Z = map(host, (scopes, w, D, factor.Z))
-    assert scopes.shape == (R, n - 2) and w.shape[3] == n - 2 and Z.shape[1] == (n - 2) * c
+    assert scopes.shape == (m, n - 2) and w.shape[3] == n - 2 and Z.shape[1] == (n - 2) * c
     below = np.tril(np.ones((c, c)))[..., None]
-    for g in range(R):
+    for g in range(m):
         kept = {int(state["scopes"][g, k]): k for k in range(n) if k not in state["chosen"][g]}
         assert sorted(scopes[g]) == sorted(kept)
         old = [kept[int(s)] for s in scopes[g]]
@@ -129,9 +129,9 @@ def test_drop_scopes(xp, state, dtype, close):
 @pytest.mark.parametrize("differ", [False, True])
 def test_append_factor(xp, rng, state, dtype, close, differ):
     """Zn = L^-1 (C_P: - Z_P Z^T), transposed, behind what each row has in Z so far."""
-    R, r, c, n, used = (state[name] for name in ("R", "r", "c", "n", "used"))
-    B, p = R * r, 8
-    columns = np.argsort(rng.random((B, state["G"] * c)), axis=1)[:, :p].astype(np.int32)
+    m, r, c, n, used = (state[name] for name in ("m", "r", "c", "n", "used"))
+    B, p = m * r, 8
+    columns = np.argsort(rng.random((B, state["N"] * c)), axis=1)[:, :p].astype(np.int32)
     p = columns.shape[1]
     counts = np.full(B, p, np.int32)
     Z = state["Z"].copy()
@@ -153,7 +153,7 @@ def test_append_factor(xp, rng, state, dtype, close, differ):
         xp.asarray(C, dtype), xp.asarray(state["scopes"]), xp.asarray(columns),
         xp.asarray(Z_P, dtype), xp.asarray(inverse, dtype),
         xp.asarray(counts) if differ else None, factor, Workspace())
-    open_columns = (state["scopes"][:, :, None] * c + np.arange(c)).reshape(R, -1)
+    open_columns = (state["scopes"][:, :, None] * c + np.arange(c)).reshape(m, -1)
     open_columns = np.repeat(open_columns, r, axis=0)
     for b in range(B):
         P = columns[b, : counts[b]]
@@ -173,13 +173,13 @@ def test_append_factor(xp, rng, state, dtype, close, differ):
 
 @SINGLE
 def test_update_scopes(xp, rng, state, dtype, close):
-    R, r, c, n = (state[name] for name in ("R", "r", "c", "n"))
-    B, p = R * r, 8
+    m, r, c, n = (state[name] for name in ("m", "r", "c", "n"))
+    B, p = m * r, 8
     Zn, y = rng.standard_normal((B, n * c, p)), rng.standard_normal((B, p))
     w, D = (xp.array(state[name], dtype) for name in "wD")
     true_obs_ops.update_scopes(w, D, xp.asarray(Zn, dtype), xp.asarray(y, dtype))
-    by_scope = Zn.reshape(R, r, n, c, p)
-    close(w, state["w"] - np.einsum("Rrncp,Rrp->cRrn", by_scope, y.reshape(R, r, p)))
+    by_scope = Zn.reshape(m, r, n, c, p)
+    close(w, state["w"] - np.einsum("Rrncp,Rrp->cRrn", by_scope, y.reshape(m, r, p)))
     below = np.tril(np.ones((c, c)))[..., None, None, None]
     expected = state["D"] - np.einsum("Rrnip,Rrnjp->ijRrn", by_scope, by_scope)
     close(host(D) * below, expected * below)
@@ -216,29 +216,29 @@ def test_first_scopes_by_a_kernel(cp, rng, dtype, n, size, ties):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, factor_dtype", TYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("R, groups", [(1, 1), (3, 6), (33, 20)])
-def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
+@pytest.mark.parametrize("m, groups", [(1, 1), (3, 6), (33, 20)])
+def test_a_group(cp, rng, pattern, dtype, factor_dtype, m, groups):
     """All passes of one group of scopes, each compared with its twin on the same input."""
-    layout = parse(pattern).compile(*shape_of(pattern, R, groups + 1))
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    B, n, used = R * r, G - 1, 8 * int(rng.integers(0, 4))
+    layout = parse(pattern).compile(*shape_of(pattern, m, groups + 1))
+    m, r, N, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    B, n, used = m * r, N - 1, 8 * int(rng.integers(0, 4))
     size = int(rng.integers(1, n + 1))
     alike = true_obs_ops.alike(layout)
     room = used + true_obs_ops.aligned(size * layout.pruned_columns[1]) + 16
-    C = definite(rng, G * c) * 0.05 + np.eye(G * c)
+    C = definite(rng, N * c) * 0.05 + np.eye(N * c)
     if layout.enumerated:
         masks = layout.candidate_blocks
-        blocks = np.ascontiguousarray(masks[:, rng.integers(0, masks.shape[1], (R, n))])
+        blocks = np.ascontiguousarray(masks[:, rng.integers(0, masks.shape[1], (m, n))])
     else:
-        blocks = np.tile((np.arange(layout.n_blocks) >= layout.keep)[:, None, None], (1, R, n))
+        blocks = np.tile((np.arange(layout.n_blocks) >= layout.keep)[:, None, None], (1, m, n))
         blocks = rng.permuted(blocks, axis=0)
     host = {
         "blocks": blocks,
-        "chosen": np.sort(shuffled(rng, R, n)[:, :size]),
-        "scopes": shuffled(rng, R, G),
-        "w": rng.standard_normal((c, R, r, G)).astype(dtype),
-        "D": rng.standard_normal((c, c, R, r, G)).astype(dtype),
-        "Z": (0.03 * rng.standard_normal((B, G * c, room))).astype(factor_dtype),
+        "chosen": np.sort(shuffled(rng, m, n)[:, :size]),
+        "scopes": shuffled(rng, m, N),
+        "w": rng.standard_normal((c, m, r, N)).astype(dtype),
+        "D": rng.standard_normal((c, c, m, r, N)).astype(dtype),
+        "Z": (0.03 * rng.standard_normal((B, N * c, room))).astype(factor_dtype),
     }
     # Rows that lose different numbers of columns hold zeros behind their own.
     starts = 8 * rng.integers(0, used // 8 + 1, B).astype(np.int32)
@@ -252,7 +252,7 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
         if xp is np:
             a["Z"] = a["Z"].astype(dtype)
         factor = true_obs_ops.Factor(a["Z"][:, : n * c], used)
-        mask = xp.zeros((R, r, G, c), bool)
+        mask = xp.zeros((m, r, N, c), bool)
         places, columns, weights, counts = true_obs_ops.take_pruned(
             a["blocks"], a["chosen"], scopes, w, layout, mask
         )
@@ -296,11 +296,11 @@ def test_a_group(cp, rng, pattern, dtype, factor_dtype, R, groups):
         near_largest(found, expected.astype(np.float64), 0 if exact else tolerance)
 
 
-def shape_of(pattern, R, G):
-    """The shape of a weight with R row groups and about G scopes a row group."""
+def shape_of(pattern, m, N):
+    """The shape of a weight with m row groups and about N scopes a row group."""
     if pattern in patterns():
-        return (16 * -(-R // 8) if pattern == "block16-row8" else R), 16 * -(-G * 2 // 2)
-    return (2 * R if pattern == layers.TILE else R), G * {"2:3": 3, "2:4x3": 12, "8:16": 16,
+        return (16 * -(-m // 8) if pattern == "block16-row8" else m), 16 * -(-N * 2 // 2)
+    return (2 * m if pattern == layers.TILE else m), N * {"2:3": 3, "2:4x3": 12, "8:16": 16,
                                                          "16:32": 32}.get(pattern, 4)
 
 

@@ -28,32 +28,32 @@ from cuobs.ops import selection
 def test_costs_and_masks(xp, rng, dtype, close, text):
     """Costs of candidates, the best of them, the gap, and the masks, shared C and own C."""
     layout, s = compiled(text)
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    W = rng.standard_normal((R * r, G * c))
-    own = definite(rng, R, r, G, c)
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    W = rng.standard_normal((m * r, n * c))
+    own = definite(rng, m, r, n, c)
     for blocks in own, np.broadcast_to(own[:1, :1], own.shape):
         shared = blocks is not own
         costs = np.stack([
             oracles.choice_costs(by_scope(W, layout).transpose(1, 3, 2, 0)[:, g],
-                                 blocks[:, :, g], s) for g in range(G)
+                                 blocks[:, :, g], s) for g in range(n)
         ], 1)
         C = blocks.transpose(3, 4, 0, 1, 2)
         C = xp.asarray(C[:, :, 0, 0] if shared else C, dtype)
         w = by_scope(xp.asarray(W, dtype), layout)
         ranked, best = np.sort(costs, -1), costs.argmin(-1)
         chosen, cost, gap = selection.select(w, C, layout)
-        expected = np.zeros((layout.n_blocks, R, G), bool)
-        for i, g in np.ndindex(R, G):
+        expected = np.zeros((layout.n_blocks, m, n), bool)
+        for i, g in np.ndindex(m, n):
             expected[list(s.choices[best[i, g]]), i, g] = True
         np.testing.assert_array_equal(host(chosen), expected)
         close(cost, ranked[..., 0])
         np.testing.assert_allclose(host(gap), ranked[..., 1] - ranked[..., 0], rtol=0,
                                    atol={"float32": 1e-3, "float64": 1e-10}[dtype])
-        wide = xp.zeros((R * r, G * c + 5), bool)
-        selection.select_mask(w, C, layout, wide[:, : G * c])
-        mask = ~selection.expand(xp.asarray(expected), layout).reshape(R * r, G * c)
-        np.testing.assert_array_equal(host(wide)[:, : G * c], host(mask))
-        assert not host(wide)[:, G * c :].any()
+        wide = xp.zeros((m * r, n * c + 5), bool)
+        selection.select_mask(w, C, layout, wide[:, : n * c])
+        mask = ~selection.expand(xp.asarray(expected), layout).reshape(m * r, n * c)
+        np.testing.assert_array_equal(host(wide)[:, : n * c], host(mask))
+        assert not host(wide)[:, n * c :].any()
         if layout.enumerated:
             found = selection.candidate_costs(w, C, layout)
             close(found, costs.transpose(2, 0, 1))
@@ -64,12 +64,12 @@ def test_costs_and_masks(xp, rng, dtype, close, text):
 @pytest.mark.parametrize("text", PATTERNS)
 def test_block_sums_and_expand(xp, rng, text):
     layout, s = compiled(text)
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    scores = rng.standard_normal((c, R, r, G))
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    scores = rng.standard_normal((c, m, r, n))
     sums = selection.block_sums(xp.asarray(scores), layout)
-    flags = xp.asarray(rng.random((layout.n_blocks, R, G)) < 0.5)
+    flags = xp.asarray(rng.random((layout.n_blocks, m, n)) < 0.5)
     elements = host(selection.expand(flags, layout))
-    assert elements.shape == (R, r, G, c)
+    assert elements.shape == (m, r, n, c)
     for b in range(layout.n_blocks):
         where = layout.blocks == b
         np.testing.assert_allclose(
@@ -99,9 +99,9 @@ def test_scope_blocks(xp, rng):
 @pytest.mark.parametrize("text", ["2:4", "4:8", "8:16", TILE])
 def test_ties_take_the_first_mask(xp, text):
     layout, _ = compiled(text)
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    w = xp.zeros((c, R, r, G))
-    C = xp.asarray(np.broadcast_to(np.eye(c)[:, :, None], (c, c, G)))
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    w = xp.zeros((c, m, r, n))
+    C = xp.asarray(np.broadcast_to(np.eye(c)[:, :, None], (c, c, n)))
     blocks, best, gap = (host(a) for a in selection.select(w, C, layout))
     n_pruned = layout.n_blocks - layout.keep
     assert blocks[:n_pruned].all() and not blocks[n_pruned:].any()
@@ -113,13 +113,13 @@ def test_ties_take_the_first_mask(xp, text):
 @SHAPE
 @SINGLE
 @pytest.mark.parametrize("own", [False, True])
-def test_select_by_a_kernel(cp, rng, pattern, R, G, dtype, own):
-    layout = layout_of(pattern, R, G)
+def test_select_by_a_kernel(cp, rng, pattern, m, n, dtype, own):
+    layout = layout_of(pattern, m, n)
     r, c = layout.blocks.shape
-    w = rng.standard_normal((R, r, G, c)).astype(dtype)
-    w[:, :, G // 2] = 0  # every candidate ties
+    w = rng.standard_normal((m, r, n, c)).astype(dtype)
+    w[:, :, n // 2] = 0  # every candidate ties
     w = w.transpose(3, 0, 1, 2)
-    C = place_major(definite(rng, *((R, r, G) if own else (G,)), c)).astype(dtype)
+    C = place_major(definite(rng, *((m, r, n) if own else (n,)), c)).astype(dtype)
     blocks, best, gap = selection.select(w, C, layout)
     found, found_best, found_gap = selection.select(cp.asarray(w), cp.asarray(C), layout)
     near(found_best, best, dtype)
@@ -129,9 +129,9 @@ def test_select_by_a_kernel(cp, rng, pattern, R, G, dtype, own):
     assert sure.mean() > 0.9
     np.testing.assert_array_equal(arrays.to_numpy(found)[:, sure], blocks[:, sure])
 
-    whole, mask = wider(cp, np.zeros((R * r, G * c), bool), c, 3 * c)
+    whole, mask = wider(cp, np.zeros((m * r, n * c), bool), c, 3 * c)
     selection.select_mask(cp.asarray(w), cp.asarray(C), layout, mask)
-    expected = ~selection.expand(arrays.to_numpy(found), layout).reshape(R * r, G * c)
+    expected = ~selection.expand(arrays.to_numpy(found), layout).reshape(m * r, n * c)
     np.testing.assert_array_equal(arrays.to_numpy(mask), expected)
     assert untouched(whole, c, 3 * c)
 
@@ -141,9 +141,9 @@ def test_select_by_a_kernel(cp, rng, pattern, R, G, dtype, own):
 def test_scopes_too_large_for_a_kernel(cp, rng, text):
     """They take array operations, on the device too."""
     layout = layout_of(text, 4, 1) if text != "2:3x8" else layout_of(text, 4, 5)
-    R, r, G, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    w = rng.standard_normal((R, r, G, c)).transpose(3, 0, 1, 2)
-    C = place_major(definite(rng, G, c))
+    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
+    w = rng.standard_normal((m, r, n, c)).transpose(3, 0, 1, 2)
+    C = place_major(definite(rng, n, c))
     for found, expected in zip(selection.select(cp.asarray(w), cp.asarray(C), layout),
                                selection.select(w, C, layout), strict=True):
         np.testing.assert_allclose(arrays.to_numpy(found), expected, rtol=1e-9)
@@ -151,10 +151,10 @@ def test_scopes_too_large_for_a_kernel(cp, rng, text):
 
 @pytest.mark.gpu
 @SINGLE
-@pytest.mark.parametrize("c, G", [(1, 5), (2, 33), (3, 7), (4, 1), (4, 70), (8, 9), (12, 5),
+@pytest.mark.parametrize("c, n", [(1, 5), (2, 33), (3, 7), (4, 1), (4, 70), (8, 9), (12, 5),
                                   (16, 6), (20, 3)])
-def test_factor_scope_blocks(cp, rng, c, G, dtype):
-    U = np.triu(rng.standard_normal((G * c, G * c))).astype(dtype)
+def test_factor_scope_blocks(cp, rng, c, n, dtype):
+    U = np.triu(rng.standard_normal((n * c, n * c))).astype(dtype)
     expected = selection.factor_scope_blocks(U, c)
     near(selection.factor_scope_blocks(cp.asarray(U), c), expected, dtype)
 

@@ -85,17 +85,16 @@ def test_sparsegpt_block(xp, rng, dtype, close, text):
 @pytest.mark.gpu
 @EVERY
 @SINGLE
-@pytest.mark.parametrize("R, width", [(1, 1), (1, 128), (19, 60), (37, 128)])
-def test_sparsegpt_block_by_a_kernel(cp, rng, pattern, R, width, dtype):
+@pytest.mark.parametrize("m, width", [(1, 1), (1, 128), (19, 60), (37, 128)])
+def test_sparsegpt_block_by_a_kernel(cp, rng, pattern, m, width, dtype):
     """One block of whole scopes, all arrays slices of wider ones."""
     c = scope_of(pattern)[0].shape[1]
-    G = max(1, width // c)
-    layout = layout_of(pattern, R, G)
+    layout = layout_of(pattern, m, max(1, width // c))
     M, n = layout.shape
     W, S = (rng.standard_normal((M, n)).astype(dtype) for _ in range(2))
-    R_factor = np.linalg.cholesky(definite(rng, n)).T
-    F = (R_factor / R_factor.diagonal()[:, None]).astype(dtype)
-    scale = (R_factor.diagonal() ** 2).astype(dtype)
+    R = np.linalg.cholesky(definite(rng, n)).T
+    F = (R / R.diagonal()[:, None]).astype(dtype)
+    scale = (R.diagonal() ** 2).astype(dtype)
     E, mask = S.copy(), np.empty((M, n), bool)
     sweep.sparsegpt_block(W, E, F, scale, layout, mask)
 
@@ -112,8 +111,8 @@ def test_sparsegpt_block_by_a_kernel(cp, rng, pattern, R, width, dtype):
     else:
         # A score that ties to rounding decides the rest of a row group.
         r = layout.blocks.shape[0]
-        same = np.repeat((found == mask).reshape(R, -1).all(1), r)
-        assert same.mean() >= 0.75 or R == 1
+        same = np.repeat((found == mask).reshape(m, -1).all(1), r)
+        assert same.mean() >= 0.75 or m == 1
         near(S_gpu[cp.asarray(same)], E[same], dtype, single=2e-3)
 
 

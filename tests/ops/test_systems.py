@@ -28,16 +28,16 @@ def test_masked_solve(xp, rng, dtype, close, c):
 
 
 @SINGLE
-@pytest.mark.parametrize("c, G", [(4, 5), (16, 1), (20, 2), (1, 3)])
-def test_scope_compensation(xp, rng, dtype, close, c, G):
-    C = definite(rng, G, c).transpose(1, 2, 0)
-    W = rng.standard_normal((3, G * c))
+@pytest.mark.parametrize("c, n", [(4, 5), (16, 1), (20, 2), (1, 3)])
+def test_scope_compensation(xp, rng, dtype, close, c, n):
+    C = definite(rng, n, c).transpose(1, 2, 0)
+    W = rng.standard_normal((3, n * c))
     mask = rng.random(W.shape) < 0.5
     found = systems.scope_compensation(
         xp.asarray(W, dtype), xp.asarray(C, dtype), xp.asarray(mask)
     )
     expected = W.copy()
-    for i, g in np.ndindex(3, G):
+    for i, g in np.ndindex(3, n):
         part = slice(g * c, (g + 1) * c)
         P = np.flatnonzero(~mask[i, part])
         Cg = C[..., g]
@@ -49,11 +49,11 @@ def test_scope_compensation(xp, rng, dtype, close, c, G):
 @pytest.mark.gpu
 @SINGLE
 @pytest.mark.parametrize("c", [1, 2, 3, 4, 6, 8, 12, 16, 20])
-@pytest.mark.parametrize("M, G", [(1, 1), (3, 33), (70, 5)])
-def test_scope_compensation_by_a_kernel(cp, rng, c, M, G, dtype):
-    W = rng.standard_normal((M, G * c)).astype(dtype)
-    C = place_major(definite(rng, G, c)).astype(dtype)
-    mask = rng.random((M, G * c)) < 0.5
+@pytest.mark.parametrize("M, n", [(1, 1), (3, 33), (70, 5)])
+def test_scope_compensation_by_a_kernel(cp, rng, c, M, n, dtype):
+    W = rng.standard_normal((M, n * c)).astype(dtype)
+    C = place_major(definite(rng, n, c)).astype(dtype)
+    mask = rng.random((M, n * c)) < 0.5
     mask[0] = True
     mask[-1] = False
     expected = systems.scope_compensation(W, C, mask)

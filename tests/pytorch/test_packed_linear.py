@@ -158,6 +158,16 @@ def test_bfloat16_in_files(tmp_path):
     assert np.array_equal(found.astype(np.float32), W.float().numpy())
 
 
+def replayed(packed, x):
+    """What a captured graph writes for other inputs than it was captured with; x takes them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = packed(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    return out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64, 100, 300])
 def test_captured_in_a_graph(tokens):
@@ -166,11 +176,7 @@ def test_captured_in_a_graph(tokens):
     packed, W, b = module(M=272, K=1056, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(tokens, 1056, device="cuda").bfloat16()
     packed(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = packed(x)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
+    out = replayed(packed, x)
     close(out, x, W, b, 1e-2)
 
 
@@ -184,11 +190,7 @@ def test_wider_dtypes_captured_in_a_graph(dtype):
         packed, W, b = module(pattern, dtype=dtype, device="cuda")
         x = torch.randn(5, 160, device="cuda", dtype=dtype)
         packed(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = packed(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
+        out = replayed(packed, x)
         assert torch.equal(packed.unpack(), W)
         close(out, x, W, b, 1e-4)
 
