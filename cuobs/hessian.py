@@ -196,8 +196,26 @@ class Hessian:
         each = row_bytes(X, self.K, self._dtype, arrays.device_name(self._xp))
         return rows if room is None or not each else max(1, min(rows, room // each))
 
-    def merge(self, other):
-        """Add another part, such as one from another machine; returns self."""
+    def merge(self, other: "Hessian") -> "Hessian":
+        """Add another part, such as one from another machine.
+
+        Parameters
+        ----------
+        other : Hessian
+            Of as many input features.
+
+        Returns
+        -------
+        Hessian
+            This one.
+
+        Raises
+        ------
+        ValueError
+            It has other features, or the sum overflows; this one is as it was.
+        TypeError
+            It is no Hessian.
+        """
         if not isinstance(other, Hessian):
             raise TypeError(f"other: found {type(other).__name__}, expected a Hessian")
         if other.K != self.K:
@@ -214,7 +232,19 @@ class Hessian:
         return self
 
     def save(self, path: str, force: bool = False) -> None:
-        """Write the sum and the number of tokens to an .npz file, whole or not at all."""
+        """Write the sum and the number of tokens to an .npz file, whole or not at all.
+
+        Parameters
+        ----------
+        path : str
+        force : bool
+            Overwrite an existing file.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists, and `force` is not given.
+        """
         from cuobs import files
 
         content = {"hessian": arrays.to_numpy(self.matrix)}
@@ -223,8 +253,24 @@ class Hessian:
         files.save_arrays(path, content, force=force)
 
     @classmethod
-    def load(cls, path, device="auto"):
-        """Read what `save` wrote."""
+    def load(cls, path: str, device: str = "auto") -> "Hessian":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : str
+        device : {"auto", "cpu", "cuda"}
+            Where the sum is held.
+
+        Returns
+        -------
+        Hessian
+
+        Raises
+        ------
+        ValueError
+            The file is damaged or holds something else.
+        """
         from cuobs import files
 
         content = files.load_arrays(path)

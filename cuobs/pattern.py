@@ -69,8 +69,22 @@ class View:
             )
 
     @classmethod
-    def parse(cls, text):
-        """Read the text form ``(M,K/16,8,2):(K,16,1,8)``."""
+    def parse(cls, text: str) -> "View":
+        """Read the text form ``(M,K/16,8,2):(K,16,1,8)``.
+
+        Parameters
+        ----------
+        text : str
+
+        Returns
+        -------
+        View
+
+        Raises
+        ------
+        ValueError
+            It is no such text.
+        """
         match = re.fullmatch(r"\s*\(([^()]*)\)\s*:\s*\(([^()]*)\)\s*", text)
         if not match:
             raise ValueError(f"view: found {text!r}, expected a form like '(M,K):(K,1)'")
@@ -79,8 +93,19 @@ class View:
     def __str__(self):
         return f"({','.join(map(str, self.shape))}):({','.join(map(str, self.strides))})"
 
-    def sizes(self, M, K):
-        """Its sizes and its strides on a weight (M, K); None for one that leaves a rest."""
+    def sizes(self, M: int, K: int) -> tuple:
+        """Its sizes and strides on a weight.
+
+        Parameters
+        ----------
+        M, K : int
+            Shape of the weight.
+
+        Returns
+        -------
+        shape, strides : list of (int or None)
+            None for one that leaves a rest.
+        """
         known = {"M": M, "K": K}
         return tuple([_evaluate(v, known) for v in values] for values in (self.shape, self.strides))
 
@@ -265,8 +290,14 @@ _NAMED = {
 }
 
 
-def patterns():
-    """The named patterns, by name. ``n:m`` and ``n:mxb`` are understood besides these."""
+def patterns() -> dict:
+    """The named patterns. ``n:m`` and ``n:mxb`` are understood besides these.
+
+    Returns
+    -------
+    dict of str to Pattern
+        By name, those of `register_pattern` too.
+    """
     return dict(_NAMED)
 
 

@@ -8,7 +8,7 @@ theirs overflows or vanishes; it changes no digit of a result.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,8 +130,13 @@ class Problem:
             W /= weight_unit
         return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit, outside)
 
-    def pull(self, right):
-        """Raise the target by right Hλ⁻¹, for an (M, K) array in the weight's own order.
+    def pull(self, right: Any) -> None:
+        """Raise the target by right Hλ⁻¹.
+
+        Parameters
+        ----------
+        right : array, shape (M, K)
+            In the weight's own order.
 
         Raises
         ------
@@ -158,8 +163,18 @@ class Problem:
         """What the costs of a method are in terms of."""
         return self.weight_unit**2 * self.hessian_unit
 
-    def unscaled(self, weight):
-        """Weights in terms of 1 again."""
+    def unscaled(self, weight: Any) -> Any:
+        """Weights in terms of 1 again.
+
+        Parameters
+        ----------
+        weight : array, shape (M, K)
+            In terms of `weight_unit`.
+
+        Returns
+        -------
+        array, shape (M, K)
+        """
         return weight if self.weight_unit == 1 else weight * self.weight_unit
 
     @property
@@ -167,22 +182,41 @@ class Problem:
         """How a GPU multiplies float32: "tensor" or "fp32"."""
         return self.settings.precision
 
-    def by_scope(self, array):
-        """A view (c, m, r, n) of an (M, K) array: place in the scope first."""
+    def by_scope(self, array: Any) -> Any:
+        """An array as scopes, place in the scope first: `cuobs.ops.by_scope`.
+
+        Parameters
+        ----------
+        array : array, shape (M, K)
+            In layout order.
+
+        Returns
+        -------
+        array, shape (c, m, r, n)
+            A view.
+        """
         return views.by_scope(array, self.layout)
 
     def check_definite(self):
-        """Raise LinAlgError where H is not positive definite.
+        """Factor H and look whether that went well; methods that multiply by it would not find out.
 
-        Methods that only multiply by H would not find out.
+        Raises
+        ------
+        numpy.linalg.LinAlgError
+            H is not positive definite.
         """
         self.R  # noqa: B018
         self.check_factored()
 
     def check_factored(self):
-        """Raise LinAlgError where `R` was asked for and is no factor.
+        """Look whether `R`, where it was asked for, is a factor.
 
         A GPU is asked here only, and not while it factors: a method launches its work meanwhile.
+
+        Raises
+        ------
+        numpy.linalg.LinAlgError
+            H is not positive definite.
         """
         if int(self._info[0]):
             raise np.linalg.LinAlgError(NOT_DEFINITE)
@@ -214,8 +248,16 @@ class Problem:
         """Whether those who share the rows share the work on the Hessian too."""
         return self.settings.shares > 1 and len(self.H) >= SHARED_FROM
 
-    def inverse(self, A):
+    def inverse(self, A: Any) -> Any:
         """The inverse of a symmetric positive definite matrix as large as the Hessian.
+
+        Parameters
+        ----------
+        A : array, shape (K, K)
+
+        Returns
+        -------
+        array, shape (K, K)
 
         Raises
         ------
@@ -244,8 +286,18 @@ class Problem:
         """The diagonal blocks of C, place-major: shape (c, c, n)."""
         return factor_scope_blocks(self.R_inverse, self.layout.columns)
 
-    def free_bytes(self, held=0):
-        """Bytes that a method which holds so many itself may still allocate."""
+    def free_bytes(self, held: int = 0) -> int:
+        """Bytes that a method may still allocate under the limit of the settings.
+
+        Parameters
+        ----------
+        held : int
+            What the method holds itself beside the problem.
+
+        Returns
+        -------
+        int
+        """
         free = arrays.free_memory(self.xp)
         limit = self.settings.memory_limit
         if limit is None:

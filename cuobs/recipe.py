@@ -80,8 +80,17 @@ class Option:
         if self.default is not None:
             self.check(self.default)
 
-    def check(self, value):
+    def check(self, value: Any) -> Any:
         """The value as the method takes it.
+
+        Parameters
+        ----------
+        value
+            Of the option's type, or what can stand for it.
+
+        Returns
+        -------
+        int, float or str
 
         Raises
         ------
@@ -149,8 +158,18 @@ class Method:
                     "another name"
                 )
 
-    def fill(self, given):
-        """All options by name: those given, checked, and the defaults of the others.
+    def fill(self, given: Mapping) -> dict:
+        """All options: those given, checked, and the defaults of the others.
+
+        Parameters
+        ----------
+        given : dict
+            By name; a None is the default.
+
+        Returns
+        -------
+        dict
+            By name.
 
         Raises
         ------
@@ -178,10 +197,15 @@ ENTRY_POINTS = "cuobs.methods"
 _METHODS, _loaded, _LOADING = {}, set(), threading.RLock()
 
 
-def methods():
-    """The methods, by name: those of cuobs, those registered, those that packages bring.
+def methods() -> dict:
+    """The methods: those of cuobs, those registered, those that packages bring.
 
     A package brings one by an entry point of the group ``cuobs.methods`` that is a `Method`.
+
+    Returns
+    -------
+    dict of str to Method
+        By name.
     """
     # They register themselves; again where that was interrupted.
     importlib.import_module("cuobs.algorithms")
@@ -318,13 +342,29 @@ class Settings:
             )
             object.__setattr__(self, option.name, check(value))
 
-    def report(self, done, total):
-        """Tell the caller how far the work is."""
+    def report(self, done: int, total: int) -> None:
+        """Tell the caller how far the work is.
+
+        Parameters
+        ----------
+        done, total : int
+            What ``progress`` is called with.
+        """
         if self.progress:
             self.progress(done, total)
 
-    def over_all_rows(self, number):
-        """The sum over all rows of a number that is one over those at hand."""
+    def over_all_rows(self, number: float) -> float:
+        """The sum over all rows of a number that is one over those at hand.
+
+        Parameters
+        ----------
+        number : int or float
+            Over the rows of the problem, which may be a share of the weight's.
+
+        Returns
+        -------
+        int or float
+        """
         return number if self.others is None else self.others.total(number)
 
     @property
@@ -349,8 +389,24 @@ class Settings:
             return function(slice(0, rows))
         return self.others.by_rows(function, rows)
 
-    def namespace(self, *given):
-        """The namespace to compute on, NumPy or CuPy, for arrays that were given."""
+    def namespace(self, *given: Any) -> Any:
+        """The namespace to compute on.
+
+        Parameters
+        ----------
+        *given : array
+            Where one lies on a GPU, "auto" takes it.
+
+        Returns
+        -------
+        module
+            numpy or cupy.
+
+        Raises
+        ------
+        ValueError
+            "cuda", and no device is found.
+        """
         return arrays.choose(self.device, *given)
 
 

@@ -145,11 +145,22 @@ def _reversed_factor(H, info):
 
 
 @twinned(_check_upper)
-def upper_inverse(U, precision="fp32"):
-    """Inverse of an upper triangular U, shape (K, K), with zeros below.
+def upper_inverse(U: Any, precision: str = "fp32") -> Any:
+    """Inverse of an upper triangular matrix.
 
     On a GPU its larger blocks come by products, which keep the digits of float32 in either
     precision.
+
+    Parameters
+    ----------
+    U : array, shape (K, K)
+        Zeros below the diagonal.
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (K, K)
+        Zeros below the diagonal.
     """
     trtri = scipy.linalg.get_lapack_funcs("trtri", (U,))
     with _threads_for(U):
@@ -163,14 +174,37 @@ def _check_upper_solve(U, B):
 
 
 @twinned(_check_upper_solve)
-def upper_solve(U, B):
-    """X with U X = B for an upper triangular U, shape (K, K), and B of shape (K,) or (K, n)."""
+def upper_solve(U: Any, B: Any) -> Any:
+    """X with U X = B, by substitution.
+
+    Parameters
+    ----------
+    U : array, shape (K, K)
+        Upper triangular.
+    B : array, shape (K,) or (K, n)
+        Of the same dtype.
+
+    Returns
+    -------
+    array, shape (K,) or (K, n)
+    """
     return scipy.linalg.solve_triangular(U, B, check_finite=False)
 
 
 @twinned(_check_upper)
-def upper_gram(U, precision="fp32"):
-    """UᵀU of an upper triangular U, shape (K, K)."""
+def upper_gram(U: Any, precision: str = "fp32") -> Any:
+    """UᵀU of an upper triangular matrix: the inverse of R Rᵀ where U is R⁻¹.
+
+    Parameters
+    ----------
+    U : array, shape (K, K)
+        Zeros below the diagonal.
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (K, K)
+    """
     return U.T @ U
 
 
@@ -182,14 +216,35 @@ def _check_factor_solve(R, B):
 
 
 @twinned(_check_factor_solve)
-def factor_solve(R, B):
-    """X with X R Rᵀ = B, for a reversed factor R, shape (K, K), and B of shape (M, K)."""
+def factor_solve(R: Any, B: Any) -> Any:
+    """X with X R Rᵀ = B, by two substitutions.
+
+    Parameters
+    ----------
+    R : array, shape (K, K)
+        Of `reversed_cholesky`.
+    B : array, shape (M, K)
+        Of the same dtype.
+
+    Returns
+    -------
+    array, shape (M, K)
+    """
     half = scipy.linalg.solve_triangular(R, B.T, check_finite=False)
     return scipy.linalg.solve_triangular(R, half, trans=1, check_finite=False).T
 
 
-def inverse(A, precision="fp32"):
-    """Inverse of one symmetric positive definite matrix, shape (K, K).
+def inverse(A: Any, precision: str = "fp32") -> Any:
+    """Inverse of a symmetric positive definite matrix, by its reversed factor.
+
+    Parameters
+    ----------
+    A : array, shape (K, K)
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (K, K)
 
     Raises
     ------

@@ -74,7 +74,13 @@ def _check_mirror_upper(A):
 
 @twinned(_check_mirror_upper)
 def mirror_upper(A: Any) -> None:
-    """Overwrite what lies below the diagonal of a (K, K) matrix by what lies above it."""
+    """Overwrite what lies below the diagonal of a matrix by what lies above it.
+
+    Parameters
+    ----------
+    A : array, shape (K, K)
+        float32 or float64. Overwritten.
+    """
     below = np.tril_indices(len(A), -1)
     A[below] = A.T[below]
 

@@ -72,8 +72,16 @@ class Tiling(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tiling(layout):
-    """The tiling of a layout.
+def tiling(layout: Any) -> Tiling:
+    """How the scopes of a layout are dealt out to the lanes of a warp.
+
+    Parameters
+    ----------
+    layout : Layout
+
+    Returns
+    -------
+    Tiling
 
     Raises
     ------

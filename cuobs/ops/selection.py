@@ -85,6 +85,11 @@ def expand(blocks: Any, layout: Any) -> Any:
     Returns
     -------
     array, shape (m, r, n, c)
+
+    Raises
+    ------
+    ValueError
+        They are not as many as the layout has.
     """
     if blocks.ndim != 3 or len(blocks) != layout.n_blocks:
         raise ValueError(
@@ -132,8 +137,25 @@ def _rank_bytes(layout):
     return layout.n_blocks * (3 if layout.n_blocks <= COMPARED else 24)
 
 
-def scope_blocks(C, c):
-    """The c x c diagonal blocks of a (K, K) matrix, place-major: a view of shape (c, c, n)."""
+def scope_blocks(C: Any, c: int) -> Any:
+    """The c x c diagonal blocks of a matrix, place-major.
+
+    Parameters
+    ----------
+    C : array, shape (K, K)
+    c : int
+        Columns of a scope, of which K = n c.
+
+    Returns
+    -------
+    array, shape (c, c, n)
+        A view.
+
+    Raises
+    ------
+    ValueError
+        C is not square, or c does not divide K.
+    """
     _check_scopes(C, c)
     n = len(C) // c
     return C.reshape(n, c, n, c).diagonal(0, 0, 2)

@@ -28,6 +28,11 @@ def masked_solve(C: Any, w: Any, mask: Any) -> Any:
     Returns
     -------
     array, shape (c, ...)
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or dtypes do not belong together.
     """
     real("w", w)
     same_dtype("w", w, "C", C)
@@ -149,6 +154,11 @@ def masked_factor_solve(A: Any, B: Any, mask: Any, out: Any) -> None:
         True = in S.
     out : ndarray, shape (M, K)
         Overwritten where in S.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        A block A_SS is not positive definite; says of which row.
     """
     _check_factor_solve(A, B, mask, out)
     for m in range(len(B)):

@@ -29,8 +29,19 @@ def permute(array: Any, layout: Any) -> Any:
     return array
 
 
-def permute_back(array, layout):
-    """An (M, K) array out of layout order: the inverse of `permute`."""
+def permute_back(array: Any, layout: Any) -> Any:
+    """An (M, K) array out of layout order: the inverse of `permute`.
+
+    Parameters
+    ----------
+    array : array, shape (M, K)
+    layout : Layout
+
+    Returns
+    -------
+    array, shape (M, K)
+        The array itself where its order is the layout's.
+    """
     shaped("array", array, layout.shape)
     for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
         if not ordered(order):
