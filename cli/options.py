@@ -204,6 +204,16 @@ def setting(name, **keys):
     return option(_flag(found), **{"group": HOW, **_keys(found), **keys})
 
 
+class Output(click.Path):
+    """A file to write; an option in its place means that its name was left out."""
+
+    def convert(self, value, param, ctx):
+        """The name, where it is none of an option."""
+        if ctx is not None and any(value in other.opts for other in ctx.command.params):
+            self.fail(f"found the option {value}, expected a file to write", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def pattern(command):
     """The decorator that gives a command ``--pattern``, where it takes no recipe."""
     return option("--pattern", **_pattern())(command)
@@ -227,7 +237,7 @@ def as_json(command):
 
 def output(*names, **keys):
     """The decorator for a file to write."""
-    return option(*names, group=OUTPUT, type=click.Path(), **keys)
+    return option(*names, group=OUTPUT, type=Output(), **keys)
 
 
 def _flag(one):

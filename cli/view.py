@@ -19,7 +19,7 @@ class View:
     """
 
     def __init__(self, quiet=False):
-        self.began = False
+        self.began = self._explained = False
         self._quiet = quiet
         self._bar = None
 
@@ -63,12 +63,14 @@ class View:
         if settings.get("rotate"):
             self.say(f"rotation     {settings['rotate_steps']} steps; a tied head is untied")
         self.say(f"memory       about {size_text(report.memory_predicted)} on {settings['device']}")
-        self.say(EACH)
-        if settings["target"] != "pruned":
-            self.say(DRIFT)
 
     def block(self, report, blocks):
         """A block that is finished: the layer that loses most, and what the rest takes."""
+        if not self._explained:
+            self._explained = True
+            self.say(EACH)
+            if report.settings["target"] != "pruned":
+                self.say(DRIFT)
         block, rotation = report.blocks[-1], report.rotation
         if rotation is not None and len(report.blocks) == 1:
             self.say(

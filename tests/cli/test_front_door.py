@@ -298,6 +298,18 @@ def test_the_help_shows_every_command_once_by_what_it_is_for():
     assert "..." not in run("plot", "--help").output.partition("Commands")[2]
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    ("compare W.npy X.npy --json --force", "'--json': found the option --force, expected a file"),
+    ("compare W.npy X.npy --rst --force", "'--rst': found the option --force, expected a file"),
+    ("prune W.npy X.npy -o --quiet", "'-o' / '--out': found the option --quiet, expected a file"),
+])  # fmt: skip
+def test_an_option_is_no_file_to_write(words, said):
+    """``--json`` is a flag of prune, and of compare a file."""
+    before = os.listdir(".")
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2 and said in result.stderr and os.listdir(".") == before
+
+
 @pytest.mark.parametrize(("word", "said"), [
     ("prun", "No such command 'prun'. Did you mean 'prune'?"),
     ("prune_model", "No such command 'prune_model'. Did you mean 'prune-model'?"),

@@ -32,8 +32,12 @@ def test_a_block_is_a_line_of_80_columns_with_the_layer_that_loses_most():
 def test_drift_is_explained_and_layers_that_stay_are_named(capsys):
     shown = view.View()
     shown.starting(a_report())
+    assert "block" not in capsys.readouterr().out  # a dry run ends here
+    shown.starting(a_report())
+    shown.block(a_report(), 126)
     shown.block(a_report(), 126)
     out = capsys.readouterr().out
+    assert out.count("each block") == 1 and out.index("each block") < out.index("block   3/126")
     assert "tokens       46, 5.8 a column" in out
     assert "‖h − ĥ‖ / ‖h‖" in out and "up_proj: left as it is" in out
     assert not re.search(r"[\r\x1b]", out)
