@@ -5,7 +5,7 @@ from itertools import groupby
 
 import torch
 
-from cuobs.models.pruning.layers import choose_layers
+from cuobs.models.pruning.layers import check_limit, choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     hold,
@@ -46,6 +46,7 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
     """
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
+    check_limit(layers, blocks, recipe.config.settings, device)
     for index, inner in layers.recipes:
         module = linears(blocks[index])[inner]
         check_plain(f"{prefix}.{index}.{inner}", module, materialised=False)

@@ -14,12 +14,21 @@ from cuobs.models.structure import find_blocks, refuse_mixture
 from cuobs.models.tokens.calibration import longest_window
 
 
-def refused(model, match, tokens=None):
+def refused(model, match, tokens=None, **options):
     before = {name: t.clone() for name, t in model.state_dict().items() if not t.is_meta}
     with pytest.raises(ValueError, match=match):
-        prune_model(model, make_tokens() if tokens is None else tokens, device="cpu")
+        prune_model(model, make_tokens() if tokens is None else tokens, device="cpu", **options)
     after = model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_limit_in_which_a_linear_does_not_fit_is_refused_before_any_work():
+    limit = {"memory_limit": "70KiB", "method": "true-obs"}
+    model = make_model("llama")
+    model.model.layers[0].register_forward_pre_hook(pytest.fail)
+    refused(model, r"layers.0.*: memory_limit: found 70 KiB, expected at least .* true", **limit)
+    plenty = prune_model(make_model("llama"), make_tokens(), device="cpu", memory_limit="64MiB")
+    assert plenty.layers
 
 
 def test_masks_of_torch_are_to_be_made_permanent_first():

@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
+from cuobs import arrays, footprint
 from cuobs.models.structure import linears, oriented, shared_weights
 
 
@@ -65,6 +68,35 @@ def choose_layers(model, prefix, blocks, recipe):
             f"model: found no linear that could be pruned ({reasons}), expected at least one"
         )
     return found
+
+
+def check_limit(layers, blocks, settings, device):
+    """Refuse a ``memory_limit`` under which a linear can't be pruned alone, before any work.
+
+    Parameters
+    ----------
+    layers : Layers
+    blocks : list of torch.nn.Module
+    settings : Settings
+    device : torch.device
+
+    Raises
+    ------
+    ValueError
+        Names the linear and says how much is needed.
+    """
+    xp, seen = np if device.type == "cpu" else arrays.find_cupy(), set()
+    for (index, inner), recipe in layers.recipes.items():
+        weight = oriented(linears(blocks[index])[inner])
+        kind = tuple(weight.shape), repr(recipe)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        given = footprint.Given(arrays.dtype_of(weight))
+        try:
+            footprint.check([recipe], settings, kind[0], xp, given)
+        except ValueError as error:
+            raise ValueError(f"{layers.prefix}.{index}.{inner}: {error}") from None
 
 
 def _indivisible(pattern, shape):

@@ -22,7 +22,7 @@ from cuobs.models.checkpoints.source import BLOCKS
 from cuobs.models.parked import parked
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
-from cuobs.models.pruning.layers import choose_layers
+from cuobs.models.pruning.layers import check_limit, choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     hold,
@@ -172,6 +172,7 @@ def prune_model(
     mine = share_windows(windows, ranks)
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
+    check_limit(layers, blocks, recipe.config.settings, device)
     if recipe.distill:
         check_room(model, recipe, device)
     dense = copy.deepcopy(model) if recipe.distill else None
