@@ -413,8 +413,11 @@ def what_is_written(source, model, names, save_dtype):
             f"carried over {len(kept)} tensors that {type(model).__name__} does not hold "
             f"({size:.1f} MiB): {some(kept)}"
         )
-    if files := [name for name in source.carried if name.endswith(HOLDERS)]:
+    holders = [name for name in source.carried if name.endswith(HOLDERS)]
+    if files := [name for name in holders if name != MASKS]:
         yield f"carried over {some(files)}, as they are"
+    if MASKS in holders:
+        yield f"left out     {MASKS}: the masks of an earlier run"
     yield from source.lines()
 
 

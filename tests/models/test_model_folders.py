@@ -154,6 +154,18 @@ def test_weights_of_several_dtypes_lose_no_digits(tmp_path, calibration):
     assert torch.equal(written, model.model.norm.weight.data)
 
 
+def test_masks_of_an_earlier_run_are_left_out_and_named(source, calibration, tmp_path):
+    options = {"device": "cpu", "method": "magnitude", "target": "pruned"}
+    prune_folder(source, tmp_path / "once", calibration, save_masks=True, **options)
+    for masks, folder in ((False, tmp_path / "plain"), (True, tmp_path / "masks")):
+        lines = []
+        prune_folder(tmp_path / "once", folder, calibration, pattern="1:4", save_masks=masks,
+                     say=lines.append, **options)  # fmt: skip
+        assert "left out     cuobs_masks.safetensors: the masks of an earlier run" in lines
+        assert not any("carried over" in line for line in lines)
+        assert (folder / "cuobs_masks.safetensors").exists() == masks
+
+
 def test_text_is_tokenised_and_drawn(source, tmp_path):
     words = np.random.default_rng(0).integers(3, 97, 1000)
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
