@@ -6,7 +6,7 @@ An element of a result must not depend on its company, so that pieces change no 
 from cuobs.arrays import device_name
 
 # Bytes that a piece may make on the way: about a cache on the CPU, few launches on a GPU.
-PIECE = {"cpu": 2**21, "cuda": 2**28}
+PIECE = {"cpu": 2**19, "cuda": 2**28}
 
 
 def pieces(xp, count, bytes_each):
