@@ -29,6 +29,8 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
         "refine": config.recipe.refine,
         "damp": config.recipe.damp,
     }
+    if methods is None:
+        methods = comparing.all_methods(own, config.settings, **shared)
     comparing.recipes_of(methods, own, **shared)
     common.check_layer(w, x, hessian)
     common.check_outputs(

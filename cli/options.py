@@ -114,7 +114,8 @@ class ModelCommand(RecipeCommand):
 class CompareCommand(RecipeCommand):
     """A `RecipeCommand` whose ``--method`` may be repeated.
 
-    Its function gets the names as ``methods`` and the methods' options as ``own``.
+    Its function gets the names as ``methods``, None where all are meant, and the methods' options
+    as ``own``.
     """
 
     def added(self):
@@ -123,12 +124,12 @@ class CompareCommand(RecipeCommand):
 
     def configure(self, ctx, given):
         """Methods and their options apart from the `Config` of what all of them share."""
-        ctx.params["methods"] = tuple(dict.fromkeys(given.pop("methods") or cuobs.methods()))
+        ctx.params["methods"] = tuple(dict.fromkeys(given.pop("methods") or ())) or None
         own = chosen(ctx, {o.name: given.pop(o.name) for o in own_options()})
         super().configure(ctx, given)
         found = ctx.params["config"].recipe
         kept = {}
-        if found.method in ctx.params["methods"]:
+        if found.method in (ctx.params["methods"] or cuobs.methods()):
             defaults = {o.name: o.default for o in found.entry.options}
             kept = {name: v for name, v in found.options.items() if v != defaults[name]}
         ctx.params["own"] = kept | own

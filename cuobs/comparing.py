@@ -163,7 +163,8 @@ def compare(
         In place of X.
     pattern : str or Pattern
     methods : list of str or str, optional
-        All of `cuobs.methods` unless given.
+        All of `cuobs.methods` unless given; where several devices share the rows, those that allow
+        it, and a warning names the others.
     refine : None or "exact"
     damp : float
     target : array, shape (M, K), optional
@@ -186,17 +187,18 @@ def compare(
     ValueError, TypeError
         As `cuobs.prune`, and for an option that none of the methods takes.
     """
+    settings = Settings(
+        **{key: options.pop(key) for key in SETTINGS if key in options}, progress=progress
+    )
+    common = {"pattern": pattern, "refine": refine, "damp": damp}
     if methods is None:
-        methods = recipe.methods()
+        methods = all_methods(options, settings, **common)
     try:
         names = [methods] if isinstance(methods, str) else list(methods)
     except TypeError:
         found = type(methods).__name__
         raise TypeError(f"methods: found {found}, expected a name or several") from None
-    settings = Settings(
-        **{key: options.pop(key) for key in SETTINGS if key in options}, progress=progress
-    )
-    recipes = recipes_of(names, options, pattern=pattern, refine=refine, damp=damp)
+    recipes = recipes_of(names, options, **common)
     pattern = recipes[names[0]].pattern
     W = weight_of(W, "W")
     with sharing.first(settings), arrays.stream_of(W, X, hessian):
@@ -220,6 +222,26 @@ def compare(
             if finished:
                 finished(table)
     return table
+
+
+def all_methods(options, settings, **common):
+    """The names of all methods, of those alone whose rows the devices of settings can share.
+
+    Parameters
+    ----------
+    options, **common
+        As of `recipes_of`.
+    settings : Settings
+    """
+    recipes = recipes_of(list(recipe.methods()), options, **common)
+    if settings.devices is None or len(sharing.places(settings)) == 1:
+        return list(recipes)
+    if left := [name for name, own in recipes.items() if not own.by_row]:
+        validation.warn(
+            f"devices: found {', '.join(left)} among all methods, left out: several devices can't "
+            "share the rows"
+        )
+    return [name for name in recipes if name not in left]
 
 
 def recipes_of(names, options, **common):

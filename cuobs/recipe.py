@@ -126,6 +126,10 @@ class Method:
         Called with a `cuobs.footprint.Size` and every option by name; returns the
         `cuobs.footprint.Memory` that the function takes, for which a ``memory_limit`` is refused
         before any work. Without it a weight and a mask are counted.
+    by_row : bool or callable
+        Whether processes and devices may share the rows: each row is pruned without a look at
+        others, or what is added up over all of them goes through `Settings.over_all_rows`. Where
+        options decide it, a function that is called with every option by name.
 
     Examples
     --------
@@ -140,6 +144,7 @@ class Method:
     options: tuple = ()
     resolves: bool = False
     memory: object = None
+    by_row: object = False
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -148,6 +153,8 @@ class Method:
             raise TypeError(f"function: found {self.function!r}, expected a function")
         if self.memory is not None and not callable(self.memory):
             raise TypeError(f"memory: found {self.memory!r}, expected a function")
+        if not isinstance(self.by_row, bool) and not callable(self.by_row):
+            raise TypeError(f"by_row: found {self.by_row!r}, expected True, False or a function")
         object.__setattr__(self, "options", tuple(self.options))
         for option in self.options:
             if not isinstance(option, Option):
@@ -470,6 +477,12 @@ class Recipe:
     def exact(self):
         """Whether the weights are solved again for the mask."""
         return self.refine == "exact" or self.entry.resolves
+
+    @property
+    def by_row(self):
+        """Whether processes and devices may share the rows of a weight; see `Method`."""
+        found = self.entry.by_row
+        return bool(found(**self.options)) if callable(found) else found
 
     def replace(self, **changes: Any):
         """The same with some keys changed; a method's options are keys like any other.

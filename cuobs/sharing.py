@@ -12,18 +12,13 @@ from cuobs import arrays
 
 __all__ = ["first"]
 
-# Methods that prune a row without a look at others, or add up over all of them where they do look.
-BY_ROW = (
-    "magnitude", "wanda", "obs-local", "obs-full", "obs-split", "obs-interleaved", "sparsegpt",
-    "true-obs", "admm",
-)  # fmt: skip
 # What the rows of a share may be a multiple of.
 UNITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def row_counts(recipe, rows, K, size):
     """So many rows for each of so many shares; None where a recipe's rows can't be shared out."""
-    if size == 1 or recipe.method not in BY_ROW or recipe.options.get("order") == "shared":
+    if size == 1 or not recipe.by_row:
         return None
     for unit in UNITS:
         whole, rest = divmod(rows, unit)
@@ -222,12 +217,13 @@ def solve_on(solve, recipe, settings, layer, H):
     converged : bool
     """
     devices = places(settings)
+    arrays.synchronize(arrays.namespace(H))
     if len(devices) == 1:
-        return solve(recipe, settings, layer, H)
+        *parts, converged = _solve_part(devices[0], solve, recipe, settings, layer, H, slice(None))
+        return (*(_together([part]) for part in parts), converged)
     counts = row_counts(recipe, *layer.weight.shape, len(devices))
     stops = np.cumsum(counts).tolist()
     board, found, errors = _Board(len(devices)), [None] * len(devices), []
-    arrays.synchronize(arrays.namespace(H))
 
     def run(number, device):
         rows = slice(stops[number] - counts[number], stops[number])
@@ -236,20 +232,14 @@ def solve_on(solve, recipe, settings, layer, H):
             settings, others=share, progress=None if number else settings.progress
         )
         try:
-            with device.here():
-                parts = (None if a is None else device.take(a[rows]) for a in layer[1:])
-                part = type(layer)(layer.W, *parts)
-                found[number] = solve(recipe, own, part, device.take(H))
-                arrays.synchronize(arrays.namespace(H))
+            found[number] = _solve_part(device, solve, recipe, own, layer, H, rows)
         except threading.BrokenBarrierError:
             pass  # another says why
         except BaseException as error:
             errors.append(error)
             board.barrier.abort()
 
-    threads = [
-        threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(devices)
-    ]
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(devices)]
     for thread in threads:
         thread.start()
     try:
@@ -263,6 +253,15 @@ def solve_on(solve, recipe, settings, layer, H):
     return _together(new), _together(mask), _together(cost), all(converged)
 
 
+def _solve_part(device, solve, recipe, settings, layer, H, rows):
+    """What a function gives of some rows of a layer, on a device."""
+    with device.here():
+        parts = (None if a is None else device.take(a[rows]) for a in layer[1:])
+        found = solve(recipe, settings, type(layer)(layer.W, *parts), device.take(H))
+        arrays.synchronize(arrays.namespace(H))
+    return found
+
+
 def _together(parts):
     """Rows that lie on several devices in one array on the current one; None of None."""
     if parts[0] is None:
@@ -270,4 +269,4 @@ def _together(parts):
     xp = arrays.namespace(parts[0])
     if xp is not np:
         parts = [Place(xp.cuda.Device().id).take(part) for part in parts]
-    return xp.concatenate(parts)
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts)

@@ -1,5 +1,6 @@
 """Rows of a layer shared out over devices: NumPy in threads stands for several GPUs."""
 
+import contextlib
 import signal
 import threading
 
@@ -13,7 +14,9 @@ from cuobs import Recipe, Settings, problem, sharing
 from cuobs.ops import factors
 from cuobs.problem import Pruned
 
-SHARED = [(name, {}) for name in sharing.BY_ROW] + [("true-obs", {"group": 4})]
+SHARED = [(name, {}) for name in cuobs.methods() if Recipe("2:4", name).by_row] + [
+    ("true-obs", {"group": 4})
+]
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_a_factor_of_another_matrix_is_noticed(scale):
         problem._check_factor_of(H, R)
 
 
-def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
+def test_what_goes_wrong_in_one_ends_all(three):
     """Those that wait for its number as well, and what it says is what is said."""
 
     def fails(problem):
@@ -128,8 +131,7 @@ def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
         problem.settings.over_all_rows(1.0)
         return Pruned(problem.W > 0, problem.W)
 
-    monkeypatch.setattr(sharing, "BY_ROW", ("fails",))
-    cuobs.register_method(cuobs.Method("fails", "fails", fails))
+    cuobs.register_method(cuobs.Method("fails", "fails", fails, by_row=True))
     try:
         W, H = np.abs(random_layer(6, 8)[0]), np.eye(8)
         W[4:] *= -1
@@ -139,7 +141,7 @@ def test_what_goes_wrong_in_one_ends_all(three, monkeypatch):
         cuobs.recipe._METHODS.pop("fails")
 
 
-def test_who_is_interrupted_leaves_nobody_waiting(three, monkeypatch):
+def test_who_is_interrupted_leaves_nobody_waiting(three):
     """Ctrl-C comes to the thread that waits for the others: none of them may go on for ever."""
     calls, begun = [], threading.Event()
 
@@ -151,8 +153,7 @@ def test_who_is_interrupted_leaves_nobody_waiting(three, monkeypatch):
                 begun.set()
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(sharing, "BY_ROW", ("without-end",))
-    cuobs.register_method(cuobs.Method("without-end", "without end", without_end))
+    cuobs.register_method(cuobs.Method("without-end", "without end", without_end, by_row=True))
     try:
         with pytest.raises(KeyboardInterrupt):
             Recipe("2:4", "without-end").run(np.ones((6, 8)), np.eye(8), three)
@@ -176,6 +177,66 @@ def test_rows_that_belong_together_are_refused(three, recipe, rows):
     """Before the Hessian is summed."""
     with pytest.raises(ValueError, match="devices: found 3 for "):
         recipe.run(np.ones((rows, 16)), None, three, X=iter(()))
+
+
+def test_a_method_says_whether_its_rows_are_shared():
+    """Of its own, whatever it is called; obs-ordered alone of the package never does."""
+    assert set(cuobs.methods()) - {name for name, _ in SHARED} == {"obs-ordered"}
+    assert not Recipe("2:4", "true-obs", {"order": "shared"}).by_row
+    assert not cuobs.Method("silent", "says nothing", print).by_row
+    with pytest.raises(TypeError, match="by_row: found 'yes', expected True, False or a function"):
+        cuobs.Method("odd", "odd", print, by_row="yes")
+
+
+def test_all_methods_are_compared_but_those_that_share_no_rows(three):
+    W, H = random_layer(8, 16)
+    with pytest.warns(UserWarning, match="devices: found obs-ordered among all methods, left out"):
+        table = cuobs.compare(W, hessian=H, devices="3", device="cpu", dtype="float64")
+    assert [row.method for row in table] == [n for n in cuobs.methods() if n != "obs-ordered"]
+    one = cuobs.compare(W, hessian=H, device="cpu", dtype="float64")
+    assert [row.method for row in one] == list(cuobs.methods())
+    for row in table:
+        assert row.loss == pytest.approx(one[row.method].loss, rel=1e-9)
+    with pytest.raises(ValueError, match="devices: found 3 for obs-ordered"):
+        cuobs.compare(W, hessian=H, methods="obs-ordered", devices="3", device="cpu")
+
+
+def test_the_command_compares_those_that_share_rows(three, tmp_path):
+    from click.testing import CliRunner
+
+    np.savez(tmp_path / "layer.npz", W=random_layer(8, 16)[0], H=np.eye(16))
+    file = tmp_path / "layer.npz"
+    found = CliRunner().invoke(
+        main, ["compare", f"{file}:W", "--hessian", f"{file}:H", "--devices", "3",
+               "--device", "cpu"]
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    said = [line for line in found.output.splitlines() if "left out" in line]
+    assert len(said) == 1 and "obs-ordered" in said[0] and "true-obs  " in found.output
+
+
+def test_a_single_device_is_moved_to(monkeypatch):
+    """What lies elsewhere is taken to it, inside its context."""
+    taken, inside = [], []
+
+    class There(sharing.Place):
+        @contextlib.contextmanager
+        def here(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+        def take(self, array):
+            taken.append((array.shape, bool(inside)))
+            return array.copy()
+
+    W, H = random_layer(8, 16)
+    keys = {"hessian": H, "target": W + 0.1, "device": "cpu", "method": "obs-ordered"}
+    one = cuobs.prune(W, **keys)
+    monkeypatch.setattr(sharing, "places", lambda settings: [There(None)])
+    found = cuobs.prune(W, devices="1,", **keys)
+    assert taken == [((8, 16), True)] * 2 + [((16, 16), True)]
+    assert np.array_equal(found.weight, one.weight)
 
 
 @pytest.mark.parametrize(

@@ -134,4 +134,5 @@ METHOD = Method(
             "How the penalty grows; slow is better and takes longer."),),
     resolves=True,
     memory=memory,
+    by_row=True,
 )  # fmt: skip

@@ -34,4 +34,6 @@ def memory(size):
     return Memory(size.weight + size.mask + piece_bytes(layout.row_groups, each, size.device))
 
 
-METHOD = Method("magnitude", "smallest weights, no compensation", magnitude, memory=memory)
+METHOD = Method(
+    "magnitude", "smallest weights, no compensation", magnitude, memory=memory, by_row=True
+)

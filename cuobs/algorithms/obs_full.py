@@ -34,5 +34,9 @@ def memory(size):
 
 
 METHOD = Method(
-    "obs-full", "obs-local's masks, compensation everywhere, C frozen", obs_full, memory=memory
+    "obs-full",
+    "obs-local's masks, compensation everywhere, C frozen",
+    obs_full,
+    memory=memory,
+    by_row=True,
 )

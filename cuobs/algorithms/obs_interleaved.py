@@ -111,8 +111,8 @@ def memory(size, splits):
 
 SPLITS = Option("splits", int, default=64, help="Spans of columns.")
 SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_split, (SPLITS,),
-               memory=split_memory)
+               memory=split_memory, by_row=True)
 METHOD = Method(
     "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,),
-    memory=memory,
+    memory=memory, by_row=True,
 )

@@ -35,5 +35,9 @@ def memory(size):
 
 
 METHOD = Method(
-    "obs-local", "exact scope costs, compensation inside each scope", obs_local, memory=memory
+    "obs-local",
+    "exact scope costs, compensation inside each scope",
+    obs_local,
+    memory=memory,
+    by_row=True,
 )

@@ -61,5 +61,5 @@ def memory(size):
 
 
 METHOD = Method(
-    "sparsegpt", "column by column, kept columns freeze", sparsegpt, memory=memory
+    "sparsegpt", "column by column, kept columns freeze", sparsegpt, memory=memory, by_row=True
 )

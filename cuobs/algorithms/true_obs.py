@@ -233,6 +233,11 @@ def _shared_rank(W, C, layout):
     return xp.argsort(order)
 
 
+def by_row(order, **_):
+    """Whether each row has an order of its own."""
+    return order != "shared"
+
+
 METHOD = Method(
     "true-obs",
     "every row has its own C and its own order",
@@ -240,4 +245,5 @@ METHOD = Method(
     (GROUP, Option("order", str, ORDERS, "gap", "Which scopes go first.")),
     resolves=True,
     memory=memory,
+    by_row=by_row,
 )

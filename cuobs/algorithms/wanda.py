@@ -22,5 +22,9 @@ def wanda(problem):
 
 
 METHOD = Method(
-    "wanda", "smallest weights times activation norms, no compensation", wanda, memory=memory
+    "wanda",
+    "smallest weights times activation norms, no compensation",
+    wanda,
+    memory=memory,
+    by_row=True,
 )

@@ -13,7 +13,6 @@ from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.tuning import STEP_WINDOWS
 from cuobs.models.ranks import current
 from cuobs.models.structure import linears, oriented
-from cuobs.sharing import BY_ROW
 
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
@@ -317,7 +316,7 @@ def _work(block, groups, stages, windows, batch, recipe, width, element, model, 
         method=recipe.config.recipe.method,
         tune=STEP_WINDOWS if recipe.tune else 0,
         host=host,
-        processes=current().size if recipe.config.recipe.method in BY_ROW else 1,
+        processes=current().size if recipe.config.recipe.by_row else 1,
     )  # fmt: skip
 
 
