@@ -240,9 +240,9 @@ def solve_on(solve, recipe, settings, layer, H):
             board.barrier.abort()
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(devices)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     finally:
