@@ -244,7 +244,8 @@ def solve_on(solve, recipe, settings, layer, H):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(0.2)  # Ctrl-C just before a wait does not end it
     finally:
         board.barrier.abort()  # who is interrupted here leaves nobody to wait for the others
     if errors:
