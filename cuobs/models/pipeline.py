@@ -17,7 +17,15 @@ from cuobs.models.checkpoints.checkpoint import finished, set_aside, write_masks
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.marker import abandon
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
-from cuobs.models.checkpoints.source import HOLDERS, MASKS, RECIPE, REPORT, some, stored_tensors
+from cuobs.models.checkpoints.source import (
+    FLOATS,
+    HOLDERS,
+    MASKS,
+    RECIPE,
+    REPORT,
+    some,
+    stored_tensors,
+)
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.parked import park
@@ -159,7 +167,8 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=job.recipe.distill > 0, device=run.device, host_memory=run.host_memory,
+            keep_masks=job.recipe.distill > 0, dtypes=_stored_dtypes(job),
+            device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
         )  # fmt: skip
@@ -173,6 +182,8 @@ def _prune(run, view, options, ranks, began):
         save_dtype = written_dtype(run.source, run.save_dtype)
         if save_dtype is not None:
             loading.cast_stored(job.model, save_dtype)  # what is measured is what is written
+        else:
+            loading.round_stored(job.model, _stored_dtypes(job))
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
         after = job.measure("distilled" if job.recipe.distill else "pruned", told=False)
@@ -210,6 +221,17 @@ def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name
     by_own = {own: stored[name] for own, name in names.items()}
     park(model, *find_blocks(model), source, by_own, None if main == dtype else dtype)
     return model, names
+
+
+def _stored_dtypes(job):
+    """The dtypes of the model's floating-point tensors in its files, by its own names."""
+    if job.run.source.gguf is not None:
+        return {}
+    stored = stored_tensors(job.run.source)
+    return {
+        own: loading.DTYPES[stored[name].dtype]
+        for own, name in job.names.items() if stored[name].dtype in FLOATS
+    }  # fmt: skip
 
 
 def _starting(job, before, report):

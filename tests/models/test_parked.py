@@ -93,6 +93,37 @@ def test_weights_of_several_dtypes(tmp_path, calibration, monkeypatch):
     assert written(tmp_path / "parked") == written(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("options", [{}, {"tune": 1}, {"distill": 1}, {"rotate": True}])
+def test_what_is_measured_is_what_is_written(options, tmp_path, calibration, monkeypatch):
+    """Where weights are held in more digits than they are written in; resumed too."""
+    model = make_model("llama").bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-4
+    model.save_pretrained(tmp_path / "source")
+    text = calibration.replace("windows", "text")
+    given = {"device": "cpu", "evaluate": [text], "method": "sparsegpt", **options}
+    if "rotate" in options:
+        given["rotate_steps"] = 2
+    one = prune_folder(tmp_path / "source", tmp_path / "one", calibration, **given)
+    ((_, measured),) = one.perplexity.values()
+    found = load_model(tmp_path / "one")
+    assert found.dtype == torch.float32
+    tokens = make_tokens(5, seed=1)
+    assert perplexity(found, tokens, "cpu") == pytest.approx(measured, rel=1e-6)
+    step = pipeline._on_block
+
+    def stop(job, report, blocks):
+        step(job, report, blocks)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_on_block", stop)
+        prune_folder(tmp_path / "source", tmp_path / "two", calibration, **given)
+    prune_folder(tmp_path / "source", tmp_path / "two", calibration, **given, resume=True)
+    assert written(tmp_path / "one")[0] == written(tmp_path / "two")[0]
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_parked_model_gives_what_it_gave(form, tmp_path):
     source = make_source(tmp_path / "source", "qwen3", tie_word_embeddings=True)

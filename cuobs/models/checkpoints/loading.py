@@ -176,6 +176,21 @@ def cast_stored(model, dtype):
             tensor.data = tensor.data.to(dtype)
 
 
+def round_stored(model, dtypes):
+    """Give what a model holds in memory the values that it has in the dtypes of its files.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    dtypes : dict of str to torch.dtype
+        By the names of the model's tensors.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dtype = dtypes.get(name, tensor.dtype)
+        if dtype != tensor.dtype and not tensor.is_meta:
+            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+
+
 def main_dtype(stored):
     """The dtype in which most of a checkpoint's weights lie: those are mapped and not copied."""
     sizes = Counter()

@@ -64,6 +64,7 @@ def prune_model(
     resume: bool = False,
     protocol: dict | None = None,
     keep_masks: bool = False,
+    dtypes: dict | None = None,
     starting: Callable | None = None,
     rotating: Callable | None = None,
     on_block: Callable | None = None,
@@ -94,6 +95,9 @@ def prune_model(
         Where the tokens come from, for the report.
     keep_masks : bool
         Whether the report is to hold the masks.
+    dtypes : dict of str to torch.dtype, optional
+        To what new weights are rounded, by their names in the model: what they will be written in,
+        where that is narrower than what they are held in.
     starting : callable, optional
         Called when all is checked, with a `ModelReport` that holds no blocks yet: what will be
         done, and the memory that it is predicted to take.
@@ -211,7 +215,10 @@ def prune_model(
         streams = _enter(model, blocks, mine, batch, recipe.follows, held, device, hidden)
         masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
-            job = Job(recipe, layers, source, report, device, checkpoint_folder, masked, ranks)
+            job = Job(
+                recipe, layers, source, report, device, checkpoint_folder, masked, ranks,
+                dtypes or {},
+            )  # fmt: skip
             _prune_blocks(job, streams, on_block)
     if recipe.distill:
         report.distillation = recover(
@@ -332,6 +339,8 @@ class Job:
     keep_masks : bool
     ranks : Ranks
         The processes that share windows and rows.
+    dtypes : dict of str to torch.dtype
+        To which new weights are rounded, by their names; others keep the model's.
     """
 
     recipe: object
@@ -342,6 +351,11 @@ class Job:
     folder: object = None
     keep_masks: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    dtypes: dict = field(default_factory=dict)
+
+    def dtype(self, linear, weight):
+        """That in which a linear's weight is written in the end."""
+        return self.dtypes.get(f"{linear}.weight", weight.dtype)
 
     def name(self, index, inner=""):
         """The name of a block, or of a linear in it."""
@@ -401,6 +415,8 @@ def _prune_block(job, streams, index):
                 passes=job.recipe.tune, rate=job.recipe.tune_rate,
                 batch=job.report.settings["batch_windows"], ranks=job.ranks,
             )  # fmt: skip
+        _round(job, index, block, masks)
+        if job.recipe.tune and not stored:
             _measure_sparsity(block, found)
         measured = dense is None or found.drift is not None
         if index + 1 < len(job.source) or not measured:
@@ -453,9 +469,20 @@ def _prune_groups(job, index, block, passage):
             masks |= prune_rows(
                 recipe, job.recipe.config.settings, moments, dense_share,
                 {n: (modules[n], rows[n], shares[n]) for n in members}, job.ranks,
+                [job.dtype(job.name(index, n), modules[n].weight) for n in members],
             )  # fmt: skip
         memory.make_room(job.device)
     return BlockReport(index, list(rows.values())), masks
+
+
+def _round(job, index, block, masks):
+    """Give pruned weights the values that they are written with: what is measured is written."""
+    modules = linears(block)
+    for name in masks:
+        weight = modules[name].weight
+        dtype = job.dtype(job.name(index, name), weight)
+        if dtype != weight.dtype:
+            weight.copy_(weight.to(dtype))
 
 
 def _by_recipe(job, index, names):

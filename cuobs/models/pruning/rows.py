@@ -36,7 +36,7 @@ class Call(NamedTuple):
     rows: list
 
 
-def prune_rows(recipe, settings, moments, dense_share, members, ranks):
+def prune_rows(recipe, settings, moments, dense_share, members, ranks, dtypes=None):
     """Prune linears that share their inputs, in place, and complete their reports.
 
     Parameters
@@ -49,6 +49,8 @@ def prune_rows(recipe, settings, moments, dense_share, members, ranks):
         By name, a linear, its `LayerReport` and its residual share.
     ranks : Ranks
         The processes that share the rows.
+    dtypes : list of torch.dtype, optional
+        To which each new weight is rounded; by default its own.
 
     Returns
     -------
@@ -57,7 +59,8 @@ def prune_rows(recipe, settings, moments, dense_share, members, ranks):
     """
     began = time.perf_counter()
     modules, rows, shares = zip(*members.values(), strict=True)
-    weights = [oriented(m).contiguous() for m in modules]
+    dtypes = dtypes or [m.weight.dtype for m in modules]
+    weights = [oriented(m).contiguous().to(d) for m, d in zip(modules, dtypes, strict=True)]
     results, damp = _prune_damped(
         recipe, settings, moments, dense_share, shares, weights, rows[0].name, ranks
     )
@@ -145,11 +148,17 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
         footprint.check([recipe], settings, layer.weight.shape, arrays.namespace(H), given)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
         new, mask = (arrays.hand_back(array, W) for array in (new, mask))
-        losses = _losses(weights, own, new.split([len(part) for part in own]), H, call, ranks)
+        losses = _losses(weights, own, _split(new, own), H, call, ranks)
     if call.counts is not None:
         new, mask = (ranks.gather(part, call.counts) for part in (new, mask))
-    counts = [len(W) for W in weights]
-    return list(zip(new.split(counts), mask.split(counts), losses, strict=True))
+    masks = mask.split([len(W) for W in weights])
+    return list(zip(_split(new, weights), masks, losses, strict=True))
+
+
+def _split(stacked, like):
+    """Weights that were stacked, each in its own dtype."""
+    parts = stacked.split([len(W) for W in like])
+    return [part.to(W.dtype) for part, W in zip(parts, like, strict=True)]
 
 
 def _losses(weights, own, new, H, call, ranks):
