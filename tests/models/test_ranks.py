@@ -160,28 +160,30 @@ def test_large_hessians_are_factored_together(tmp_path, monkeypatch):
         assert np.load(tmp_path / f"{rank}.npy") == pytest.approx(one, rel=1e-3)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", ["sparsegpt", "admm"])
-def test_two_gpus_give_what_one_gives(place, cp, method):
-    if torch.cuda.device_count() < 2:
+def test_two_processes_prune_exactly_as_one(place, method, device):
+    """Without the roundings of tensor cores, which decide between masks in so small a model."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    one, two = place / f"gpu-{method}", place / f"gpus-{method}"
+    one, two = place / f"{device}-{method}", place / f"{device}s-{method}"
     report = prune_folder(
-        place / "source", one, f"{place}/tokens.npz:t", device="cuda", method=method
-    )
-    words = command(place, two, "--method", method, device="cuda")
-    found = finished(start(2, "-m", "cuobs", *words))
+        place / "source", one, f"{place}/tokens.npz:t", device=device, method=method,
+        dtype="float64", precision="fp32",
+    )  # fmt: skip
+    words = command(place, two, "--method", method, "--dtype", "float64", "--precision", "fp32",
+                    device=device)  # fmt: skip
+    if device == "cpu":
+        found = together(place, main, words)
+    else:  # CUDA does not outlive a fork
+        found = finished(start(2, "-m", "cuobs", *words))
     assert found.returncode == 0, found.stderr
-    mine, _ = losses(two)
-    assert mine[:3] == pytest.approx([r.loss for r in report.layers[:3]], rel=1e-3)
-    assert np.mean(mine) == pytest.approx(np.mean([r.loss for r in report.layers]), rel=3e-2)
+    assert losses(two)[0] == pytest.approx([row.loss for row in report.layers], rel=1e-3)
     models = [load_model(folder).state_dict() for folder in (one, two)]
     for name in (n for n in models[0] if "proj" in n):
         kept = [model[name] != 0 for model in models]
         assert verify(models[1][name], "2:4")
-        # Where rounding has decided once, what follows in so small a model may be another mask.
-        if "layers.0.self_attn" in name:
-            assert (kept[0] == kept[1]).float().mean() > 0.99, name
+        assert (kept[0] == kept[1]).float().mean() > 0.99, name
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
