@@ -10,9 +10,10 @@ from cuobs_cli.view import View
 
 import cuobs
 from cuobs import files, plotting
+from cuobs.models.planning import SAVE_DTYPES
+from cuobs.models.recipe import SCORES
 
 TARGETS = ("mixed", "pruned", "dense")
-SAVE_DTYPES = ("float16", "bfloat16", "float32")
 # Options that `prune_folder` takes as they are, whatever is done to the model.
 FOLDER = (
     "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",
@@ -26,7 +27,6 @@ LEANING = {
 }  # fmt: skip
 CALIBRATION, TARGET = "Calibration", "Target and tuning"
 ROTATION, DISTILLATION, GENERATE = "Rotation", "Distillation", "End to end"
-SCORES = ("compensated", "activations")
 SCORE = "What is learned against: w² / C_jj, or w² H_jj ('activations')."
 PERMUTE = "Deal the inner columns of each MLP out to the scopes, and order those of the stream."
 

@@ -10,7 +10,7 @@ from cuobs.modules import weight_of
 from cuobs.pattern import Pattern
 from cuobs.recipe import SETTINGS, Recipe, Settings
 
-__all__ = ["Row", "Table", "compare", "recipes_of"]
+__all__ = ["Row", "Table", "all_methods", "compare", "recipes_of"]
 
 REFERENCE = "sparsegpt"
 RATIO = f"/ {REFERENCE}"
@@ -229,9 +229,20 @@ def all_methods(options, settings, **common):
 
     Parameters
     ----------
-    options, **common
+    options : dict
         As of `recipes_of`.
     settings : Settings
+    **common
+        As of `recipes_of`.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `recipes_of`, and for devices that are not there.
     """
     recipes = recipes_of(list(recipe.methods()), options, **common)
     if settings.devices is None or len(sharing.places(settings)) == 1:

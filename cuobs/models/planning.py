@@ -26,7 +26,7 @@ from cuobs.models.tokens.calibration import (
 from cuobs.models.tokens.texts import read_documents
 
 # What is public; the rest is for the package.
-__all__ = ["check_packing", "check_timing"]
+__all__ = ["SAVE_DTYPES", "check_packing", "check_timing"]
 
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
 # How the names of a tokenizer's files begin.

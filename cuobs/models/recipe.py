@@ -17,6 +17,8 @@ from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
 # Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² / C_jj with C
 # the inverse of the damped H, which is lost when all others may make up for it; or w² H_jj.
+__all__ = ["SCORES"]
+
 SCORES = ("compensated", "activations")
 # Steps of Adam that learn it, their learning rate at the start, and calibration windows.
 STEPS, RATE, WINDOWS = 100, 3e-3, 64

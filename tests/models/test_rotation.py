@@ -9,6 +9,7 @@ import torch
 from small_models import make_model, make_tokens, same, weights_of
 
 import cuobs
+from cuobs.models.distilling.state import digest
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share, smallest
 from cuobs.models.rotating.rotation import load, rotate
@@ -423,6 +424,12 @@ def test_padding_enters_no_sum():
     rotate(a, tokens, "2:4", steps=3, attention_mask=mask)
     rotate(b, other, "2:4", steps=3, attention_mask=mask)
     assert same(weights_of(a), weights_of(b))
+
+
+def test_a_digest_knows_shape_and_dtype():
+    tensor = torch.arange(12, dtype=torch.int32).reshape(3, 4)
+    others = tensor.T.contiguous().T, tensor.reshape(4, 3), tensor.view(torch.float32), tensor + 1
+    assert [digest(t) == digest(tensor) for t in others] == [True, False, False, False]
 
 
 def test_what_is_stored_gives_the_same_bits(tmp_path):

@@ -4,7 +4,6 @@ The idea is that of DenoiseRotator (arXiv 2505.23049); here only what folds into
 rotated, and the goal is the share of the score that the pattern at hand prunes.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ import cuobs
 from cuobs import files
 from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
+from cuobs.models.distilling.state import digest
 from cuobs.models.pruning.checks import check_alone
 from cuobs.models.ranks import current
 from cuobs.models.recipe import RATE, SCORES, STEPS, WINDOWS, check_rotation
@@ -125,8 +125,8 @@ def rotate(
     arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
         "patterns": {name: str(p) for name, p in patterns.items()},
-        "tokens": _digest(tokens, counted),
-        "model": _digest(*model.get_submodule(stream.prefix)[0].parameters()),
+        "tokens": digest(tokens, counted),
+        "model": digest(*model.get_submodule(stream.prefix)[0].parameters()),
         **arguments,
     }
     learning, ranks = time.perf_counter(), current()
@@ -165,14 +165,6 @@ def _patterns_of(model, pattern):
     pattern = cuobs.pattern.parse(pattern)
     prefix, blocks = find_blocks(model)
     return {f"{prefix}.{name}": pattern for name in linears(blocks)}
-
-
-def _digest(*tensors):
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def store(path, learned, identity):
