@@ -12,13 +12,14 @@ from cuobs.config import Config
 from cuobs.recipe import KEYS as RECIPE
 from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
+# What is public; the rest is for the package.
+__all__ = ["SCORES"]
+
 # Shares of a target, dense and residual, see `cuobs.models.pruning.targets`; "mixed" leaves both
 # to the caller.
 TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
 # Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² / C_jj with C
 # the inverse of the damped H, which is lost when all others may make up for it; or w² H_jj.
-__all__ = ["SCORES"]
-
 SCORES = ("compensated", "activations")
 # Steps of Adam that learn it, their learning rate at the start, and calibration windows.
 STEPS, RATE, WINDOWS = 100, 3e-3, 64
