@@ -295,7 +295,8 @@ def row_bytes(X, K, dtype, device):
     if X is None:
         # As they come, of a dtype that is not known yet, joined, and again in that of the sum.
         return K * (8 + own)
-    item = 2 if arrays.dtype_of(X) == "bfloat16" else X.dtype.itemsize
+    # What is no array is refused when it is read.
+    item = getattr(X.dtype, "itemsize", own)
     widened = own * (arrays.dtype_of(X) != np.dtype(dtype).name)
     # Two buffers take turns on the way to a GPU.
     copied = 2 * item * (device != "cpu" and isinstance(X, np.ndarray))

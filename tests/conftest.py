@@ -1,6 +1,7 @@
 """Fixtures: the array namespaces, and the example layer."""
 
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,13 @@ TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "smollm2"
 # Where whole models, or the lack of PyTorch in what is imported, are tested.
 MODEL_TESTS = ("models/", "pytorch/", "cli/test_models_", "cli/test_view", "cli/test_early_")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C reaches processes that tests start, also where pytest runs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

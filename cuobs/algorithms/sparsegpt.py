@@ -41,6 +41,7 @@ def sparsegpt(problem):
             )
             gemm(S[:, i:j], own[:, j - i :], S[:, j:b], beta=1, precision=problem.precision)
         gemm(S[:, a:b], F[:, b - a :], S[:, b:], beta=1, precision=problem.precision)
+        own = F = None  # the next is not made beside it
         problem.settings.report(b, K)
     weight = xp.subtract(W, S, out=S)
     weight *= mask

@@ -501,7 +501,7 @@ class FakeCupy:
 def test_info_with_a_device(fault, said, monkeypatch):
     from cuobs import arrays
 
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(fault))
+    monkeypatch.setattr(arrays, "find_cupy", lambda: FakeCupy(fault))
     monkeypatch.setattr(arrays, "cupy_fault", lambda: "")
     lines = run("info").stdout.splitlines()
     assert "device       Test GPU, 3.0 of 8.0 GiB free, CuPy 14.0.1" in lines
