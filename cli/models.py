@@ -10,10 +10,11 @@ from cuobs_cli.view import View
 
 import cuobs
 from cuobs import files, plotting
-from cuobs.models.planning import SAVE_DTYPES
-from cuobs.models.recipe import SCORES
 
+# As in cuobs.models, which is not there where its packages are not installed.
 TARGETS = ("mixed", "pruned", "dense")
+SAVE_DTYPES = ("float16", "bfloat16", "float32")
+SCORES = ("compensated", "activations")
 # Options that `prune_folder` takes as they are, whatever is done to the model.
 FOLDER = (
     "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",

@@ -357,6 +357,15 @@ def test_it_runs_as_a_module():
     assert "Error: method: found 'adm'" in shell("prune", "W.npy", "--method", "adm", code=2).stderr
 
 
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
+def test_it_needs_no_extra_to_be_imported(path):
+    """What `cuobs.models` and `cuobs.torch` need may be missing where a single layer is pruned."""
+    for node in ast.parse(path.read_text()).body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [n for n in names if n.startswith(("cuobs.models", "cuobs.torch", "torch"))]
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
 def test_it_imports_public_names_alone(path):

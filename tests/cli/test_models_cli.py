@@ -195,9 +195,10 @@ def test_bad_input_is_refused_before_the_model_is_read(
 
 
 def test_choices_and_defaults_are_those_of_the_library():
-    from cuobs.models import folder, recipe
+    from cuobs.models import folder, planning, recipe
 
     assert set(commands.TARGETS) == set(recipe.TARGETS)
+    assert commands.SAVE_DTYPES == planning.SAVE_DTYPES and commands.SCORES == recipe.SCORES
     given = {p.name: p.default for p in commands.prune_model.params}
     assert given["samples"] == folder.DEFAULT_SAMPLES
 
