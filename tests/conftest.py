@@ -20,9 +20,12 @@ MODEL_TESTS = ("models/", "pytorch/", "cli/test_models_", "cli/test_view", "cli/
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """Ctrl-C reaches processes that tests start, also where pytest runs in the background."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals reach processes that tests start, also where pytest runs in the background."""
+    for which, handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+    ):  # fmt: skip
+        if signal.getsignal(which) is signal.SIG_IGN:
+            signal.signal(which, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
