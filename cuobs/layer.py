@@ -190,8 +190,8 @@ def solve_layer(recipe, settings, layer, H, pull=None, outside=0):
 
     The weights are in the precision of the `Layer`'s own, and verified to be finite and to obey
     the pattern. Where `pull` is given, an (M, K) array, the target is raised by pull Hλ⁻¹, with the
-    factor of Hλ that the method uses. So many bytes `outside` count
-    under the limit of the settings.
+    factor of Hλ that the method uses. Under the limit of the settings count the bytes `outside`,
+    which the caller holds.
     """
     xp = arrays.namespace(H)
     size = footprint.size_of(recipe, settings, layer.weight.shape, xp)

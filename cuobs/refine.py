@@ -64,12 +64,14 @@ def resolve(problem, mask, start=None):
         return X, converged
     # Again from the true residual, in which no rounding has added up.
     X, converged = _descend(problem, mask, X, problem.precision, further=True)
-    if excess(problem, mask, X) > CERTAIN:
+    left = excess(problem, mask, X)
+    if left > CERTAIN:
         if device_name(xp) == "cuda" and problem.precision == "tensor":
             # What tensor cores leave can be far off: with all digits from the beginning.
             X, _ = _descend(problem, mask, begin(), "fp32")
         X, converged = _descend(problem, mask, X, "fp32", further=True)
-    return X, converged and excess(problem, mask, X) <= CERTAIN
+        left = excess(problem, mask, X)
+    return X, converged and left <= CERTAIN
 
 
 def _by_factors(device, kept, K, dtype):

@@ -159,6 +159,7 @@ def _open(run, view, options, ranks):
 
 def _prune(run, view, options, ranks, began):
     job, before = _open(run, view, options, ranks), {}
+    dtypes = _stored_dtypes(job)
     compared = job.recipe.distill or (job.texts and ranks.leads)
     # A GGUF takes far longer to read again than to copy.
     copied = compared and run.source.gguf is not None
@@ -167,7 +168,7 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=job.recipe.distill > 0, dtypes=_stored_dtypes(job),
+            keep_masks=job.recipe.distill > 0, dtypes=dtypes,
             device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
@@ -183,7 +184,7 @@ def _prune(run, view, options, ranks, began):
         if save_dtype is not None:
             loading.cast_stored(job.model, save_dtype)  # what is measured is what is written
         else:
-            loading.round_stored(job.model, _stored_dtypes(job))
+            loading.round_stored(job.model, dtypes)
         if report.rotation is not None and report.rotation.untied:
             report.rotation.untied = job.model.get_output_embeddings().weight.nbytes
         after = job.measure("distilled" if job.recipe.distill else "pruned", told=False)

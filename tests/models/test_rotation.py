@@ -9,7 +9,7 @@ import torch
 from small_models import make_model, make_tokens, same, weights_of
 
 import cuobs
-from cuobs.models.distilling.state import digest
+from cuobs.models.digests import digest
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share, smallest
 from cuobs.models.rotating.rotation import load, rotate

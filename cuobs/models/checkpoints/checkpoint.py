@@ -20,6 +20,7 @@ import cuobs
 from cuobs import files
 from cuobs.containers import write_tensors
 from cuobs.cores import cores
+from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
@@ -70,7 +71,7 @@ def digest(block):
     """A fingerprint of all weights of a block, as they are now; a parked one keeps it."""
     result = hashlib.sha256()
     for name, tensor in state_of(block):
-        _add(result, name, tensor)
+        digests.add(result, tensor, f"{name} ")
     if (own := parked(block)) is not None:
         own.digest = result.hexdigest()
     return result.hexdigest()
@@ -92,16 +93,11 @@ def fingerprint(model, blocks):
     content = {key: value for key, value in content.items() if key not in NO_MATTER}
     result = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for name, tensor in around(model, blocks):
-        _add(result, name, tensor)
+        digests.add(result, tensor, f"{name} ")
     with ThreadPoolExecutor(min(cores(), READERS)) as pool:
         for found in pool.map(digest, blocks):
             result.update(found.encode())
     return result.hexdigest()
-
-
-def _add(result, name, tensor):
-    result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    result.update(bytes_of(tensor))
 
 
 def save_block(folder, index, prefix, block, masks, report, before):

@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cuobs import arrays, validation
 from cuobs.models import memory
 from cuobs.models.blocks import evaluating
+from cuobs.models.digests import digest
 from cuobs.models.distilling import fitting
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import Cut
-from cuobs.models.distilling.state import State, digest, put
+from cuobs.models.distilling.state import State, put
 from cuobs.models.ranks import current
 from cuobs.models.repeatable import repeatable
 from cuobs.models.report import DistillationReport

@@ -1,6 +1,5 @@
 """The state of a distillation on disk, from which it goes on to the same bits."""
 
-import hashlib
 import json
 import os
 import time
@@ -82,17 +81,6 @@ class State:
                 f"resume: found that {self._path} is damaged, expected a whole file; without it "
                 "distillation begins again"
             ) from None
-
-
-def digest(*tensors):
-    """A fingerprint of tensors, None among them."""
-    result = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.detach().cpu().contiguous()
-            result.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            result.update(tensor.flatten().view(torch.uint8).numpy())
-    return result.hexdigest()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import cuobs
 from cuobs import files
 from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
-from cuobs.models.distilling.state import digest
+from cuobs.models.digests import digest
 from cuobs.models.pruning.checks import check_alone
 from cuobs.models.ranks import current
 from cuobs.models.recipe import RATE, SCORES, STEPS, WINDOWS, check_rotation
