@@ -366,11 +366,7 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             unsigned natural[PAIRS];
-            auto place = [&](auto pair) {
-                constexpr int order[PAIRS] = ORDER, i = decltype(pair)::value;
-                natural[order[i]] = a[slot * PAIRS + i];
-            };
-            for_each<0, PAIRS>(place);
+            in_order(a, slot, natural);
             char* row = mine + (slot * 8 + lane / 4) * ROW_BYTES + lane % 4 * 2 * COLUMNS;
 #pragma unroll
             for (int h = 0; h < PIECES; h++)

@@ -87,6 +87,16 @@ __device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v
     for_each<0, CELLS * SCOPES>(scope);
 }
 
+// The pairs of columns of a slot as they lie among a lane's inputs.
+__device__ __forceinline__ void in_order(const unsigned (&a)[SLOTS * PAIRS], const int slot,
+                                         unsigned (&natural)[PAIRS]) {
+    auto put = [&](auto pair) {
+        constexpr int order[PAIRS] = ORDER, i = decltype(pair)::value;
+        natural[order[i]] = a[slot * PAIRS + i];
+    };
+    for_each<0, PAIRS>(put);
+}
+
 // The row of the weight in a lane's slot.
 __device__ __forceinline__ int row_of(const int* rows, const int tile, const int slot,
                                       const int g) {

@@ -322,11 +322,7 @@ struct Tile {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             unsigned natural[PAIRS];
-            auto put = [&](auto pair) {
-                constexpr int order[PAIRS] = ORDER, i = decltype(pair)::value;
-                natural[order[i]] = a[slot * PAIRS + i];
-            };
-            for_each<0, PAIRS>(put);
+            in_order(a, slot, natural);
 #pragma unroll
             for (int h = 0; h < PIECES; h++) {
                 const int piece = t * PIECES + h;  // of 16 bytes, 8 in a fold
