@@ -130,6 +130,12 @@ class Method:
         Whether processes and devices may share the rows: each row is pruned without a look at
         others, or what is added up over all of them goes through `Settings.over_all_rows`. Where
         options decide it, a function that is called with every option by name.
+    operations : (float, float)
+        Of a weight with M rows and K columns, in terms of K³ and of M K²: by them the time of a
+        whole model is predicted.
+    held : (float, float)
+        Matrices of float32 like the Hessian and like the weight that pruning in a whole model
+        holds at its peak, all copies among them: by them its memory is predicted.
 
     Examples
     --------
@@ -145,6 +151,8 @@ class Method:
     resolves: bool = False
     memory: object = None
     by_row: object = False
+    operations: tuple = (2, 4)
+    held: tuple = (8, 8)
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -155,6 +163,8 @@ class Method:
             raise TypeError(f"memory: found {self.memory!r}, expected a function")
         if not isinstance(self.by_row, bool) and not callable(self.by_row):
             raise TypeError(f"by_row: found {self.by_row!r}, expected True, False or a function")
+        for name in ("operations", "held"):
+            object.__setattr__(self, name, _two_numbers(name, getattr(self, name)))
         object.__setattr__(self, "options", tuple(self.options))
         for option in self.options:
             if not isinstance(option, Option):
@@ -198,6 +208,12 @@ class Method:
             value = given.get(name)
             filled[name] = option.default if value is None else option.check(value)
         return filled
+
+
+def _two_numbers(name, value):
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: found {value!r}, expected two numbers")
+    return tuple(validation.number(name, v, 0) for v in value)
 
 
 ENTRY_POINTS = "cuobs.methods"

@@ -135,4 +135,6 @@ METHOD = Method(
     resolves=True,
     memory=memory,
     by_row=True,
+    operations=(6, 180),
+    held=(8, 10),
 )  # fmt: skip

@@ -35,5 +35,11 @@ def memory(size):
 
 
 METHOD = Method(
-    "magnitude", "smallest weights, no compensation", magnitude, memory=memory, by_row=True
+    "magnitude",
+    "smallest weights, no compensation",
+    magnitude,
+    memory=memory,
+    by_row=True,
+    operations=(0, 0),
+    held=(3, 5),
 )

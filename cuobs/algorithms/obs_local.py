@@ -40,4 +40,5 @@ METHOD = Method(
     obs_local,
     memory=memory,
     by_row=True,
+    operations=(1, 1),
 )

@@ -62,5 +62,11 @@ def memory(size):
 
 
 METHOD = Method(
-    "sparsegpt", "column by column, kept columns freeze", sparsegpt, memory=memory, by_row=True
+    "sparsegpt",
+    "column by column, kept columns freeze",
+    sparsegpt,
+    memory=memory,
+    by_row=True,
+    operations=(1 / 3, 2),
+    held=(5, 5),
 )

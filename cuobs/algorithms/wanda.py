@@ -27,4 +27,6 @@ METHOD = Method(
     wanda,
     memory=memory,
     by_row=True,
+    operations=(0, 0),
+    held=(3, 5),
 )

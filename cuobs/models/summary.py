@@ -6,6 +6,7 @@ from cuobs import files
 from cuobs.arrays import size_text
 from cuobs.models.report import Agreement
 from cuobs.plotting import check_picture
+from cuobs.recipe import Recipe, methods
 
 __all__ = ["outcome", "picture", "summary", "target_text", "time_text"]
 
@@ -53,8 +54,9 @@ def _next(report):
     settings, done = report.settings, report.distillation
     if settings["target"] == "pruned":
         return "--target mixed, which costs a second stream of hidden states"
-    if settings.get("method") in ("magnitude", "wanda"):
-        return "--method admm, which chooses masks and weights together"
+    used = methods().get(settings.get("method"))
+    if used and not any(used.operations):
+        return f"--method {Recipe.method}, {methods()[Recipe.method].summary}"
     if done is None:
         return "--distill 2 --distill-calibration self:1024, windows of its own"
     if not done.kept:

@@ -9,11 +9,19 @@ import pytest
 import torch
 from small_models import make_model
 
+import cuobs
 from cuobs.arrays import size_text
 from cuobs.models import BlockReport, ModelReport, RotationReport, prune_model
 from cuobs.models.memory import peak, reset, resident, trim
-from cuobs.models.pruning.prediction import Work, batches_to_hold, predict, stages_of
+from cuobs.models.pruning.prediction import (
+    Work,
+    batches_to_hold,
+    predict,
+    seconds_a_block,
+    stages_of,
+)
 from cuobs.models.summary import outcome, picture, summary, time_text
+from cuobs.recipe import _METHODS
 
 
 @pytest.fixture
@@ -124,6 +132,32 @@ def test_rows_of_several_processes_need_less_memory(work):
     cpu = torch.device("cpu")
     one, two = (predict(dataclasses.replace(wide, processes=n), cpu) for n in (1, 2))
     assert one - two > 4 * 64 * 10**5
+
+
+def test_a_method_says_what_a_model_takes(work, monkeypatch):
+    admm = cuobs.methods()["admm"]
+    monkeypatch.setitem(_METHODS, "own", dataclasses.replace(
+        admm, name="own", operations=(7, 180), held=(9, 10)
+    ))  # fmt: skip
+    own, cpu = dataclasses.replace(work, method="own"), torch.device("cpu")
+    groups = [(10**4, 64)]
+    work, own = (dataclasses.replace(w, groups=groups, mixed=False) for w in (work, own))
+    assert predict(own, cpu) - predict(work, cpu) == 4 * 10**8
+    seconds = [seconds_a_block(w, 0, rate=10**12) for w in (work, own)]
+    assert seconds[1] - seconds[0] == pytest.approx(1 / 0.4)
+    with pytest.raises(ValueError, match="held: found -1, expected a number that is at least 0"):
+        dataclasses.replace(admm, held=(1, -1))
+    with pytest.raises(TypeError, match="operations: found 3, expected two numbers"):
+        dataclasses.replace(admm, operations=3)
+
+
+def test_what_costs_nothing_leaves_more_to_gain(report):
+    report.settings["method"] = "wanda"
+    assert outcome(report)[2] == (
+        "to try next   --method admm, alternating directions towards mask and weights together"
+    )
+    report.settings["method"] = "obs-local"
+    assert "--method" not in outcome(report)[2]
 
 
 def test_as_many_batches_wait_as_the_budget_allows(work):

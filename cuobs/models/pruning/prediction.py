@@ -13,17 +13,12 @@ from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.tuning import STEP_WINDOWS
 from cuobs.models.ranks import current
 from cuobs.models.structure import linears, oriented
+from cuobs.recipe import methods
 
 # A process that has imported PyTorch and transformers and holds no model.
 LIBRARIES = 400 * 2**20
 # What PyTorch and CuPy keep of the host's memory for a GPU.
 HOST_OF_GPU = 2 * 2**30
-# Operations of a method in terms of K³ and of rows K²; those of forwards and sums are added.
-OPERATIONS = {
-    "magnitude": (0, 0), "wanda": (0, 0), "obs-local": (1, 1), "sparsegpt": (1 / 3, 2),
-    "admm": (6, 180),
-}  # fmt: skip
-OPERATIONS_OF_OTHERS = (2, 4)
 # Share of a large product's rate that a block reaches over all.
 REACHED = 0.4
 # Rows of an embedding that come into memory where one is looked at, about.
@@ -103,11 +98,8 @@ class Work:
         return -(-self.windows // self.batch)
 
 
-# Matrices of float32 that a method holds at its peak: (K, K), and (rows, K) of all linears of a
-# group, beside the group's sums and its target; measured.
-HELD_BY_METHOD = {"magnitude": (3, 5), "wanda": (3, 5), "sparsegpt": (5, 5), "admm": (8, 10)}
-HELD_BY_OTHERS = (8, 8)
-# The same for the target of a group, where it is not the weights themselves.
+# What `Method.held` says of a method, for the target of a group where that is not the weights
+# themselves.
 HELD_BY_TARGET = (2, 5)
 # Bytes of float64 in place of float32 on the CPU, where targets are solved for.
 TARGET_ITEM = {"cpu": 8, "cuda": 4}
@@ -196,7 +188,7 @@ def _phases(work, device, held):
 def _pruning(work, device, K, rows):
     """Bytes that it takes to prune a group beside its sums."""
     rows = -(-rows // work.processes)
-    squares, wide = HELD_BY_METHOD.get(work.method, HELD_BY_OTHERS)
+    squares, wide = methods()[work.method].held
     method = 4 * (squares * K * K + wide * rows * K)
     if not work.mixed:
         return method
@@ -339,9 +331,9 @@ def seconds_a_block(work, held, rate):
     weights = sum(K * rows for K, rows in work.groups)
     again = 2 - held / work.batches
     operations = 2 * weights * tokens * streams * again
+    cubes, products = methods()[work.method].operations
     for K, rows in work.groups:
         operations += tokens * K * K * (3 if work.mixed else 1)
-        cubes, products = OPERATIONS.get(work.method, OPERATIONS_OF_OTHERS)
         operations += cubes * K**3 + products * rows * K**2
     operations += work.tune and 12 * weights * tokens
     return operations / (REACHED * rate)
