@@ -10,11 +10,8 @@ from cuobs_cli.view import View
 
 import cuobs
 from cuobs import files, plotting
+from cuobs.model_choices import ROTATION_STEPS, SAMPLES, SAVE_DTYPES, SCORES, TARGETS
 
-# As in cuobs.models, which is not there where its packages are not installed.
-TARGETS = ("mixed", "pruned", "dense")
-SAVE_DTYPES = ("float16", "bfloat16", "float32")
-SCORES = ("compensated", "activations")
 # Options that `prune_folder` takes as they are, whatever is done to the model.
 FOLDER = (
     "samples", "sequence_length", "seed", "attention_mask", "evaluate", "packed", "shard_size",
@@ -92,7 +89,7 @@ save_dtype = options.option(
                 help="A text, tokens.npz:key (windows, length), or self:1024, windows that the "
                 "dense model writes itself; may be repeated. With --distill, self beside another "
                 "serves distillation alone.")
-@samples(128)
+@samples(SAMPLES)
 @sequence_length(CALIBRATION)
 @seed("Draws the windows of a text.", CALIBRATION)
 @options.option("--attention-mask", type=click.Path(), metavar="F:K", group=CALIBRATION,
@@ -112,9 +109,10 @@ save_dtype = options.option(
                 help="Their learning rate.")
 @options.option("--rotate", is_flag=True, group=ROTATION,
                 help="Give the model another basis first, in which it prunes more easily.")
-@options.option("--rotate-steps", type=int, metavar="N", show_default="100", group=ROTATION,
+@options.option("--rotate-steps", type=int, metavar="N", group=ROTATION,
+                show_default=str(ROTATION_STEPS),
                 help="Steps of learning it.")
-@options.option("--rotate-score", type=options.Name(SCORES), show_default="compensated",
+@options.option("--rotate-score", type=options.Name(SCORES), show_default=SCORES[0],
                 group=ROTATION, help=SCORE)
 @options.option("--rotate-permute/--no-rotate-permute", default=None, show_default="permute",
                 group=ROTATION, help=PERMUTE)

@@ -3,21 +3,24 @@
 import click
 from cuobs_cli import common, display, models, options
 
+from cuobs.model_choices import ROTATION_STEPS, ROTATION_WINDOWS, SCORES
+
 
 @click.command("rotate", cls=options.Command,
                short_help="Another basis for a model, easier to prune.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @options.pattern
-@options.option("--steps", type=int, metavar="N", show_default="100", group=models.ROTATION,
+@options.option("--steps", type=int, metavar="N", group=models.ROTATION,
+                show_default=str(ROTATION_STEPS),
                 help="Steps of Adam; 0 folds the norms' scales alone.")
-@options.option("--score", type=options.Name(models.SCORES), show_default="compensated",
+@options.option("--score", type=options.Name(SCORES), show_default=SCORES[0],
                 group=models.ROTATION, help=models.SCORE)
 @options.option("--permute/--no-permute", default=None, show_default="permute",
                 group=models.ROTATION, help=models.PERMUTE)
 @options.option("--calibration", required=True, type=click.Path(), metavar="F",
                 group=models.CALIBRATION, help="A text, or tokens.npz:key (windows, length).")
-@models.samples(64)
+@models.samples(ROTATION_WINDOWS)
 @models.sequence_length(models.CALIBRATION)
 @models.seed("Draws the windows of a text.", models.CALIBRATION)
 @options.option("--attention-mask", type=click.Path(), metavar="F:K", group=models.CALIBRATION,

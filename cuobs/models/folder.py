@@ -13,6 +13,7 @@ import numpy as np
 
 import cuobs
 from cuobs import arrays, files, validation
+from cuobs.model_choices import SAMPLES
 from cuobs.models.checkpoints.marker import check_began_with
 from cuobs.models.checkpoints.source import find_source, unfinished
 from cuobs.models.planning import (
@@ -28,15 +29,13 @@ from cuobs.models.planning import (
 from cuobs.models.recipe import read_arguments
 from cuobs.models.tokens.calibration import SELF_WINDOWS, check_cut, listed
 
-DEFAULT_SAMPLES = 128
-
 
 def prune_folder(
     src: str | PathLike,
     dst: str | PathLike,
     calibration: str | list[str],
     *,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int = SAMPLES,
     sequence_length: int | None = None,
     seed: int = 0,
     attention_mask: str | None = None,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cuobs import arrays, files, validation
 from cuobs.arrays import DEVICES
+from cuobs.model_choices import SAVE_DTYPES
 from cuobs.models.checkpoints.marker import check_destination
 from cuobs.models.checkpoints.source import Source, find_source, gguf_tensors, stored_tensors
 from cuobs.models.tokens.calibration import (
@@ -26,9 +27,8 @@ from cuobs.models.tokens.calibration import (
 from cuobs.models.tokens.texts import read_documents
 
 # What is public; the rest is for the package.
-__all__ = ["SAVE_DTYPES", "check_packing", "check_timing"]
+__all__ = ["check_packing", "check_timing"]
 
-SAVE_DTYPES = ("float16", "bfloat16", "float32")
 # How the names of a tokenizer's files begin.
 TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 

@@ -9,20 +9,12 @@ from dataclasses import dataclass, field
 
 from cuobs import validation
 from cuobs.config import Config
+from cuobs.model_choices import ROTATION_STEPS, ROTATION_WINDOWS, SCORES, TARGETS
 from cuobs.recipe import KEYS as RECIPE
 from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
-# What is public; the rest is for the package.
-__all__ = ["SCORES"]
-
-# Shares of a target, dense and residual, see `cuobs.models.pruning.targets`; "mixed" leaves both
-# to the caller.
-TARGETS = {"mixed": None, "pruned": (0.0, 0.0), "dense": (1.0, 0.0)}
-# Of a rotation, see `cuobs.models.rotate`: the score of a weight w in column j is w² / C_jj with C
-# the inverse of the damped H, which is lost when all others may make up for it; or w² H_jj.
-SCORES = ("compensated", "activations")
-# Steps of Adam that learn it, their learning rate at the start, and calibration windows.
-STEPS, RATE, WINDOWS = 100, 3e-3, 64
+# Learning rate of a rotation's steps at the start.
+ROTATION_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class ModelRecipe:
     distill: int = 0
     distill_rate: float = 3e-4
     rotate: bool = False
-    rotate_steps: int = STEPS
+    rotate_steps: int = ROTATION_STEPS
     rotate_score: str = SCORES[0]
     rotate_permute: bool = True
 
@@ -150,7 +142,9 @@ class ModelRecipe:
 KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "config")
 
 
-def check_rotation(steps=STEPS, rate=RATE, windows=WINDOWS, score=SCORES[0], damp=0.01):
+def check_rotation(
+    steps=ROTATION_STEPS, rate=ROTATION_RATE, windows=ROTATION_WINDOWS, score=SCORES[0], damp=0.01
+):
     """Refuse what `cuobs.models.rotate` can't be told."""
     validation.integer("steps", steps, low=0)
     validation.integer("windows", windows)

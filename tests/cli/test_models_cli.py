@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from cuobs_cli import main, view
-from cuobs_cli import models as commands
 from small_models import make_tokens
 
 from cuobs import Recipe, verify
@@ -192,15 +191,6 @@ def test_bad_input_is_refused_before_the_model_is_read(
     assert result.exit_code == 2
     for change in (["--text", "none.txt"], ["--text", "a.txt", "--sequence-length", "0"]):
         assert cuobs("eval-model", source, *change).exit_code == 2
-
-
-def test_choices_and_defaults_are_those_of_the_library():
-    from cuobs.models import folder, planning, recipe
-
-    assert set(commands.TARGETS) == set(recipe.TARGETS)
-    assert commands.SAVE_DTYPES == planning.SAVE_DTYPES and commands.SCORES == recipe.SCORES
-    given = {p.name: p.default for p in commands.prune_model.params}
-    assert given["samples"] == folder.DEFAULT_SAMPLES
 
 
 def test_bad_input_is_refused_before_the_dense_model_is_evaluated(

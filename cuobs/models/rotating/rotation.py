@@ -17,12 +17,13 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files
+from cuobs.model_choices import ROTATION_STEPS, ROTATION_WINDOWS, SCORES
 from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.digests import digest
 from cuobs.models.pruning.checks import check_alone
 from cuobs.models.ranks import current
-from cuobs.models.recipe import RATE, SCORES, STEPS, WINDOWS, check_rotation
+from cuobs.models.recipe import ROTATION_RATE, check_rotation
 from cuobs.models.report import RotationReport
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.rotation_learning import Learned, learn
@@ -38,9 +39,9 @@ def rotate(
     *,
     attention_mask: Any = None,
     drop_first_token: bool = True,
-    steps: int = STEPS,
-    rate: float = RATE,
-    windows: int = WINDOWS,
+    steps: int = ROTATION_STEPS,
+    rate: float = ROTATION_RATE,
+    windows: int = ROTATION_WINDOWS,
     score: str = SCORES[0],
     permute: bool = True,
     damp: float = 0.01,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import cuobs
+from cuobs.model_choices import ROTATION_WINDOWS
 from cuobs.models.planning import check_device, check_folders
-from cuobs.models.recipe import WINDOWS, check_rotation
+from cuobs.models.recipe import check_rotation
 
 
 def rotate_folder(
@@ -17,7 +18,7 @@ def rotate_folder(
     calibration,
     *,
     pattern: Any = "2:4",
-    samples=WINDOWS,
+    samples=ROTATION_WINDOWS,
     sequence_length=None,
     seed=0,
     attention_mask=None,

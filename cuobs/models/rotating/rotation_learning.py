@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from cuobs.model_choices import ROTATION_STEPS, SCORES
 from cuobs.models.ranks import current
-from cuobs.models.recipe import RATE, SCORES, STEPS
+from cuobs.models.recipe import ROTATION_RATE
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
 from cuobs.models.rotating.rotation_moments import compiled, gather
@@ -24,8 +25,8 @@ class Learned(NamedTuple):
 
 
 def learn(
-    model, stream, tokens, counted, patterns, *, attention_mask=None, steps=STEPS, rate=RATE,
-    score=SCORES[0], permute=True, damp=0.01, device="cpu", progress=None,
+    model, stream, tokens, counted, patterns, *, attention_mask=None, steps=ROTATION_STEPS,
+    rate=ROTATION_RATE, score=SCORES[0], permute=True, damp=0.01, device="cpu", progress=None,
 ):  # fmt: skip
     """Learn R1 and R2 for patterns; the model stays as it is.
 
