@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cuobs.models.checkpoints.names import Reader
+from cuobs.models.checkpoints.names import TensorReader
 
 
 class Slot(NamedTuple):
@@ -57,7 +57,7 @@ def park(model, prefix, blocks, source, stored, dtype=None):
     """
     held = [part for m in model.modules() for part in (m._parameters, m._buffers)]
     uses = Counter(id(tensor) for part in held for tensor in part.values())
-    read = Reader(source, stored)
+    read = TensorReader(source, stored)
     parks = []
     for index, block in enumerate(blocks):
         slots = [
@@ -102,7 +102,7 @@ class Parked:
     ----------
     block : torch.nn.Module
     slots : list of Slot
-    read : Reader
+    read : TensorReader
         By the names of the slots.
 
     Attributes

@@ -43,7 +43,7 @@ from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.summary import outcome, summary
 from cuobs.models.tokens.calibration import load_tokens
-from cuobs.models.tokens.mixture import Reader, Unwritten, gather
+from cuobs.models.tokens.mixture import Unwritten, WindowReader, gather
 from cuobs.models.tokens.windows import check_windows
 
 # Windows that the model wrote for a run, while it goes on.
@@ -295,7 +295,8 @@ def evaluate(source, other, text, length, device, progress, trust_remote_code):
     another model's folder, if there is one."""
     place = choose_device(device)
     model = loading.load_model(source, trust_remote_code)
-    tokens = Reader(source, model, trust_remote_code=trust_remote_code).read(text, None, length)
+    reader = WindowReader(source, model, trust_remote_code=trust_remote_code)
+    tokens = reader.read(text, None, length)
     found = perplexity(model, tokens, place, progress and partial(progress, "perplexity"))
     if other is None:
         return found, tokens, None
@@ -321,14 +322,14 @@ def _warm(source, recipe, device):
 def write(source, windows, length, temperature, seed, device, progress, trust_remote_code):
     """Windows that the model of a folder samples itself."""
     model = loading.load_model(source, trust_remote_code)
-    reader = Reader(
+    reader = WindowReader(
         source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
         progress=progress,
     )  # fmt: skip
     return reader.write(windows, length, temperature)
 
 
-def _read_all(run, model, distill, place, view, kind=Reader):
+def _read_all(run, model, distill, place, view, kind=WindowReader):
     """The windows to learn from, their mask or None, and the windows of each text by its name."""
     reader = kind(
         run.source, model, run.seed, place, trust_remote_code=run.trust_remote_code,

@@ -39,7 +39,7 @@ def calibration(tmp_path):
 WORST = {"method": "magnitude", "target": "pruned"}
 
 
-class Reader:
+class WindowReader:
     """In place of texts and of what a model writes: windows that are told apart."""
 
     def read(self, spec, samples, length):
@@ -68,7 +68,7 @@ class Reader:
     ],
 )
 def test_what_prunes_and_what_distils_alone(calibration, distillation, distill, pruning, others):
-    found = gather(calibration, distillation, Reader(), samples=4, distill=distill)
+    found = gather(calibration, distillation, WindowReader(), samples=4, distill=distill)
     counts = {"self": 4 if not distill else 1024}
     marks = {"a": 1, "b": 2, **{s: 7000 + (counts.get(s) or int(s[5:])) for s in
              ("self", "self:6", "self:5")}}  # fmt: skip
@@ -85,11 +85,11 @@ def test_what_prunes_and_what_distils_alone(calibration, distillation, distill, 
 
 def test_windows_of_two_lengths_are_refused():
     with pytest.raises(ValueError, match="bb.npy: found windows of 6, expected 5 as of the others"):
-        gather(["a.npy", "bb.npy"], [], Reader(), samples=3)
-    found = gather(["a.npy", "bb.npy"], [], Reader(), samples=3, length=4)
+        gather(["a.npy", "bb.npy"], [], WindowReader(), samples=3)
+    found = gather(["a.npy", "bb.npy"], [], WindowReader(), samples=3, length=4)
     assert found.pruning.shape == (6, 4)
     # A text can be cut to the length of what is there already.
-    found = gather(["text", "bb.npy"], [], Reader(), samples=3)
+    found = gather(["text", "bb.npy"], [], WindowReader(), samples=3)
     assert found.pruning.shape == (6, 6)
 
 

@@ -22,7 +22,7 @@ from cuobs.containers import write_tensors
 from cuobs.cores import cores
 from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
-from cuobs.models.checkpoints.names import Reader, bytes_of, entry_of
+from cuobs.models.checkpoints.names import TensorReader, bytes_of, entry_of
 from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
 from cuobs.models.parked import around, parked, state_of
 from cuobs.models.report import BlockReport
@@ -199,7 +199,7 @@ def write_masks(file, source, masks, columns):
     """
     stored = {f"{name}.mask": mask for name, mask in masks.items()}
     columns = json.dumps({f"{name}.mask": columns[name] for name in masks}, sort_keys=True)
-    read = Reader(source, stored)
+    read = TensorReader(source, stored)
     write_tensors(
         file, {name: entry_of(mask) for name, mask in stored.items()},
         lambda name: [bytes_of(read(name))], {"columns": columns},

@@ -17,7 +17,7 @@ from cuobs import files
 from cuobs.containers import write_tensors
 from cuobs.models.checkpoints.loading import load_tokenizer
 from cuobs.models.checkpoints.marker import settle, sync
-from cuobs.models.checkpoints.names import TORCH, Reader, bytes_of, described, entry_of, equal
+from cuobs.models.checkpoints.names import TORCH, TensorReader, bytes_of, described, entry_of, equal
 from cuobs.models.checkpoints.source import (
     FLOATS,
     LEFTOVER,
@@ -47,7 +47,7 @@ def changed_tensors(model, source, names):
         was one with another and no longer is, comes by the model's own name.
     """
     stored = stored_tensors(source)
-    read, own = Reader(source, stored), model.state_dict(keep_vars=True)
+    read, own = TensorReader(source, stored), model.state_dict(keep_vars=True)
     held = {id(own[name]) for name in names if name in own}
     changed = {}
     for name, tensor in own.items():
@@ -147,7 +147,7 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
     """
     stored = stored_tensors(source)
     held = {name: described(tensor) for name, tensor in changed.items()}
-    read = Reader(source, stored | held)
+    read = TensorReader(source, stored | held)
     names = [name for name in (*stored, *(changed.keys() - stored.keys())) if name not in dropped]
     names.sort(key=lambda name: (name not in stored, "" if name in stored else name))
     entries = {}

@@ -25,7 +25,7 @@ TORCH = {
 ROWS = 16
 
 
-class Reader:
+class TensorReader:
     """The tensors of a checkpoint's files, each read when it is asked for, into memory of its own.
 
     Files are not mapped: what is mapped counts as this process's memory once it was looked at.
@@ -128,7 +128,7 @@ def match(model, source, stored):
         several tensors, or holds without having read it, is not in it; nor is what the model
         does not hold, see `ignored`.
     """
-    read, found = Reader(source, stored), {}
+    read, found = TensorReader(source, stored), {}
     own = model.state_dict()
     rest = []
     for name, tensor in own.items():

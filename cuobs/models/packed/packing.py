@@ -22,7 +22,7 @@ from cuobs.models.checkpoints.card import CARD, stored_otherwise
 from cuobs.models.checkpoints.destination import finish
 from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.checkpoints.marker import check_destination
-from cuobs.models.checkpoints.names import Reader
+from cuobs.models.checkpoints.names import TensorReader
 from cuobs.models.checkpoints.source import METHOD, REPORT, find_source, stored_tensors
 from cuobs.models.parked import at_hand
 from cuobs.models.report import read_report
@@ -163,7 +163,7 @@ def pack_folder(
     patterns = _patterns_of(source) if pattern is None else parse(pattern)
     place = "cpu" if arrays.choose(device) is arrays.np else "cuda"
     stored = stored_tensors(source)
-    read = Reader(source, stored)
+    read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
     prefix, blocks = find_blocks(model)
     found, changed, shared = Packing({}, {}), {}, _shared(model, prefix, blocks)
@@ -269,7 +269,7 @@ def unpack_folder(
     config = dict(source.config)
     modules = check_config(source.name, config.pop("quantization_config"))
     stored = stored_tensors(source)
-    read = Reader(source, stored)
+    read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
     changed, dropped = {}, set()
     for done, (name, pattern) in enumerate(modules.items(), 1):

@@ -20,7 +20,7 @@ from cuobs.models.ranks import joined
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.rotating.rotation import rotate
 from cuobs.models.tokens.calibration import listed, load_tokens
-from cuobs.models.tokens.mixture import Reader, gather
+from cuobs.models.tokens.mixture import WindowReader, gather
 
 REPORT = "cuobs_rotation.json"
 
@@ -39,7 +39,7 @@ def rotate_source(
         for line in what_is_written(source, model, names, save_dtype):
             say(line)
         save_dtype = written_dtype(source, save_dtype)
-        reader = Reader(
+        reader = WindowReader(
             source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
             progress=progress and partial(progress, "windows of the model's own"),
         )  # fmt: skip

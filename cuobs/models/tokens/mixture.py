@@ -70,7 +70,7 @@ def gather(calibration, distillation, reader, *, samples, length=None, distill=0
     ----------
     calibration, distillation : list of str
         What prunes and distils, and what distils alone: texts, ``tokens.npz:key``, ``self:1024``.
-    reader : Reader
+    reader : WindowReader
     samples : int
         Windows of each text or file that prune.
     length : int or None
@@ -116,7 +116,7 @@ def gather(calibration, distillation, reader, *, samples, length=None, distill=0
     )
 
 
-class Reader:
+class WindowReader:
     """Windows for a model, from the forms of sources that there are.
 
     Parameters
@@ -175,7 +175,7 @@ class Reader:
         return found
 
 
-class Unwritten(Reader):
+class Unwritten(WindowReader):
     """The same where a model has no weights yet: what it is to write is zeros of that shape."""
 
     def write(self, windows, length, temperature=1.0):
