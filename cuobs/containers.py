@@ -131,20 +131,38 @@ def write_tensors(f, entries, take, metadata=None):
         Gives the bytes of a tensor by its name, in one or several pieces.
     metadata : dict of str, optional
     """
+    text, starts = header_of(entries, metadata)
+    f.write(text)
+    for name in starts:
+        for piece in take(name):
+            f.write(piece)
+
+
+def header_of(entries, metadata=None):
+    """What a .safetensors file begins with.
+
+    Parameters
+    ----------
+    entries : dict of str to Entry
+    metadata : dict of str, optional
+
+    Returns
+    -------
+    text : bytes
+    starts : dict of str to int
+        Where in the file each tensor begins, in the order in which they lie there.
+    """
     # Larger elements first: each then begins at a multiple of its size.
     order = sorted(entries, key=lambda name: (-entries[name].item, entries[name].offset))
-    header = {} if metadata is None else {METADATA: metadata}
-    end = 0
+    header, starts, end = {} if metadata is None else {METADATA: metadata}, {}, 0
     for name in order:
         dtype, shape, size, *_ = entries[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
+        starts[name], end = end, end + size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    f.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        for piece in take(name):
-            f.write(piece)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {name: len(text) + start for name, start in starts.items()}
 
 
 def _entry(array):

@@ -29,9 +29,11 @@ __all__ = [
     "load_arrays",
     "naming",
     "replacing",
+    "reserve",
     "save",
     "save_arrays",
     "split",
+    "updating",
     "write_text",
 ]
 
@@ -235,6 +237,27 @@ def replacing(path, force=False):
         if isinstance(error, OSError) and error.strerror:
             raise _unwritable(path, error) from None
         raise
+
+
+@contextlib.contextmanager
+def updating(path):
+    """Open a file that is there to write parts of it anew; they are on disk at the end."""
+    try:
+        with open(path, "r+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise (_unwritable(path, error) if error.strerror else error) from None
+
+
+def reserve(f, size):
+    """Have room on disk for the first bytes of an open file: a full disk is said now."""
+    if hasattr(os, "posix_fallocate"):
+        f.flush()
+        os.posix_fallocate(f.fileno(), 0, max(1, size))
+    else:
+        f.truncate(size)
 
 
 def write_text(path, text, force=False):

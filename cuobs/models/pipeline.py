@@ -14,15 +14,17 @@ from cuobs.models import dry_run, memory
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
 from cuobs.models.checkpoints.checkpoint import finished, set_aside, write_masks
-from cuobs.models.checkpoints.destination import changed_tensors, finish
-from cuobs.models.checkpoints.marker import abandon
+from cuobs.models.checkpoints.destination import changed_tensors, entries_of, finish
+from cuobs.models.checkpoints.marker import abandon, take_back
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
+from cuobs.models.checkpoints.shards import are_laid_out, lay_out, places_in, reserve
 from cuobs.models.checkpoints.source import (
     FLOATS,
     HOLDERS,
     MASKS,
     RECIPE,
     REPORT,
+    SHARDS,
     some,
     stored_tensors,
 )
@@ -72,7 +74,7 @@ def prune(run, view, options):
         existed, began = os.path.isdir(run.dst), time.perf_counter()
         try:
             return _prune(run, view, options, ranks, began)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OSError):
             if ranks.leads and not run.resume:
                 abandon(run.dst, existed)
             raise
@@ -97,6 +99,8 @@ class _Job:
     mask : ndarray or None
     texts : dict of str to ndarray
         The windows of each text that is measured.
+    shards : dict of str to dict of str to Entry
+        The files of weights that are written block by block, see `_lay_out`.
     peak : int
         Bytes at the peak before the first block.
     """
@@ -111,6 +115,7 @@ class _Job:
     mixture: object
     mask: object
     texts: dict
+    shards: dict
     peak: int = 0
 
     def measure(self, stage, told=True):
@@ -134,6 +139,8 @@ def _open(run, view, options, ranks):
     """Read the model and all texts, and say what they are; a `_Job`."""
     recipe, place = check_arguments(device=run.device, **options)
     source = run.source
+    if run.resume and ranks.leads:
+        take_back(run.dst)
     warming = None if source.gguf else _warm(source, recipe, place)
     skipped = lambda name: recipe.of(name) is None  # noqa: E731
     if whole_for(run, recipe) is None:
@@ -154,7 +161,8 @@ def _open(run, view, options, ranks):
     for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
     warming.finish()
-    return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts)
+    shards = _lay_out(run, recipe)
+    return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts, shards)
 
 
 def _prune(run, view, options, ranks, began):
@@ -168,7 +176,7 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=job.recipe.distill > 0, dtypes=dtypes,
+            keep_masks=job.recipe.distill > 0, dtypes=dtypes, places=_places(job),
             device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},
@@ -224,6 +232,29 @@ def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name
     return model, names
 
 
+def _lay_out(run, recipe):
+    """The files of weights that are written as blocks finish; none where that can't be.
+
+    Weights that are not final before the last block, or are written in another form than that in
+    which a run goes on with them, are kept beside the finished blocks until the end. So are those
+    of a run that goes on with files of other sizes than it began with.
+    """
+    stored = stored_tensors(run.source)
+    entries = entries_of(stored, {}, (), run.save_dtype)
+    if whole_for(run, recipe) or run.packed or any(
+        entries[name].dtype != tensor.dtype for name, tensor in stored.items()
+    ):  # fmt: skip
+        return {}
+    shards = lay_out(entries, run.shard_bytes)
+    return shards if are_laid_out(os.path.join(run.dst, SHARDS), shards) else {}
+
+
+def _places(job):
+    """Where finished weights are written, by the model's own names."""
+    places = places_in(os.path.join(job.run.dst, SHARDS), job.shards)
+    return {own: places[name] for own, name in job.names.items() if name in places}
+
+
 def _stored_dtypes(job):
     """The dtypes of the model's floating-point tensors in its files, by its own names."""
     if job.run.source.gguf is not None:
@@ -237,6 +268,8 @@ def _stored_dtypes(job):
 
 def _starting(job, before, report):
     """Show what will be done, and measure the dense model into ``before``."""
+    if job.shards and job.ranks.leads:
+        reserve(os.path.join(job.run.dst, SHARDS), job.shards)
     report.left = [_file_name(name, job.names) for name in report.left]
     job.view.starting(report)
     before.update(job.measure("dense"))
@@ -480,6 +513,7 @@ def _write(job, report, save_dtype):
     finish(
         source, run.dst, changed, config=config, extra=extra, without=(REPORT, MASKS),
         save_dtype=save_dtype, shard_size=run.shard_bytes,
+        reserved=os.path.join(run.dst, SHARDS) if job.shards else None,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from functools import partial
 
 import forks
 import numpy as np
@@ -465,26 +466,38 @@ def test_resume_says_what_is_damaged_or_other(source, tmp_path, calibration):
     assert {n for n in whole if whole[n] != mine[n]} == {"cuobs_report.json"}
 
 
-def prune_on_a_full_disk(*args):
+def prune_on_a_full_disk(*args, **options):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a block's file is smaller
     try:
-        prune_folder(*args, device="cpu", method="wanda")
+        prune_folder(*args, device="cpu", method="wanda", **options)
     except OSError as error:
         print(error)
 
 
 def test_a_full_disk_names_the_file(source, tmp_path, calibration):
+    out, options = tmp_path / "out", {"save_dtype": "bfloat16"}  # written behind the last block
+    forks.start(
+        partial(prune_on_a_full_disk, source, out, calibration, **options), said=tmp_path / "said"
+    ).join()
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.startswith(f"{out / 'model.safetensors'}: found that it can't be written (")
+    assert "File too large" in line
+    report = prune_folder(
+        source, out, calibration, device="cpu", method="wanda", resume=True, **options
+    )
+    assert all(block.resumed for block in report.blocks)
+    assert not (out / BLOCKS).exists()
+
+
+def test_a_full_disk_is_known_before_the_first_block(source, tmp_path, calibration):
     out = tmp_path / "out"
     forks.start(
         prune_on_a_full_disk, source, out, calibration, said=tmp_path / "said"
     ).join()
     (line,) = (tmp_path / "said").read_text().splitlines()
-    assert line.startswith(f"{out / 'model.safetensors'}: found that it can't be written (")
-    assert "File too large" in line
-    report = prune_folder(source, out, calibration, device="cpu", method="wanda", resume=True)
-    assert all(block.resumed for block in report.blocks)
-    assert not (out / BLOCKS).exists()
+    assert "model.safetensors: found that it can't be written (File too large" in line
+    assert not out.exists()
 
 
 def test_masks_survive_a_resume(source, tmp_path, calibration):

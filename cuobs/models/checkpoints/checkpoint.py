@@ -1,7 +1,8 @@
 """An unfinished run: what it began with, its finished blocks kept safe, the masks.
 
 While a model is being pruned its folder holds ``cuobs_incomplete.json`` and, in ``cuobs_blocks``,
-a file for each finished block. The marker goes last, when everything else is in its place.
+a file for each finished block. What a block's pruned weights are lies in that, or in the files of
+weights that the run writes. The marker goes last, when everything else is in its place.
 """
 
 import hashlib
@@ -13,17 +14,24 @@ from os import PathLike
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import safe_open
 
 import cuobs
 from cuobs import files
-from cuobs.containers import write_tensors
+from cuobs.containers import read_header, write_tensors
 from cuobs.cores import cores
 from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import TensorReader, bytes_of, entry_of
-from cuobs.models.checkpoints.source import BLOCKS, MARKER, MASKS, safetensors_header
+from cuobs.models.checkpoints.shards import fill
+from cuobs.models.checkpoints.source import (
+    BLOCKS,
+    MARKER,
+    MASKS,
+    Source,
+    Stored,
+    safetensors_header,
+)
 from cuobs.models.parked import around, parked, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
@@ -100,14 +108,39 @@ def fingerprint(model, blocks):
     return result.hexdigest()
 
 
-def save_block(folder, index, prefix, block, masks, report, before):
-    """Write a finished block, whole or not at all."""
-    modules, tensors = linears(block), {}
-    for name, mask in masks.items():
-        tensors[f"{prefix}.{name}.weight"] = modules[name].weight.detach()
-        tensors[f"{prefix}.{name}.mask"] = pack(mask)
-    path = _block_path(folder, index)
-    _write(path, tensors, {"before": before, "report": json.dumps(asdict(report))})
+def save_block(folder, index, prefix, block, masks, report, before, places):
+    """Write a finished block, whole or not at all.
+
+    Parameters
+    ----------
+    folder : path
+    index : int
+    prefix : str
+        The block's name.
+    block : torch.nn.Module
+    masks : dict of str to tensor of bool
+        Of its pruned linears.
+    report : BlockReport
+    before : str
+        Its `digest` before.
+    places : dict of str to Stored
+        Where weights are written, by their names in the model: in files inside ``folder``.
+        Others are kept with the masks.
+    """
+    modules = linears(block)
+    tensors = {f"{prefix}.{name}.mask": pack(mask) for name, mask in masks.items()}
+    weights = {f"{prefix}.{name}.weight": modules[name].weight.detach() for name in masks}
+    mine = {name: places[name] for name in weights if name in places}
+    fill(mine, weights.get)
+    tensors |= {name: weight for name, weight in weights.items() if name not in mine}
+    path = _block_path(os.path.abspath(folder), index)
+    elsewhere = {
+        name: place._replace(file=os.path.relpath(place.file, os.path.dirname(path)))
+        for name, place in mine.items()
+    }
+    _write(path, tensors, {
+        "before": before, "report": json.dumps(asdict(report)), "elsewhere": json.dumps(elsewhere),
+    })  # fmt: skip
     sync(os.path.dirname(path))
 
 
@@ -127,8 +160,20 @@ def _write(path, tensors, metadata=None):
 
 
 def finished(folder, index):
-    """The tensors that a finished block's file holds: a dict of `Stored`."""
-    return safetensors_header("", _block_path(os.path.abspath(folder), index))
+    """The tensors of a finished block, by their names in the model: a dict of `Stored`."""
+    return _record(_block_path(os.path.abspath(folder), index))[0]
+
+
+def _record(path):
+    """Where the tensors of a finished block lie, and what its file says of it."""
+    stored, metadata = safetensors_header("", path), read_header(path)[1]
+    for name, place in json.loads(metadata.get("elsewhere", "{}")).items():
+        file, dtype, shape, start = place
+        place = Stored(os.path.join(os.path.dirname(path), file), dtype, tuple(shape), start)
+        if os.path.getsize(place.file) < start + place.nbytes:
+            raise ValueError(f"{place.file} is truncated")
+        stored[name] = place
+    return stored, metadata
 
 
 def load_block(folder, index, prefix, block, before):
@@ -139,38 +184,35 @@ def load_block(folder, index, prefix, block, before):
     ValueError
         The file belongs to another model.
     """
-    path = _block_path(folder, index)
+    path = _block_path(os.path.abspath(folder), index)
     if not os.path.exists(path):
         return None
     try:
-        return _read_block(path, prefix, block, before)
-    except (SafetensorError, KeyError):
+        stored, metadata = _record(path)
+        report = BlockReport.from_dict(json.loads(metadata["report"]))
+        same = metadata["before"] == before
+    except (ValueError, KeyError, AttributeError, FileNotFoundError):
         raise ValueError(
             f"resume: found that {path} is damaged, expected a whole file; without it the block is "
             "pruned again"
         ) from None
-
-
-def _read_block(path, prefix, block, before):
-    modules = linears(block)
-    masks = {}
-    with safe_open(path, "pt") as stored:
-        metadata = stored.metadata()
-        if metadata["before"] != before:
-            raise ValueError(f"resume: found that {path} was made from another model's weights")
-        for key in stored.keys():
-            name = key.removeprefix(prefix + ".")
-            if name.endswith(".mask"):
-                name = name.removesuffix(".mask")
-                shape = modules[name].weight.shape
-                mask = unpack(stored.get_tensor(key), shape[1])
-                masks[name] = mask.to(modules[name].weight.device)
-            else:
-                name = name.removesuffix(".weight")
-                modules[name].weight.data.copy_(stored.get_tensor(key))
-    report = BlockReport.from_dict(json.loads(metadata["report"]))
+    if not same:
+        raise ValueError(f"resume: found that {path} was made from another model's weights")
     report.resumed = True
-    return report, masks
+    return report, _put_back(prefix, block, stored)
+
+
+def _put_back(prefix, block, stored):
+    """Put weights that are stored into a block; its masks."""
+    modules, masks, read = linears(block), {}, TensorReader(Source("", ""), stored)
+    for key in stored:
+        name, _, kind = key.removeprefix(prefix + ".").rpartition(".")
+        weight = modules[name].weight
+        if kind == "mask":
+            masks[name] = unpack(read(key), weight.shape[1]).to(weight.device)
+        else:
+            weight.data.copy_(read(key))
+    return masks
 
 
 def pack(mask):

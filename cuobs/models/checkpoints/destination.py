@@ -18,16 +18,15 @@ from cuobs.containers import write_tensors
 from cuobs.models.checkpoints.loading import load_tokenizer
 from cuobs.models.checkpoints.marker import settle, sync
 from cuobs.models.checkpoints.names import TORCH, TensorReader, bytes_of, described, entry_of, equal
+from cuobs.models.checkpoints.shards import METADATA, WEIGHTS, fill, lay_out, places_in
 from cuobs.models.checkpoints.source import (
     FLOATS,
     LEFTOVER,
+    STAGING,
     find_source,
     stored_tensors,
     torch_name,
 )
-
-STAGING = "cuobs_staging"
-WEIGHTS = "model.safetensors"
 
 
 def changed_tensors(model, source, names):
@@ -68,7 +67,7 @@ def _is_new(name, model):
 
 def finish(
     src, dst, changed, *, dropped=(), config=None, extra=None, without=(), save_dtype=None,
-    shard_size=5 * 10**9,
+    shard_size=5 * 10**9, reserved=None,
 ):  # fmt: skip
     """Write all that belongs to a changed model, then take the marker away.
 
@@ -99,6 +98,10 @@ def finish(
         Of all tensors in floating point, and of the config; those of the source by default.
     shard_size : int
         Bytes of the largest file of weights, where no single tensor is larger.
+    reserved : path, optional
+        A folder of the same disk that holds the files of weights already, see
+        `cuobs.models.checkpoints.shards`. Tensors in ``changed`` that are stored there, in their
+        places, are left as they are.
 
     Raises
     ------
@@ -115,7 +118,9 @@ def finish(
     os.mkdir(staging)
     with _named(dst):
         _copy_others(source, staging, without)
-        written = write_weights(source, staging, changed, dropped, save_dtype, shard_size)
+        written = write_weights(
+            source, staging, changed, dropped, save_dtype, shard_size, reserved
+        )
         if clash := written & set(source.carried):
             raise ValueError(
                 f"{source.name}: found {min(clash)} beside the weights, which is what one of their "
@@ -132,10 +137,15 @@ def finish(
                     content(file)
                 else:
                     file.write(content.encode() if isinstance(content, str) else content)
+    if reserved is not None:
+        for title in written - set(os.listdir(staging)):
+            os.replace(os.path.join(reserved, title), os.path.join(staging, title))
     _move(staging, dst)
 
 
-def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_size=5 * 10**9):
+def write_weights(
+    source, folder, changed, dropped=(), save_dtype=None, shard_size=5 * 10**9, reserved=None
+):  # fmt: skip
     """Write safetensors, and their index where there are several.
 
     See `finish`; ``folder`` is a new one. One tensor at a time is in memory.
@@ -148,50 +158,55 @@ def write_weights(source, folder, changed, dropped=(), save_dtype=None, shard_si
     stored = stored_tensors(source)
     held = {name: described(tensor) for name, tensor in changed.items()}
     read = TensorReader(source, stored | held)
-    names = [name for name in (*stored, *(changed.keys() - stored.keys())) if name not in dropped]
-    names.sort(key=lambda name: (name not in stored, "" if name in stored else name))
-    entries = {}
-    for name in names:
-        tensor = held.get(name) or stored[name]
-        dtype, like = tensor.dtype, stored.get(name, tensor).dtype
-        if like in FLOATS:
-            dtype = like if save_dtype is None else torch_name(save_dtype)
-        entries[name] = entry_of(tensor._replace(dtype=dtype))
+    entries = entries_of(stored, held, dropped, save_dtype)
 
     def take(name):
         tensor = changed.get(name)
         tensor = tensor.detach().cpu() if torch.is_tensor(tensor) else read(name)
-        tensor = _cast(name, tensor, TORCH[entries[name].dtype])
-        yield bytes_of(tensor)
+        return _cast(name, tensor, TORCH[entries[name].dtype])
 
-    shards = _shards(names, entries, shard_size)
-    titles = [WEIGHTS] if len(shards) == 1 else [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    for title, part in zip(titles, shards, strict=True):
+    parts = lay_out(entries, shard_size)
+    if reserved is not None:
+        places = places_in(reserved, parts)
+        fill({name: at for name, at in places.items() if changed.get(name) != at}, take)
+    for title, part in parts.items() if reserved is None else ():
         with files.replacing(os.path.join(folder, title)) as file:
-            write_tensors(file, {name: entries[name] for name in part}, take, {"format": "pt"})
-    if len(shards) == 1:
-        return {WEIGHTS}
+            write_tensors(file, part, lambda name: [bytes_of(take(name))], METADATA)
+    if len(parts) == 1:
+        return set(parts)
     total = sum(entry.size for entry in entries.values())
-    weight_map = {n: title for title, part in zip(titles, shards, strict=True) for n in part}
+    weight_map = {name: title for title, part in parts.items() for name in part}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     title = WEIGHTS + ".index.json"
     files.write_text(os.path.join(folder, title), json.dumps(index, indent=2) + "\n")
-    return {*titles, title}
+    return {*parts, title}
 
 
-def _shards(names, entries, limit):
-    """Names in their order, as many in a list as come to no more than a limit of bytes."""
-    shards, size = [[]], 0
-    for name in names:
-        mine = entries[name].size
-        if shards[-1] and size + mine > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += mine
-    return shards
+def entries_of(stored, changed, dropped=(), save_dtype=None):
+    """What the headers of the files that are written say of their tensors, in their order.
+
+    Parameters
+    ----------
+    stored : dict of str to Stored
+        The tensors of the source; those that it lacks come behind them.
+    changed : dict of str to Stored
+    dropped, save_dtype
+        See `finish`.
+
+    Returns
+    -------
+    dict of str to Entry
+    """
+    entries = {}
+    for name in (*stored, *sorted(changed.keys() - stored.keys())):
+        if name in dropped:
+            continue
+        tensor = changed.get(name) or stored[name]
+        dtype, like = tensor.dtype, stored.get(name, tensor).dtype
+        if like in FLOATS:
+            dtype = like if save_dtype is None else torch_name(save_dtype)
+        entries[name] = entry_of(tensor._replace(dtype=dtype))
+    return entries
 
 
 def _cast(name, tensor, dtype):

@@ -11,6 +11,8 @@ from cuobs.models.checkpoints.source import (
     LEFTOVER,
     MARKER,
     REPORT,
+    SHARDS,
+    STAGING,
     find_source,
     unfinished,
 )
@@ -115,6 +117,17 @@ def settle(dst):
     sync(dst)
 
 
+def take_back(dst):
+    """Move files of weights that a killed run had begun to put in place back to its blocks."""
+    home = os.path.join(dst, SHARDS)
+    for folder in (dst, os.path.join(dst, STAGING)):
+        for name in os.listdir(folder) if os.path.isdir(folder) and os.path.isdir(home) else ():
+            place = os.path.join(home, name)
+            weights = name.startswith("model") and name.endswith(".safetensors")
+            if weights and not os.path.exists(place):
+                os.replace(os.path.join(folder, name), place)
+
+
 def abandon(dst, existed):
     """Take away what a run made that was refused before anything was finished.
 
@@ -126,7 +139,9 @@ def abandon(dst, existed):
     """
     blocks = os.path.join(dst, BLOCKS)
     inside = set(os.listdir(dst)) if os.path.isdir(dst) else {None}
-    if inside <= {MARKER, BLOCKS} and not (os.path.isdir(blocks) and os.listdir(blocks)):
+    kept = os.listdir(blocks) if os.path.isdir(blocks) else ()
+    begun = all(name.startswith(os.path.basename(SHARDS)) for name in kept)
+    if inside <= {MARKER, BLOCKS} and begun:
         settle(dst)
         if not existed:
             os.rmdir(dst)

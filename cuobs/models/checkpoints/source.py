@@ -15,6 +15,8 @@ from typing import NamedTuple
 # A run that has begun and is not complete; it goes last, when everything else is in its place.
 MARKER = "cuobs_incomplete.json"
 BLOCKS = "cuobs_blocks"
+SHARDS = os.path.join(BLOCKS, "weights")
+STAGING = "cuobs_staging"
 REPORT = "cuobs_report.json"
 MASKS = "cuobs_masks.safetensors"
 RECIPE = "cuobs_recipe.toml"

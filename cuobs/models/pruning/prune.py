@@ -65,6 +65,7 @@ def prune_model(
     protocol: dict | None = None,
     keep_masks: bool = False,
     dtypes: dict | None = None,
+    places: dict | None = None,
     starting: Callable | None = None,
     rotating: Callable | None = None,
     on_block: Callable | None = None,
@@ -98,6 +99,10 @@ def prune_model(
     dtypes : dict of str to torch.dtype, optional
         To what new weights are rounded, by their names in the model: what they will be written in,
         where that is narrower than what they are held in.
+    places : dict of str to Stored, optional
+        Where finished weights are written, by their names in the model, see
+        `cuobs.models.checkpoints.checkpoint.save_block`; the files are there once ``starting`` was
+        called.
     starting : callable, optional
         Called when all is checked, with a `ModelReport` that holds no blocks yet: what will be
         done, and the memory that it is predicted to take.
@@ -217,7 +222,7 @@ def prune_model(
         with Resident(blocks, device) as source:
             job = Job(
                 recipe, layers, source, report, device, checkpoint_folder, masked, ranks,
-                dtypes or {},
+                dtypes or {}, places or {},
             )  # fmt: skip
             _prune_blocks(job, streams, on_block)
     if recipe.distill:
@@ -341,6 +346,8 @@ class Job:
         The processes that share windows and rows.
     dtypes : dict of str to torch.dtype
         To which new weights are rounded, by their names; others keep the model's.
+    places : dict of str to Stored
+        Where they are written, by their names; others are kept in the folder too.
     """
 
     recipe: object
@@ -352,6 +359,7 @@ class Job:
     keep_masks: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     dtypes: dict = field(default_factory=dict)
+    places: dict = field(default_factory=dict)
 
     def dtype(self, linear, weight):
         """That in which a linear's weight is written in the end."""
@@ -431,7 +439,9 @@ def _prune_block(job, streams, index):
         if job.folder is not None:
             if job.ranks.leads:
                 name = job.name(index)
-                checkpoint.save_block(job.folder, index, name, block, masks, found, before)
+                checkpoint.save_block(
+                    job.folder, index, name, block, masks, found, before, job.places
+                )
             job.ranks.agree(None)  # the file is there
     if job.folder is not None:
         job.source.kept(checkpoint.finished(job.folder, index))

@@ -1,10 +1,10 @@
 """Hidden states in files that are mapped, a batch of which at a time is in memory."""
 
-import os
 import tempfile
 
 import torch
 
+from cuobs import files
 from cuobs.models.checkpoints.source import LEFTOVER
 from cuobs.models.memory import let_go
 
@@ -70,7 +70,7 @@ def _mapped(folder, tensor):
     """A copy of a tensor in a file of its own, out of memory."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LEFTOVER}states_") as file:
         # A full disk is said here; later it would end the process.
-        os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))
+        files.reserve(file, tensor.nbytes)
         found = torch.from_file(
             file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype
         ).view(tensor.shape)

@@ -1,0 +1,168 @@
+"""The files of weights of a model that is pruned block by block are written as blocks finish."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_models import make_source, make_tokens
+from test_model_folders import contents
+
+from cuobs.models import pipeline, prune_folder
+from cuobs.models.checkpoints.destination import entries_of
+from cuobs.models.checkpoints.names import TORCH, entry_of
+from cuobs.models.checkpoints.shards import are_laid_out, fill, lay_out, places_in, reserve
+from cuobs.models.checkpoints.source import BLOCKS, MARKER, SHARDS, STAGING, Stored
+
+OPTIONS = {"device": "cpu", "method": "wanda", "shard_size": "20KB"}
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """A file of calibration windows."""
+    np.savez(tmp_path / "tokens.npz", windows=make_tokens(8))
+    return f"{tmp_path / 'tokens.npz'}:windows"
+
+
+def stop_after(blocks):
+    """End a run after so many blocks."""
+    def stop(report, _):
+        if len(report.blocks) == blocks:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def same_model(a, b):
+    """Whether two folders hold the same files, but for what a report says of time and resuming."""
+    a, b = contents(a), contents(b)
+    return a.keys() == b.keys() and {n for n in a if a[n] != b[n]} <= {"cuobs_report.json"}
+
+
+def test_tensors_in_any_order_give_a_file_of_safetensors(tmp_path):
+    """Written whole or resumed, with elements of several sizes, of which none is out of line."""
+    tensors = {
+        "a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.arange(3),
+        "d": torch.randn(2, 2).half(), "e": torch.tensor(1.5), "f": torch.zeros(0, 4),
+    }  # fmt: skip
+    parts = lay_out({name: entry_of(tensor) for name, tensor in tensors.items()}, 80)
+    assert len(parts) > 1 and [n for part in parts.values() for n in part] == list(tensors)
+    sizes = [sum(entry.size for entry in part.values()) for part in parts.values()]
+    assert max(sizes) <= 80
+    folder = tmp_path / "weights"
+    assert are_laid_out(folder, parts)
+    reserve(folder, parts)
+    places = places_in(folder, parts)
+    for name in sorted(tensors, reverse=True):
+        fill({name: places[name]}, tensors.get)
+        reserve(folder, parts)  # leaves what is there
+    assert are_laid_out(folder, parts)
+    assert {path.name for path in folder.iterdir()} == parts.keys()
+    for title, part in parts.items():
+        with safe_open(folder / title, "pt") as stored:
+            assert stored.metadata() == {"format": "pt"} and set(stored.keys()) == part.keys()
+        for name, tensor in load_file(folder / title).items():
+            assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+            assert places[name].start % TORCH[places[name].dtype].itemsize == 0
+    assert not are_laid_out(folder, {title: {} for title in parts})
+    (folder / title).unlink()
+    assert not are_laid_out(folder, parts)
+
+
+def test_entries_keep_the_order_of_the_source():
+    stored = {name: Stored("x", "F32", (2,), 0) for name in "cab"}
+    changed = {name: Stored("", "F16", (2,)) for name in "zda"}
+    found = entries_of(stored, changed, ("b",))
+    assert list(found) == ["c", "a", "d", "z"]
+    assert [entry.dtype for entry in found.values()] == ["F32", "F32", "F16", "F16"]
+    assert entries_of(stored, {}, (), torch.bfloat16)["a"].dtype == "BF16"
+
+
+def test_a_finished_block_lies_in_the_files_that_are_to_be(tmp_path, calibration):
+    """Its weights are nowhere else: the disk holds the model once, from the first block on."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    prune_folder(source, tmp_path / "whole", calibration, **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, out, calibration, **OPTIONS, on_block=stop_after(2))
+    shards = sorted((out / SHARDS).iterdir())
+    assert [p.name for p in shards] == sorted(p.name for p in (tmp_path / "whole").glob("model-*"))
+    found = {}
+    for path in shards:
+        assert path.stat().st_size == (tmp_path / "whole" / path.name).stat().st_size
+        found |= load_file(path)
+    final = {n: t for p in (tmp_path / "whole").glob("model-*") for n, t in load_file(p).items()}
+    linears = {n for n in final if "_proj" in n}
+    done = {n for n in linears if ".layers.2." not in n}
+    assert {n for n in final if torch.equal(found[n], final[n])} == done
+    for path in (out / BLOCKS).glob("*.safetensors"):
+        assert set(load_file(path)) == {
+            n.replace("weight", "mask") for n in linears if f".layers.{int(path.stem)}." in n
+        }
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ({}, {"shard_size": "1MB"}), ({}, {"shard_size": "21KB"}), ({}, {"packed": True}),
+        ({"packed": True}, {}), ({}, {"save_dtype": "float16"}), ({"save_dtype": "float16"}, {}),
+        ({}, {"distill": 1}), ({"distill": 1}, {}), ({"save_dtype": "float32"}, {}),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_whatever_the_form_of_what_it_writes(first, then, tmp_path, calibration):
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    prune_folder(source, tmp_path / "whole", calibration, **{**OPTIONS, **then})
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, out, calibration, **{**OPTIONS, **first}, on_block=stop_after(2))
+    report = prune_folder(source, out, calibration, **{**OPTIONS, **then}, resume=True)
+    assert [block.resumed for block in report.blocks] == [True, True, False]
+    assert same_model(tmp_path / "whole", out)
+    assert not (out / BLOCKS).exists()
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 9, 13, 17])
+@pytest.mark.parametrize("then", [{}, {"distill": 1}], ids=str)
+def test_stopped_while_files_are_put_in_place(at, then, tmp_path, calibration, monkeypatch):
+    """Nine files: from the blocks to the others of the model, then to where they belong."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    replace, moved = os.replace, []
+
+    def failing(a, b):
+        if os.path.basename(a).startswith("model-") and len(moved) == at:
+            raise KeyboardInterrupt
+        moved.extend([b] if os.path.basename(a).startswith("model-") else [])
+        return replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(source, out, calibration, **OPTIONS)
+    assert (out / MARKER).exists() and not (out / "config.json").exists()
+    report = prune_folder(source, out, calibration, **{**OPTIONS, **then}, resume=True)
+    assert all(block.resumed for block in report.blocks)
+    prune_folder(source, tmp_path / "whole", calibration, **{**OPTIONS, **then})
+    assert same_model(tmp_path / "whole", out) and not (out / STAGING).exists()
+
+
+@pytest.mark.parametrize("fault", ["short", "gone"])
+def test_a_file_that_is_damaged_is_said(fault, tmp_path, calibration):
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, out, calibration, **OPTIONS, on_block=stop_after(1))
+    for path in (out / SHARDS).iterdir():
+        if fault == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(ValueError, match="00000.safetensors is damaged"):
+        prune_folder(source, out, calibration, **OPTIONS, resume=True)
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path, calibration, monkeypatch):
+    """Though the files are there before the dense model is measured."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    monkeypatch.setattr(pipeline, "_perplexity", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="is no number"):
+        prune_folder(source, out, calibration, evaluate=[calibration], **OPTIONS)
+    assert not out.exists()
