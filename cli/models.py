@@ -78,8 +78,8 @@ save_dtype = options.option(
                short_help="Prune a language model, folder to folder.")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@options.option("--skip", metavar="REGEX", group=options.WHAT,
-                help="Linears that stay as they are.")
+@options.option("--skip", multiple=True, metavar="GLOB", group=options.WHAT,
+                help="Linears that stay as they are, as '*.k_proj'; may be repeated.")
 @options.option("--eval", "evaluate", multiple=True, type=click.Path(), metavar="F",
                 group=options.WHAT,
                 help="Perplexity on a text or tokens, before and after, in windows as long, and "
@@ -194,7 +194,8 @@ def _arguments(config, target):
             raise ValueError(f"{name}: found it without {other}, expected both")
     if config.skip and given.get("skip"):
         raise ValueError(
-            f"skip: found {given['skip']!r} beside the globs of --config, expected one of them"
+            f"skip: found {', '.join(given['skip'])} beside the globs of --config, expected one "
+            "of them"
         )
     return common.given({
         "pattern": recipe.pattern, "method": recipe.method, "refine": recipe.refine,

@@ -26,8 +26,6 @@ class ModelRecipe:
     config : Config
         The recipe of every linear, what is different for some of them, globs of names of those
         that stay as they are, and how to run.
-    skip : str, optional
-        A regular expression; linears in whose name it is found stay as they are, too.
     target : {"mixed", "pruned", "dense"}
     dense_share, residual_share : float or (float, float), optional
         Of a mixed target, 0.5 by default; a pair goes evenly from the first block to the last.
@@ -53,7 +51,6 @@ class ModelRecipe:
     """
 
     config: Config = field(default_factory=Config)
-    skip: str = None
     target: str = "mixed"
     dense_share: tuple = None
     residual_share: tuple = None
@@ -79,7 +76,7 @@ class ModelRecipe:
                 raise TypeError(f"{name}: found {value!r}, expected true or false")
         validation.integer("rotate_steps", self.rotate_steps, low=0)
         validation.name_of("rotate_score", self.rotate_score, SCORES)
-        _check_skip(self.skip)
+        _check_globs(self.config.skip)
         shares = _shares(self.target, self.dense_share, self.residual_share)
         for name, value in zip(("dense_share", "residual_share"), shares, strict=True):
             object.__setattr__(self, name, value)
@@ -91,8 +88,6 @@ class ModelRecipe:
 
     def of(self, name):
         """The `Recipe` of a linear, None where it stays as it is."""
-        if self.skip and re.search(self.skip, name):
-            return None
         return self.config.recipe_for(name)
 
     def shares(self, depth):
@@ -100,18 +95,16 @@ class ModelRecipe:
         return [a + (b - a) * depth for a, b in (self.dense_share, self.residual_share)]
 
     def check_names(self, names):
-        """Refuse a glob or an expression that fits none of the linears of a model."""
+        """Refuse a glob that fits none of the linears of a model."""
         entries = {"layers": self.config.layers, "skip": self.config.skip}
         for key, glob in ((key, glob) for key, globs in entries.items() for glob in globs):
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                wider = f"*{glob.strip('*')}*"
+                within = any(fnmatch.fnmatchcase(name, wider) for name in names)
                 raise ValueError(
                     f"{key}: found no linear whose name {glob!r} fits, expected one as {names[0]}"
+                    + (f"; {wider!r} fits names that have it within" if within else "")
                 )
-        if self.skip and not any(re.search(self.skip, name) for name in names):
-            raise ValueError(
-                f"skip: found no linear in whose name {self.skip!r} is, expected part of one as "
-                f"{names[0]}"
-            )
 
     def as_config(self):
         """The same as a `Config` that a file may hold."""
@@ -134,7 +127,7 @@ class ModelRecipe:
             "precision": config.settings.precision,
             "layers": {glob: dict(changes) for glob, changes in config.layers.items()},
             **{key: getattr(self, key) for key in KEYS},
-            "skip": self.skip or list(config.skip) or None,
+            "skip": list(config.skip) or None,
         }
 
 
@@ -158,7 +151,7 @@ def read_arguments(given):
     """A `ModelRecipe` from keyword arguments, those that are None left out.
 
     They are those of `ModelRecipe`, of its recipe and its method, and of `Settings`; and
-    ``layers``. ``skip`` may be a list of globs as well.
+    ``layers`` and ``skip``.
 
     Raises
     ------
@@ -166,7 +159,7 @@ def read_arguments(given):
         An argument is unknown.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    known = (*RECIPE, "layers", *method_options(), *SETTINGS, *KEYS)
+    known = (*RECIPE, "layers", "skip", *method_options(), *SETTINGS, *KEYS)
     for key in given:
         if key not in known:
             raise TypeError(
@@ -177,8 +170,10 @@ def read_arguments(given):
             f"devices: found {given['devices']!r}, expected it for a single layer: torchrun "
             "--nproc-per-node N shares a model out"
         )
-    globs = given.pop("skip") if isinstance(given.get("skip"), list | tuple) else ()
-    layers = given.pop("layers", {})
+    layers, globs = given.pop("layers", {}), given.pop("skip", ())
+    globs = (globs,) if isinstance(globs, str) else globs
+    if not isinstance(globs, list | tuple):
+        raise TypeError(f"skip: found {type(globs).__name__}, expected a glob or a list of them")
     own, recipe, settings, whole = (
         {key: given[key] for key in keys if key in given}
         for keys in (method_options(), RECIPE, SETTINGS, KEYS)
@@ -210,38 +205,10 @@ def _shares(target, dense_share, residual_share):
     return pairs
 
 
-def _check_skip(skip):
-    if skip is not None and not isinstance(skip, str):
-        raise TypeError(
-            f"skip: found {type(skip).__name__}, expected a regular expression or a list of globs"
-        )
-    try:
-        re.compile(skip or "")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"skip: found {skip!r}, no regular expression ({error}); a config takes globs"
-        ) from None
-    if _repeats_repeats(skip or ""):
-        raise ValueError(
-            f"skip: found {skip!r}, which repeats something that is itself repeated or of several "
-            "forms and may take for ever, expected one without that, or globs in a config"
-        )
-
-
-def _repeats_repeats(expression):
-    """Whether a group under an open repeat, as (a+)* is, has a repeat or forms of its own."""
-    tokens = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,\d*\}|.", expression, re.DOTALL)
-    outer, inside, closed = [], False, False
-    for token in tokens:
-        repeats = token in ("*", "+") or len(token) > 2 and token[0] == "{"
-        if repeats and closed:
-            return True
-        closed = False
-        if token == "(":
-            outer.append(inside)
-            inside = False
-        elif token == ")" and outer:
-            closed, inside = inside, outer.pop() or inside
-        elif repeats or token == "|":
-            inside = True
-    return False
+def _check_globs(globs):
+    for glob in globs:
+        if re.search(r"[\\^$(){}|+]", glob):
+            raise ValueError(
+                f"skip: found {validation.shown(glob)}, a regular expression, expected a glob for "
+                "the whole name, as '*.k_proj', or a list of them"
+            )

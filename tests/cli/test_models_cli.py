@@ -33,7 +33,7 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
     result = cuobs(
         "prune-model", source, out, "--calibration", f"{tokens_file}:calibration", "--samples", 8,
         "--eval", f"{tokens_file}:text", "--masks", "--device", "cpu", "--method", "sparsegpt",
-        "--dense-share", "0.25,0.75", "--skip", "layers.1.", "--plot", tmp_path / "loss.png",
+        "--dense-share", "0.25,0.75", "--skip", "*.layers.1.*", "--plot", tmp_path / "loss.png",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     text = result.output
@@ -74,7 +74,7 @@ def test_a_dry_run_reads_and_writes_nothing(cuobs, source, tokens_file, tmp_path
         "prune-model", source, tmp_path / "out", "--calibration", f"{tokens_file}:calibration",
         "--device", "cpu", "--dry-run",
     )  # fmt: skip
-    result = cuobs(*command, "--skip", "layers.1.*k_proj")
+    result = cuobs(*command, "--skip", "*.layers.1.*k_proj")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert "  self_attn.k_proj  16 x 32  left as it is: skipped" in lines
@@ -90,7 +90,7 @@ def test_a_dry_run_reads_and_writes_nothing(cuobs, source, tokens_file, tmp_path
     assert re.search(r"memory       about \d+ MiB on cpu", result.output)
     assert "model.layers.0 to 2" in cuobs(*command).output
     assert not (tmp_path / "out").exists()
-    result = cuobs(*command, "--pattern", "3:5", "--skip", "k_proj")
+    result = cuobs(*command, "--pattern", "3:5", "--skip", "*.k_proj", "--skip", "*.q_proj")
     assert result.exit_code == 2 and result.output.count("does not divide") == 1, result.output
     assert "skipped" in result.output
     result = cuobs(*command, "--skip", "qproj")
@@ -155,7 +155,7 @@ def test_resume_shows_what_was_read_back(cuobs, source, tokens_file, tmp_path, m
         (["--host-memory", "1MB"], "host_memory: found"),
         (["--tune", "1", "--tune-rate", "0"], "tune_rate: found 0"),
         (["--batch-tokens", "0"], "batch_tokens: found 0"),
-        (["--skip", "proj"], "no linear that could be pruned (skipped)"),
+        (["--skip", "*proj"], "no linear that could be pruned (skipped)"),
         (["--eval", "none.txt"], "none.txt: found no such file"),
         (["--attention-mask", "none.npy"], "none.npy: found no such file"),
         (["--skip", "("], "skip: found '('"),
@@ -332,7 +332,7 @@ def test_a_recipe_for_a_model_and_the_one_that_was_used(cuobs, source, tokens_fi
 @pytest.mark.parametrize(("text", "said"), [
     ("[model]\ntargets = 'mixed'", "targets: found an unknown argument, expected one of .*target"),
     ("[model]\ntune = -1", "tune: found -1"),
-    ("[model]\nskip = 'q'\n[layers]\nskip = ['*.0.*']", "skip: found 'q' beside the globs"),
+    ("[model]\nskip = 'q'\n[layers]\nskip = ['*.0.*']", "skip: found q beside the globs"),
     ("[layers]\nskip = ['nothing']", "skip: found no linear whose name 'nothing' fits"),
     ("[layers]\n'*.down' = {damp = 1}", r"layers: found no linear whose name '\*.down' fits"),
 ])  # fmt: skip

@@ -99,7 +99,7 @@ def test_patterns_of_the_report(tmp_path, source):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, t=make_tokens())
     options = {"method": "magnitude", "target": "pruned", "layers": {"*.down_proj": {
-        "pattern": "4:8"}}, "skip": "k_proj", "device": "cpu"}  # fmt: skip
+        "pattern": "4:8"}}, "skip": "*.k_proj", "device": "cpu"}  # fmt: skip
     dense, one, two = (str(tmp_path / name) for name in ("dense", "one", "two"))
     cuobs.models.prune_folder(source, dense, f"{tokens}:t", **options)
     cuobs.models.prune_folder(source, one, f"{tokens}:t", packed=True, **options)

@@ -26,7 +26,7 @@ from cuobs.recipe import _METHODS
 
 @pytest.fixture
 def report(tokens):
-    return prune_model(make_model("llama"), tokens, skip="k_proj", device="cpu")
+    return prune_model(make_model("llama"), tokens, skip="*.k_proj", device="cpu")
 
 
 def test_json_and_back(report):

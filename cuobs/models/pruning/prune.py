@@ -125,8 +125,7 @@ def prune_model(
         What is different for some linears, by a glob of their names:
         ``{"*.down_proj": {"pattern": "4:8"}}``. Later ones have the last word.
     skip : str or list of str, optional
-        A regular expression, or globs; linears in whose name the one is found, or whose name fits
-        one of the others, stay as they are.
+        Globs; linears whose whole name fits one of them, as ``"*.k_proj"``, stay as they are.
     target : {"mixed", "pruned", "dense"}
         What a layer is to give: "pruned" its dense weights' outputs for the inputs that the pruned
         model feeds it, as is usual; "dense" the outputs that it has in the dense model; "mixed"
