@@ -15,9 +15,10 @@ from cuobs import comparing, files, plotting
 @common.layer_arguments
 @options.output("--plot", metavar="F.png", help="Also draw loss against time (extra: plot).")
 @options.output("--rst", metavar="F", help="Also write the table as reStructuredText.")
-@options.output("--json", "json_path", metavar="F", help="Also write the table as JSON.")
+@options.output("--report", metavar="F.json", help="Also write the table as JSON.")
 @options.force
-def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
+@options.as_json
+def compare(w, x, hessian, config, methods, own, force, as_json, **outputs):
     """Run every method, or those named, on one layer and print a table.
 
     An option goes to the methods that take it. Rows are printed as they are found; Ctrl-C keeps
@@ -33,16 +34,16 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
         methods = comparing.all_methods(own, config.settings, **shared)
     comparing.recipes_of(methods, own, **shared)
     common.check_layer(w, x, hessian)
-    common.check_outputs(
-        [w, x, hessian], {"--plot": plot, "--rst": rst, "--json": json_path}, force
-    )
-    if plot:
-        plotting.check_picture(plot)
+    named = {f"--{name}": path for name, path in outputs.items()}
+    common.check_outputs([w, x, hessian], named, force)
+    if outputs["plot"]:
+        plotting.check_picture(outputs["plot"])
     settings = {key: getattr(config.settings, key) for key in cuobs.recipe.SETTINGS}
     W, X, H = common.load_layer(w, x, hessian, config.settings.device)
     tokens = getattr(H, "tokens", None) if X is None else math.prod(X.shape[:-1])
     with display.Progress("hessian") as progress:
-        rows = _Rows(methods, progress, partial(common.show_layer, W.shape, X, tokens))
+        show_layer = partial(common.show_layer, W.shape, X, tokens)
+        rows = _Rows([] if as_json else methods, progress, show_layer)
         try:
             cuobs.compare(
                 W, X, hessian=H, methods=methods, progress=progress.callback(),
@@ -50,11 +51,16 @@ def compare(w, x, hessian, config, methods, own, plot, rst, json_path, force):
             )  # fmt: skip
         finally:
             rows.show_rest()
-            _write(rows.table, w, config.settings, plot, rst, json_path, force)
+            if rows.table is not None:
+                _write(rows.table, w, config.settings, force, **outputs)
+                if as_json:
+                    click.echo(_json(rows.table))
+                else:
+                    common.show_written(*map(outputs.get, ("rst", "report", "plot")))
 
 
 class _Rows:
-    """Prints the rows of a table as soon as all before them are there."""
+    """Prints those rows of a table that it is to, as soon as all before them are there."""
 
     def __init__(self, methods, progress, show_layer):
         self.table = None
@@ -89,16 +95,17 @@ class _Rows:
         click.echo(lines[2 + position])
 
 
-def _write(table, name, settings, plot, rst, json_path, force):
+def _json(table):
+    return json.dumps(table.json(), indent=2)
+
+
+def _write(table, name, settings, force, plot, rst, report):
     """Write what was found to the files that were named."""
-    if table is None:
-        return
     if rst:
         files.write_text(rst, table.rst() + "\n", force)
-    if json_path:
-        files.write_text(json_path, json.dumps(table.json(), indent=2) + "\n", force)
+    if report:
+        files.write_text(report, _json(table) + "\n", force)
     if plot:
         device = "cpu" if settings.namespace().__name__ == "numpy" else "cuda"
         title = f"{name} ({common.by(table.shape)}), {table.pattern.label}, on {device}"
         plotting.pareto(table, plot, force, title)
-    common.show_written(rst, json_path, plot)

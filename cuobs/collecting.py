@@ -52,8 +52,8 @@ def prune_linear(layer: Any, X: Any = None, *, hessian: Any = None, **options: A
     True
     """
     _check_linear(layer)
+    result = prune(layer, X, hessian=hessian, **options)
     weight = weight_of(layer, "layer").data
-    result = prune(weight, X, hessian=hessian, **options)
     weight.copy_(result.weight)
     return dataclasses.replace(result, weight=weight)
 
@@ -69,14 +69,13 @@ def _check_linear(layer):
         raise ValueError(f"layer: found it {fault[0]}, expected a plain parameter: {fault[1]}")
 
 
-@contextlib.contextmanager
 def collect(
     model: Any,
     names: str | list[str] = "*",
     *,
     dtype: str = "float32",
     precision: str = "tensor",
-):
+) -> contextlib.AbstractContextManager:
     """Add up the Hessians of a model's linear layers while it runs.
 
     Parameters
@@ -87,15 +86,17 @@ def collect(
     dtype, precision : str
         As in `cuobs.Hessian`.
 
-    Yields
-    ------
-    Hessians
-        By name, where the layers' inputs are. All tokens count that reach a layer, padding too.
+    Returns
+    -------
+    context manager
+        It gives `Hessians`, by name, where the layers' inputs are. All tokens count that reach a
+        layer, padding too.
 
     Raises
     ------
     TypeError, ValueError
-        It is no module, or no linear layer has such a name. In a forward: inputs are not finite.
+        It is no module, or no linear layer has such a name: before it is entered. In a forward:
+        inputs are not finite.
 
     Examples
     --------
@@ -110,7 +111,11 @@ def collect(
     {'0': 64, '2': 64}
     """
     layers = _find(model, names)
-    hessians = Hessians(layers, dtype, precision)
+    return _collecting(layers, Hessians(layers, dtype, precision))
+
+
+@contextlib.contextmanager
+def _collecting(layers, hessians):
     handles = []
     try:
         for name, layer in layers.items():

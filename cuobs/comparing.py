@@ -200,17 +200,16 @@ def compare(
         raise TypeError(f"methods: found {found}, expected a name or several") from None
     recipes = recipes_of(names, options, **common)
     pattern = recipes[names[0]].pattern
-    W = weight_of(W, "W")
-    with sharing.first(settings), arrays.stream_of(W, X, hessian):
+    with sharing.first(settings), arrays.stream_of(weight_of(W, "W"), X, hessian):
         layer = check_layer(W, target, settings.dtype)
         shape = layer.weight.shape
         pattern.compile(*shape)
         for own in recipes.values():
             sharing.check(own, settings, shape)
-        xp = settings.namespace(W)
+        xp = settings.namespace(layer.W)
         given = given_of(layer, X, hessian, settings, xp)
         room = footprint.check(recipes.values(), settings, shape, xp, given)
-        H, _ = hessian_of(shape, X, hessian, settings, xp, room)
+        H, _ = hessian_of(layer, X, hessian, settings, xp, room)
         done = {}
         # The others' ratios are known at once where the reference is the first to run.
         for name in sorted(recipes, key=lambda name: name != REFERENCE):

@@ -354,18 +354,22 @@ def check_fits(shape, found):
         )
 
 
-def warn_of_few(tokens, shape, activations):
-    """Warn of fewer tokens than a weight of a shape (M, K) has columns, or activations rows."""
+def warn_of_swapped(tokens, shape):
+    """Warn of activations of fewer rows than a weight of a shape (M, K), which may be one."""
     M, K = shape
-    if activations and tokens < M:
+    if tokens < M:
         validation.warn(
             f"X: found {tokens} rows and W {M}, both of {K} columns; where they are swapped, give "
             "the weight first"
         )
+
+
+def warn_of_few(tokens, K, name):
+    """Warn of fewer tokens than there are columns, in an argument of this name."""
     if tokens and tokens < K:
         validation.warn(
-            f"{'X' if activations else 'hessian'}: found {tokens} tokens for {K} columns, expected "
-            "several for each: the loss on other tokens will be higher by far"
+            f"{name}: found {tokens} tokens for {K} columns, expected several for each: the loss "
+            "on other tokens will be higher by far"
         )
 
 

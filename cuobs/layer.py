@@ -16,9 +16,10 @@ from cuobs.hessian import (
     check_symmetric,
     row_bytes,
     warn_of_few,
+    warn_of_swapped,
 )
 from cuobs.loss import loss
-from cuobs.modules import weight_of
+from cuobs.modules import is_module, weight_of
 from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
 from cuobs.problem import Problem, Pruned
@@ -37,26 +38,30 @@ class Layer(NamedTuple):
         The same as an array of NumPy or CuPy.
     target : array, shape (M, K), or None
         What is to be replaced, where that is not W.
+    of_module : bool
+        Whether W came as a linear layer, and can't be its inputs.
     """
 
     W: object
     weight: object
     target: object
+    of_module: bool = False
 
 
 def check_layer(W, target, dtype):
     """Refuse a weight, or a target for it, that no recipe can work on; a `Layer`."""
+    of_module = is_module(W)
     W = arrays.typed(weight_of(W, "W"), "W")
     weight = validation.matrix("W", W)
     validation.squares("W", weight, dtype)
     if target is not None:
         target = validation.matrix("target", target, weight.shape)
         validation.squares("target", target, dtype)
-    return Layer(W, weight, target)
+    return Layer(W, weight, target, of_module)
 
 
-def hessian_of(shape, X, hessian, settings, xp, room=None):
-    """The undamped Hessian of a weight (M, K), on a namespace, from activations or as it came.
+def hessian_of(layer, X, hessian, settings, xp, room=None):
+    """The undamped Hessian of a `Layer`, on a namespace, from activations or as it came.
 
     Of activations, a piece takes no more than `room` bytes on its way, where that is given.
 
@@ -71,18 +76,9 @@ def hessian_of(shape, X, hessian, settings, xp, room=None):
     ValueError
         Neither or both of X and hessian are given, or one does not fit K.
     """
-    if hessian is None:
-        return _hessian_of_activations(shape, X, settings, xp, room)
-    tokens = None
-    if isinstance(hessian, Hessian):
-        hessian, tokens = hessian.matrix, hessian.tokens
-    H = check_symmetric(hessian, shape[1])
-    check_held(H, settings.dtype)
-    warn_of_few(tokens, shape, activations=False)
-    return arrays.asarray(H, xp, settings.dtype), tokens
-
-
-def _hessian_of_activations(shape, X, settings, xp, room):
+    if hessian is not None:
+        return given_hessian(layer, hessian, settings, xp)
+    shape = layer.weight.shape
     if not are_batches(X):
         X = arrays.typed(X, "X")
         validation.floating("X", X)
@@ -90,13 +86,30 @@ def _hessian_of_activations(shape, X, settings, xp, room):
         check_fits(shape, X.shape)
     tokens = count_tokens(X, shape[1])
     if tokens is not None:  # said before the work, which may be long and for nothing
-        warn_of_few(tokens, shape, activations=True)
+        _warn_of_activations(tokens, layer)
     part = Hessian(shape[1], settings.dtype, arrays.device_name(xp), settings.precision)
     part.update(X, settings.progress, room)
     check_held(part.matrix, settings.dtype, "X")
     if tokens is None:
-        warn_of_few(part.tokens, shape, activations=True)
+        _warn_of_activations(part.tokens, layer)
     return part.matrix, part.tokens
+
+
+def given_hessian(layer, hessian, settings, xp, name="hessian"):
+    """`hessian_of` one that a caller brings, in an argument of a name."""
+    tokens = None
+    if isinstance(hessian, Hessian):
+        hessian, tokens = hessian.matrix, hessian.tokens
+    H = check_symmetric(hessian, layer.weight.shape[1])
+    check_held(H, settings.dtype)
+    warn_of_few(tokens, len(H), name)
+    return arrays.asarray(H, xp, settings.dtype), tokens
+
+
+def _warn_of_activations(tokens, layer):
+    if not layer.of_module:
+        warn_of_swapped(tokens, layer.weight.shape)
+    warn_of_few(tokens, layer.weight.shape[1], "X")
 
 
 def given_of(layer, X, hessian, settings, xp):
@@ -139,8 +152,7 @@ def _is_new(array, xp, dtype):
 
 def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
     """Check a weight, make or check its Hessian, and prune it; a `Result`."""
-    W = weight_of(W, "W")
-    with sharing.first(settings), arrays.stream_of(W, X, hessian):
+    with sharing.first(settings), arrays.stream_of(weight_of(W, "W"), X, hessian):
         layer = check_layer(W, target, settings.dtype)
         recipe.pattern.compile(*layer.weight.shape)
         sharing.check(recipe, settings, layer.weight.shape)
@@ -148,7 +160,7 @@ def prune_layer(recipe, settings, W, X=None, hessian=None, target=None):
         began = time.perf_counter()
         given = given_of(layer, X, hessian, settings, xp)
         room = footprint.check([recipe], settings, layer.weight.shape, xp, given)
-        H, tokens = hessian_of(layer.weight.shape, X, hessian, settings, xp, room)
+        H, tokens = hessian_of(layer, X, hessian, settings, xp, room)
         result = prune_checked(recipe, settings, layer, H, given, _since(began, xp))
         return dataclasses.replace(result, tokens=tokens)
 

@@ -126,10 +126,7 @@ def compile_layout(pattern, M, K):
     for size, stride, block, scope in zip(shape, strides, pattern.block, pattern.scope,
                                           strict=True):
         if not size or stride is None or size % (block * scope):
-            raise ValueError(
-                f"{where} with block {pattern.block} and scope {pattern.scope} does not divide "
-                f"a weight of shape ({M}, {K})"
-            )
+            raise ValueError(_indivisible(pattern, M, K))
     _check_cover(shape, strides, M, K, where)
 
     # Every dimension is scopes x blocks x elements; only the place within a scope has a block.
@@ -157,6 +154,18 @@ def compile_layout(pattern, M, K):
     raise ValueError(
         f"{where} with block {pattern.block} and scope {pattern.scope} has scopes that are not "
         f"rows times columns, the same for all, on a weight of shape ({M}, {K})"
+    )
+
+
+def _indivisible(pattern, M, K):
+    rows, columns = pattern.smallest()
+    if M % rows or K % columns:
+        expected = f"multiples of ({rows}, {columns})"
+    else:
+        expected = f"what {pattern} divides"
+    return (
+        f"pattern: found {pattern.label}, which does not divide a weight of shape ({M}, {K}), "
+        f"expected {expected}"
     )
 
 

@@ -41,7 +41,7 @@ def relative_loss(W: Any, W_pruned: Any, H: Any) -> float:
     0.8
     """
     W, W_pruned = weight_of(W, "W"), weight_of(W_pruned, "W_pruned")
-    with arrays.stream_of(W, W_pruned, H):
+    with arrays.stream_of(W, W_pruned, H), validation.renaming("hessian", "H"):
         W = validation.matrix("W", W)
         W_pruned = validation.matrix("W_pruned", W_pruned, W.shape)
         H = check_symmetric(H.matrix if isinstance(H, Hessian) else H, W.shape[1])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuobs import arrays, validation
-from cuobs.layer import check_layer, hessian_of, prune_layer
+from cuobs.layer import check_layer, given_hessian, prune_layer
 from cuobs.layout import Layout
 from cuobs.modules import weight_of
 from cuobs.pattern import Pattern
@@ -154,19 +154,20 @@ def reconstruct(
     array([[1.5, 0. ]])
     """
     W = weight_of(W, "W")
-    with arrays.stream_of(W, mask, H):
+    with arrays.stream_of(W, mask, H), validation.renaming("hessian", "H"):
         damp = validation.damping(damp)
         settings = Settings(device, dtype)
-        W, weight, target = check_layer(W, target, dtype)
-        mask = validation.mask("mask", mask, weight.shape)
+        layer = check_layer(W, target, dtype)
+        W, shape = layer.W, layer.weight.shape
+        mask = validation.mask("mask", mask, shape)
         xp = settings.namespace(W, H)
-        H, _ = hessian_of(weight.shape, None, H, settings, xp)
-        goal = arrays.asarray(weight if target is None else target, xp, dtype)
-        problem = Problem.build(goal, H, Layout.plain(*weight.shape), damp, settings)
+        H, _ = given_hessian(layer, H, settings, xp, "H")
+        goal = arrays.asarray(layer.weight if target is None else layer.target, xp, dtype)
+        problem = Problem.build(goal, H, Layout.plain(*shape), damp, settings)
         problem.check_definite()
         new, converged = resolve(problem, arrays.asarray(mask, xp))
         if not converged:
-            warn_unconverged(dtype)
+            warn_unconverged(dtype, "H")
         new = problem.unscaled(new)
         new = arrays.round_to(new, W)
         validation.holds(new, W)

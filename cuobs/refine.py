@@ -90,10 +90,10 @@ def resolve_bytes(size):
     return 2 * size.weight + cg_bytes(*layout.shape, size.itemsize)
 
 
-def warn_unconverged(dtype):
-    """Say that weights may lose more than they need to."""
+def warn_unconverged(dtype, name="hessian"):
+    """Say that weights may lose more than they need to, by a Hessian of a name."""
     validation.warn(
-        "hessian: found one on which conjugate gradients did not converge to the best weights in "
+        f"{name}: found one on which conjugate gradients did not converge to the best weights in "
         f"{dtype}, expected a larger damp (0.01 is usual) or dtype='float64'"
     )
 

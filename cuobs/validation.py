@@ -29,6 +29,18 @@ def naming(spec):
         raise type(error)(f"{spec}: {error}") from error
 
 
+@contextlib.contextmanager
+def renaming(inner, name):
+    """Say what is wrong with an argument by the name that it has for the caller."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        if not text.startswith(f"{inner}: "):
+            raise
+        raise type(error)(name + text.removeprefix(inner)) from error
+
+
 def existing_file(path, expected, name=None):
     """Refuse a path where there is nothing; what is there may still be no file."""
     if not os.path.exists(path):

@@ -130,6 +130,16 @@ def test_views_refused_with_the_reason(text, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("pattern, shape, expected", [
+    ("2:4", (16, 30), r"2:4, which .* shape \(16, 30\), expected multiples of \(1, 4\)"),
+    ("block16-row8", (24, 40), r"block16-row8, which .*, expected multiples of \(16, 16\)"),
+    ("view=(M,5):(K,1) block=(1,1) scope=(1,3) keep=2", (4, 5), r"expected what view=\(M,5\)"),
+])
+def test_a_shape_that_a_pattern_does_not_divide(pattern, shape, expected):
+    with pytest.raises(ValueError, match="^pattern: found " + f".*{expected}"):
+        parse(pattern).compile(*shape)
+
+
 def test_views_over_the_ends_of_rows_by_hand():
     """On a weight of shape (6, 16), whose view has rows of 24 or of 32 elements."""
     with pytest.raises(ValueError, match="not rows times columns"):

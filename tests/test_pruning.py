@@ -357,7 +357,7 @@ def test_nothing_to_prune_by(given):
     for method, options in ALL:
         with pytest.raises(ValueError, match=f"{name}: found nothing but zeros, or no token"):
             cuobs.prune(np.ones((2, 8)), method=method, **given, **CPU, **options)
-    with pytest.raises(ValueError, match="hessian: found nothing but zeros"):
+    with pytest.raises(ValueError, match="^H: found nothing but zeros"):
         cuobs.reconstruct(np.ones((2, 8)), np.ones((2, 8), bool), np.zeros((8, 8)), device="cpu")
     if "X" in given:
         given = {"X": given["X"].astype("float32")}
@@ -518,8 +518,30 @@ def test_a_loss_neither_overflows_nor_vanishes(xp, scale):
 def test_a_hessian_that_is_none():
     """No output has a negative energy: where one does, a loss would say nothing."""
     W, H = np.array([[1.0, 1.0]]), np.array([[1.0, 2.0], [2.0, 1.0]])
-    with pytest.raises(ValueError, match="hessian: found outputs of negative energy"):
+    with pytest.raises(ValueError, match="^H: found outputs of negative energy"):
         cuobs.relative_loss(W, np.array([[2.0, 0.0]]), H)
+
+
+@pytest.mark.parametrize("H, error, words", [
+    (np.ones((32, 31)), ValueError, "31"),
+    (np.eye(32, dtype=int), TypeError, "int64"),
+    (np.triu(np.ones((32, 32))), ValueError, "not symmetric"),
+    (-np.eye(32), ValueError, "negative"),
+])
+def test_an_argument_has_the_name_that_the_caller_gave_it(small, H, error, words):
+    W, mask = small[0], np.ones((8, 32), bool)
+    for call in (
+        lambda: cuobs.relative_loss(W, W, H),
+        lambda: cuobs.reconstruct(W, mask, H, device="cpu"),
+    ):
+        with pytest.raises(error, match=f"^H: found .*{words}"):
+            call()
+    with pytest.raises(np.linalg.LinAlgError, match="^H: found a matrix that is not positive"):
+        cuobs.reconstruct(W, mask, np.ones((32, 32)), damp=0.0, device="cpu")
+    few = cuobs.Hessian(32)
+    few.update(np.eye(32)[:20])
+    with pytest.warns(UserWarning, match="^H: found 20 tokens for 32 columns"):
+        cuobs.reconstruct(W, mask, few, device="cpu")
 
 
 def test_relative_loss(xp):

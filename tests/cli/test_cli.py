@@ -297,7 +297,7 @@ def test_endings_in_any_case_and_dots_in_folders():
     ("arguments", "said"),
     [
         ("compare W.npy X.npy --rst old.npy", r"old\.npy: found an existing file"),
-        ("compare W.npy X.npy --json no/a", r"no/a: found no folder no"),
+        ("compare W.npy X.npy --report no/a", r"no/a: found no folder no"),
         ("compare W.npy X.npy --plot a.txt", r"a\.txt: found \.txt, expected \.png"),
         ("compare W.npy X.npy --method wandas", r"found 'wandas'.*nearest: wanda"),
         ("hessian X.npy narrow.npy -o H.npz", r"narrow\.npy: X: found 31 features"),
@@ -327,7 +327,7 @@ def test_the_other_commands_refuse(arguments, said):
         "prune W.npy X.npy --mask-out a.txt",
         "prune half.safetensors X.npy -o a.npy",
         *(f"compare W.npy X.npy {option} {path}" for path in ("old.png", "no/a.png", "W.npy")
-          for option in ("--rst", "--json", "--plot")),
+          for option in ("--rst", "--report", "--plot")),
         "compare W.npy X.npy --plot a.txt",
         "hessian X.npy -o old.npz",
         "hessian X.npy -o H.npy",
@@ -386,7 +386,7 @@ def test_verify():
 def test_compare(monkeypatch):
     titles, draw = [], plotting.pareto
     monkeypatch.setattr(plotting, "pareto", lambda *args: titles.append(args[3]) or draw(*args))
-    result = run("compare", "W.npy", "X.npy", "--pattern", "4:8", "--rst", "t.rst", "--json",
+    result = run("compare", "W.npy", "X.npy", "--pattern", "4:8", "--rst", "t.rst", "--report",
                  "t.json", "--plot", "p.png")  # fmt: skip
     weight, inputs, *lines = result.stdout.splitlines()
     assert weight.split(maxsplit=1) == ["weight", f"{M} x {K}"]
@@ -516,6 +516,11 @@ def test_quiet_and_json():
     W, X = np.load("W.npy"), np.load("X.npy")
     assert found["shape"] == [M, K] and found["written"] == "W-pruned.npy"
     assert found["loss"] == pytest.approx(cuobs.prune(W, X).loss)
+    words = ("compare", "W.npy", "X.npy", "--method", "wanda", "--method", "magnitude", "--json")
+    found = json.loads(run(*words, "--report", "t.json").stdout)
+    assert [row["method"] for row in found["rows"]] == ["wanda", "magnitude"]
+    assert found == json.load(open("t.json"))
+    assert found["rows"][0]["loss"] == pytest.approx(cuobs.prune(W, X, method="wanda").loss)
 
 
 def start(*args, **kwargs):
@@ -656,7 +661,7 @@ def test_inputs_are_looked_at_before_outputs():
         open(name, "w").close()
     for command in (
         "prune W.npy none.npy", "prune none.npy X.npy", "prune W.npy --hessian none.npz",
-        "compare W.npy none.npy --json a.json", "hessian X.npy none.npy -o a.npz",
+        "compare W.npy none.npy --report a.json", "hessian X.npy none.npy -o a.npz",
         "pack none.npy -o a.npz", "unpack none.npz -o a.npz", "plot mask none.npy",
     ):  # fmt: skip
         assert re.match(r"Error: none\.np[yz]: found no such file", refused(*command.split()))

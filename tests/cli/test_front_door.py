@@ -150,7 +150,7 @@ def test_a_config_is_what_its_options_say():
 
 def test_compare_takes_a_config_and_gives_options_to_those_that_take_them():
     Path("r.toml").write_text("[recipe]\nmethod = 'true-obs'\norder = 'shared'\ndamp = 0.1\n")
-    run("compare", "W.npy", "X.npy", "--config", "r.toml", "--json", "t.json",
+    run("compare", "W.npy", "X.npy", "--config", "r.toml", "--report", "t.json",
         "--method", "wanda", "--method", "obs-ordered", "--method", "true-obs")  # fmt: skip
     rows = {row["method"]: row["loss"] for row in json.load(open("t.json"))["rows"]}
     W, X = np.load("W.npy"), np.load("X.npy")
@@ -232,7 +232,7 @@ main(sys.argv[1:])
 
 def test_ctrl_c_keeps_the_rows_that_were_found():
     done = subprocess.run(
-        [sys.executable, "-c", STOPPED, "compare", "W.npy", "X.npy", "--json", "t.json"],
+        [sys.executable, "-c", STOPPED, "compare", "W.npy", "X.npy", "--report", "t.json"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 130 and done.stderr == "Stopped.\n"
@@ -299,12 +299,11 @@ def test_the_help_shows_every_command_once_by_what_it_is_for():
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("compare W.npy X.npy --json --force", "'--json': found the option --force, expected a file"),
+    ("compare W.npy X.npy --report --json", "'--report': found the option --json, expected a file"),
     ("compare W.npy X.npy --rst --force", "'--rst': found the option --force, expected a file"),
     ("prune W.npy X.npy -o --quiet", "'-o' / '--out': found the option --quiet, expected a file"),
 ])  # fmt: skip
 def test_an_option_is_no_file_to_write(words, said):
-    """``--json`` is a flag of prune, and of compare a file."""
     before = os.listdir(".")
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 2 and said in result.stderr and os.listdir(".") == before

@@ -1,5 +1,7 @@
 """Hessians of a model's layers by hooks, and layers pruned in place."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -135,15 +137,12 @@ def test_names_and_models_refused():
         (["*.up_proj", "x"], ValueError, "names: found no linear layer .*'x'"),
     ):
         with pytest.raises(error, match=words):
-            with cuobs.collect(model, names):
-                pass
+            cuobs.collect(model, names)
     for wrong, error in ((np.eye(3), TypeError), (torch.nn.ReLU(), ValueError)):
         with pytest.raises(error, match="model: found"):
-            with cuobs.collect(wrong):
-                pass
+            cuobs.collect(wrong)
     with pytest.raises(ValueError, match="dtype: found 'float16'"):
-        with cuobs.collect(model, dtype="float16"):
-            pass
+        cuobs.collect(model, dtype="float16")
     assert hooks_of(model) == 0
 
 
@@ -168,6 +167,21 @@ def test_a_layer_is_pruned_in_place(transposed, dtype):
     assert torch.equal(parameter.data.T if transposed else parameter.data, expected.weight)
     assert torch.equal(result.weight, expected.weight) and torch.equal(result.mask, expected.mask)
     assert result.loss == expected.loss and cuobs.verify(layer, "2:4")
+
+
+def test_a_layer_is_not_taken_for_its_inputs():
+    """Fewer tokens than outputs: an array would be warned of as swapped, a layer can't be."""
+    layer, X = torch.nn.Linear(8, 64), torch.randn(32, 8)
+    for call in (
+        lambda: cuobs.prune_linear(layer, X, method="wanda", device="cpu"),
+        lambda: cuobs.prune(layer, X, method="wanda", device="cpu"),
+        lambda: cuobs.compare(layer, X, methods=["wanda"], device="cpu"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+    with pytest.warns(UserWarning, match="X: found 32 rows and W 64, .* swapped"):
+        cuobs.prune(layer.weight.data, X, method="wanda", device="cpu")
 
 
 def test_by_the_hessians_of_a_model():

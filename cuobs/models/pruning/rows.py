@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cuobs import arrays, footprint
-from cuobs.layer import check_layer, given_of, hessian_of, solve_layer
+from cuobs.layer import check_layer, given_hessian, given_of, solve_layer
 from cuobs.loss import energies, energy_unit, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
@@ -139,10 +139,10 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
     own = [W[rows] for W, rows in zip(weights, call.rows, strict=True)]
     W, goal, pull = (_stacked(parts) for parts in (own, goals, right))
     with arrays.stream_of(W):
-        H, _ = hessian_of(W.shape, None, H, settings, settings.namespace(W))
+        layer = check_layer(W, goal, settings.dtype)
+        H, _ = given_hessian(layer, H, settings, settings.namespace(W))
         if call.counts is not None:
             settings = replace(settings, others=ranks)
-        layer = check_layer(W, goal, settings.dtype)
         pull = None if pull is None else arrays.receive(pull)
         given = given_of(layer, None, H, settings, arrays.namespace(H))
         footprint.check([recipe], settings, layer.weight.shape, arrays.namespace(H), given)
