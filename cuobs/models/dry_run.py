@@ -9,11 +9,11 @@ from cuobs.models.pruning.layers import check_limit, choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     hold,
+    place_of_states,
     predict,
     predict_host,
     seconds_a_block,
     states_of,
-    to_scratch,
     work_from_shapes,
 )
 from cuobs.models.pruning.prune import count_tokens, report_of
@@ -56,13 +56,15 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
     report.protocol |= count_tokens(windows, layers, blocks)
     work = work_from_shapes(model, blocks, windows, batch, recipe, device, in_files)
     check_host(work, device, host_memory)
-    states = not to_scratch(work, device, host_memory)
-    held = hold(work, device, host_memory, states)
-    report.memory_predicted = predict(work, device, held, states)
+    place = place_of_states(work, device, host_memory)
+    held = hold(work, device, host_memory, place == "device")
+    report.memory_predicted = predict(work, device, held, place == "device")
     if device.type != "cpu":
-        say(f"memory       about {predict_host(work, device) / 2**30:.2f} GiB of the host")
-    elif not states:
-        say(f"states       {states_of(work) / 2**30:.2f} GiB of hidden states, in a scratch file")
+        host = predict_host(work, device, place == "host")
+        say(f"memory       about {host / 2**30:.2f} GiB of the host")
+    if place != "device":
+        where = "in a scratch file" if place == "scratch" else "in the host's memory"
+        say(f"states       {states_of(work) / 2**30:.2f} GiB of hidden states, {where}")
     each = seconds_a_block(work, held, _rate(device, next(model.parameters()).dtype))
     every = time_text(each * len(blocks))
     say(f"time         {time_text(each)} a block, {every} for {len(blocks)}, by estimate")

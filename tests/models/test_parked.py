@@ -11,18 +11,34 @@ import pytest
 import torch
 from small_models import make_model, make_source, make_tokens
 
-from cuobs.models import agreement, by_block, load_model, perplexity, pipeline, prune_folder
+from cuobs.models import (
+    agreement,
+    by_block,
+    load_model,
+    memory,
+    perplexity,
+    pipeline,
+    prune_folder,
+)
 from cuobs.models.checkpoints.source import find_source, stored_tensors
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
 from cuobs.models.pruning import prune
-from cuobs.models.pruning.prediction import check_host, predict, to_scratch, work_from_shapes
-from cuobs.models.pruning.scratch import Scratch, leave
+from cuobs.models.pruning.prediction import (
+    check_host,
+    place_of_states,
+    predict,
+    predict_host,
+    states_of,
+    work_from_shapes,
+)
+from cuobs.models.pruning.scratch import OnHost, Scratch, at_home, leave
 from cuobs.models.recipe import read_arguments
 from cuobs.models.structure import find_blocks
 from cuobs.models.tokens.windows import check_windows
 
 CPU = torch.device("cpu")
 PAGE = resource.getpagesize()
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -264,13 +280,41 @@ def test_scratch_leaves_memory(tmp_path):
 
 
 @pytest.mark.parametrize("tune", [0, 1])
-def test_hidden_states_in_a_scratch_file_change_nothing(tmp_path, calibration, monkeypatch, tune):
+@pytest.mark.parametrize(
+    "device, place",
+    [
+        ("cpu", "scratch"),
+        *(pytest.param("cuda", p, marks=[pytest.mark.gpu, GPU]) for p in ("scratch", "host")),
+    ],
+)  # fmt: skip
+def test_where_hidden_states_lie_changes_nothing(
+    device, place, tune, tmp_path, calibration, monkeypatch
+):  # fmt: skip
     source, made = make_source(tmp_path / "source"), []
-    options = {"device": "cpu", "method": "sparsegpt", "tune": tune, "batch_tokens": 96}
+    options = {"device": device, "method": "sparsegpt", "tune": tune, "batch_tokens": 96}
     prune_folder(source, tmp_path / "in", calibration, **options)
-    monkeypatch.setattr(prune, "to_scratch", lambda *_: made.append(1) or True)
-    prune_folder(source, tmp_path / "scratch", calibration, **options)
-    assert made and written(tmp_path / "scratch") == written(tmp_path / "in")
+    monkeypatch.setattr(prune, "place_of_states", lambda *_: made.append(1) or place)
+    prune_folder(source, tmp_path / "out", calibration, **options)
+    assert made and written(tmp_path / "out") == written(tmp_path / "in")
+
+
+@pytest.mark.parametrize("home", [lambda _: [], Scratch])
+def test_states_on_the_host_are_taken_out_as_copies(home, tmp_path, calibration, monkeypatch):
+    """The host stands for the device here, too: what may be done with them is the same."""
+    states = OnHost(home(tmp_path), CPU)
+    for i in range(3):
+        states.append(torch.full((2, 3), float(i)))
+    other = states.copy()
+    states[1] = torch.zeros(2, 3)
+    assert len(states) == 3 and isinstance(at_home(states), type(home(tmp_path)))
+    assert [float(t.sum()) for t in states] == [0, 0, 12]
+    assert [float(t.sum()) for t in other] == [0, 6, 12]
+    source = make_source(tmp_path / "source")
+    options = {"device": "cpu", "method": "sparsegpt", "tune": 1, "batch_tokens": 96}
+    prune_folder(source, tmp_path / "in", calibration, **options)
+    monkeypatch.setattr(prune, "states_at", lambda *_: OnHost(home(tmp_path), CPU))
+    prune_folder(source, tmp_path / "out", calibration, **options)
+    assert written(tmp_path / "out") == written(tmp_path / "in")
 
 
 def test_hidden_states_go_to_a_scratch_file_beyond_a_limit(tmp_path):
@@ -281,10 +325,27 @@ def test_hidden_states_go_to_a_scratch_file_beyond_a_limit(tmp_path):
     work = work_from_shapes(model, find_blocks(model)[1], windows, 4, recipe, CPU, True)
     whole = predict(work, CPU)
     assert whole - predict(work, CPU, states=False) == 2 * 64 * 24 * 32 * 4
-    assert not to_scratch(work, CPU, None) and not to_scratch(work, CPU, whole)
-    assert to_scratch(work, CPU, whole - 1) and check_host(work, CPU, whole - 1) is None
+    assert {place_of_states(work, CPU, limit) for limit in (None, whole)} == {"device"}
+    assert place_of_states(work, CPU, whole - 1) == "scratch"
+    assert check_host(work, CPU, whole - 1) is None
     with pytest.raises(ValueError, match=r"host_memory: found 1 MiB, expected at least \d+"):
         check_host(work, CPU, 2**20)
+
+
+def test_hidden_states_that_do_not_fit_a_gpu_go_to_the_host(tmp_path, monkeypatch):
+    model = load_model(make_source(tmp_path / "source"))
+    windows = check_windows(model, make_tokens(64), None, True)
+    recipe, gpu = read_arguments({"method": "sparsegpt"}), torch.device("cuda")
+    work = work_from_shapes(model, find_blocks(model)[1], windows, 4, recipe, gpu, True)
+    whole, on_host = predict(work, gpu), predict_host(work, gpu)
+    assert on_host - predict_host(work, gpu, states=False) == states_of(work)
+    assert whole - predict(work, gpu, states=False) == states_of(work) * 60 // 64
+    for free, limit, place in (
+        (whole, None, "device"), (whole, 0, "device"), (whole - 1, None, "host"),
+        (whole - 1, on_host, "host"), (whole - 1, on_host - 1, "scratch"),
+    ):  # fmt: skip
+        monkeypatch.setattr(memory, "free", lambda _, free=free: free)
+        assert place_of_states(work, gpu, limit) == place
 
 
 def test_a_limit_of_the_hosts_memory_that_can_not_be_kept(tmp_path, calibration, monkeypatch):

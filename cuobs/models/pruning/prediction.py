@@ -115,7 +115,7 @@ def predict(work, device, held=0, states=True):
     held : int
         Batches whose forwards wait inside a block.
     states : bool
-        Whether all hidden states are there too.
+        Whether all hidden states are there too, not only those of a batch that a GPU works on.
 
     Returns
     -------
@@ -124,7 +124,8 @@ def predict(work, device, held=0, states=True):
     streams = 2 if work.follows else 1
     # On a GPU the next block is copied meanwhile.
     fixed = work.model + work.block * (streams + (device.type == "cuda"))
-    fixed += states_of(work) if states else 0
+    share = 1 if states else min(1, work.batch / work.windows) * (device.type == "cuda")
+    fixed += share * states_of(work)
     return int(fixed + max(_phases(work, device, held)))
 
 
@@ -134,16 +135,42 @@ def states_of(work):
     return work.windows * work.length * work.width * work.element * streams
 
 
-def to_scratch(work, device, limit):
-    """Whether hidden states go to a scratch file, for a limit of the host's memory or None."""
-    return limit is not None and device.type == "cpu" and predict(work, device) > limit
+def place_of_states(work, device, limit):
+    """Where the hidden states of all windows lie.
+
+    Parameters
+    ----------
+    work : Work
+    device : torch.device
+    limit : int or None
+        Bytes of the host's memory that may be used.
+
+    Returns
+    -------
+    {"device", "host", "scratch"}
+        On the device where they fit; else, where that is a GPU, in the host's memory; in a scratch
+        file beyond the limit.
+    """
+    if device.type == "cuda" and predict(work, device) <= work.model + memory.free(device):
+        return "device"
+    if limit is not None and predict_host(work, device) > limit:
+        return "scratch"
+    return "device" if device.type == "cpu" else "host"
 
 
 def predict_host(work, device, states=True):
-    """Bytes of the host's memory that will be in use at the peak, at least."""
+    """Bytes of the host's memory that will be in use at the peak, at least.
+
+    Parameters
+    ----------
+    work : Work
+    device : torch.device
+    states : bool
+        Whether all hidden states are there too.
+    """
     if device.type == "cpu":
         return predict(work, device, states=states)
-    return work.host + HOST_OF_GPU + 2 * work.block
+    return work.host + HOST_OF_GPU + 2 * work.block + (states_of(work) if states else 0)
 
 
 def check_host(work, device, limit):

@@ -26,14 +26,14 @@ from cuobs.models.pruning.layers import check_limit, choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     hold,
+    place_of_states,
     predict,
-    to_scratch,
     work_from_shapes,
     work_of,
 )
 from cuobs.models.pruning.resident import Resident
 from cuobs.models.pruning.rows import prune_rows, zeros
-from cuobs.models.pruning.scratch import Scratch
+from cuobs.models.pruning.scratch import at_home, states_at
 from cuobs.models.pruning.streams import Passage, Streams
 from cuobs.models.pruning.targets import Moments
 from cuobs.models.pruning.tuning import tune_block
@@ -85,9 +85,9 @@ def prune_model(
     batch_tokens : int, optional
         Tokens that run through a block at once. It can change results in their last bits.
     host_memory : int or str, optional
-        Bytes of the host's memory that may be used, or a size like "6GiB". On the CPU, hidden
-        states that do not fit are kept in mapped files, in ``checkpoint_folder`` or, without one,
-        where temporary files are.
+        Bytes of the host's memory that may be used, or a size like "6GiB". Hidden states that do
+        not fit, on the device nor there, are kept in mapped files, in ``checkpoint_folder`` or,
+        without one, where temporary files are.
     checkpoint_folder : path, optional
         Where each finished block is written before the next begins.
     resume : bool
@@ -205,9 +205,9 @@ def prune_model(
         ranks.agree(None)  # the folder is there
         warming.finish()
         work = work_of(model, blocks, mine, batch, recipe, device)
-        states = not to_scratch(work, device, host_memory)
-        held = hold(work, device, host_memory, states)
-        report.memory_predicted = predict(work, device, held, states)
+        place = place_of_states(work, device, host_memory)
+        held = hold(work, device, host_memory, place == "device")
+        report.memory_predicted = predict(work, device, held, place == "device")
         if starting:
             starting(report)
         if stream is not None:
@@ -215,7 +215,7 @@ def prune_model(
                 model, stream, windows, layers, recipe, device, checkpoint_folder, rotating
             )
         memory.reset(device)
-        hidden = [] if states else Scratch(checkpoint_folder or tempfile.gettempdir())
+        hidden = states_at(place, device, checkpoint_folder or tempfile.gettempdir())
         streams = _enter(model, blocks, mine, batch, recipe.follows, held, device, hidden)
         masked = keep_masks or recipe.distill > 0
         with Resident(blocks, device) as source:
@@ -418,7 +418,8 @@ def _prune_block(job, streams, index):
             passage.leave("dense")
         if job.recipe.tune and not stored:
             found.tuned = tune_block(
-                block, masks, streams.pruned, streams.dense, streams.calls[index], streams.counts,
+                block, masks, at_home(streams.pruned), at_home(streams.dense),
+                streams.calls[index], streams.counts,
                 passes=job.recipe.tune, rate=job.recipe.tune_rate,
                 batch=job.report.settings["batch_windows"], ranks=job.ranks,
             )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Hidden states in files that are mapped, a batch of which at a time is in memory."""
+"""Hidden states away from where they are worked on: in the host's memory, or in mapped files, a
+batch of which at a time is in memory.
+"""
 
 import tempfile
 
@@ -57,6 +59,58 @@ class Scratch:
         if self._last is not None:
             let_go(self._last)
         self._last = None
+
+
+class OnHost:
+    """A list of tensors on the CPU; what is taken out is a copy on a device.
+
+    Parameters
+    ----------
+    home : list or Scratch
+        Holds them.
+    device : torch.device
+    """
+
+    def __init__(self, home, device):
+        self.home, self._device = home, device
+
+    def __len__(self):
+        return len(self.home)
+
+    def __getitem__(self, index):
+        return self.home[index].to(self._device)
+
+    def __setitem__(self, index, tensor):
+        self.home[index] = tensor.cpu()
+
+    def append(self, tensor):
+        """Add a copy of a tensor."""
+        self.home.append(tensor.cpu())
+
+    def copy(self):
+        """The same tensors in another list."""
+        return OnHost(self.home.copy(), self._device)
+
+
+def states_at(place, device, folder):
+    """An empty list, or what acts as one, for hidden states.
+
+    Parameters
+    ----------
+    place : {"device", "host", "scratch"}
+        See `cuobs.models.pruning.prediction.place_of_states`.
+    device : torch.device
+        Where they are worked on.
+    folder : path
+        Of the scratch file.
+    """
+    found = Scratch(folder) if place == "scratch" else []
+    return found if place == "device" or device.type == "cpu" else OnHost(found, device)
+
+
+def at_home(states):
+    """Hidden states where they lie, without a copy on the device."""
+    return states.home if isinstance(states, OnHost) else states
 
 
 def leave(*tensors):

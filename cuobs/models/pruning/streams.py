@@ -11,6 +11,7 @@ import torch
 
 from cuobs.models.blocks import run, windows_of
 from cuobs.models.memory import Room
+from cuobs.models.pruning.scratch import at_home
 from cuobs.models.pruning.walk import Stops
 
 
@@ -131,7 +132,7 @@ class Passage:
             finally:
                 self._release(walks)
 
-        for batch, hidden in enumerate(self.streams.pruned):
+        for batch, hidden in enumerate(at_home(self.streams.pruned)):
             self._each(len(hidden), partial(part, batch))
 
     def steps(self):
@@ -158,21 +159,24 @@ class Passage:
         states = getattr(self.streams, name)
         # One by one into place: a second copy of all of them may not fit.
         for batch in range(len(states)):
-            states[batch] = self._out(name, batch, states[batch])
+            states[batch] = self._out(name, batch)
 
-    def _out(self, name, batch, hidden):
+    def _out(self, name, batch):
+        states = getattr(self.streams, name)
+        count = len(at_home(states)[batch])
+
         def part(start, stop):
             walk = self._waiting.get((name, batch))
             if walk is None:
                 block = self.block if name == "pruned" else self.dense
-                call = windows_of(self.streams.calls[self.index][batch], start, stop, len(hidden))
+                call = windows_of(self.streams.calls[self.index][batch], start, stop, count)
                 with torch.no_grad():
-                    return run(block, hidden[start:stop], call)
+                    return run(block, states[batch][start:stop], call)
             out = walk.finish()
             self._waiting.pop((name, batch)).close()
             return out
 
-        parts = self._each(len(hidden), part)
+        parts = self._each(count, part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _each(self, count, part):

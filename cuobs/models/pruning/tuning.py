@@ -32,7 +32,8 @@ def tune_block(
     masks : dict of tensor
         By the name of a linear, in the form of its weight, True = kept. Only these weights learn.
     hidden, goals : list of tensor, shape (B, T, D)
-        What enters the block, in the pruned model, and what is to leave it, in the dense one.
+        What enters the block, in the pruned model, and what is to leave it, in the dense one; on
+        the block's device or on the CPU.
     calls : list of tuple
         The block's other arguments, batch by batch.
     kept : list of tensor of bool, shape (B, T), or None
@@ -62,6 +63,8 @@ def tune_block(
     learning = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
     for parameter in block.parameters():
         parameter.requires_grad_(parameter in weights)
+    device = next(block.parameters()).device
+    kept = [_counting(h, counts, device) for h, counts in zip(hidden, kept, strict=True)]
     steps = _steps(hidden, goals, calls, kept, batch or len(hidden[0]), ranks)
     optimizer = torch.optim.Adam(list(weights), lr=rate)
     count = passes * len(steps)
@@ -71,7 +74,7 @@ def tune_block(
     room = Room(STEP_WINDOWS)
     before = _error(block, steps, room, ranks)
     order = torch.Generator().manual_seed(0)
-    with repeatable(hidden[0].device), torch.enable_grad():
+    with repeatable(device), torch.enable_grad():
         for _ in range(passes):
             for i in torch.randperm(len(steps), generator=order).tolist():
                 _gradient(block, weights, steps[i], room)
@@ -113,7 +116,7 @@ def _steps(hidden, goals, calls, kept, batch, ranks):
         for a in range(start, min(start + batch, windows), STEP_WINDOWS)
     ]
     found = [_parts(hidden, goals, calls, kept, *map(ranks.before, pair)) for pair in ends]
-    zeros = torch.zeros(2, device=hidden[0].device)
+    zeros = torch.zeros(2, device=kept[0].device)
     sums = torch.stack([sum(map(_sums, parts), zeros) for parts in found])
     ranks.add_up(sums)
     return [
@@ -128,22 +131,23 @@ def _parts(hidden, goals, calls, kept, start, stop):
         a, b = max(start - first, 0), min(stop - first, len(h))
         if a < b:
             call = windows_of(call, a, b, len(h))
-            found.append((h[a:b], goal[a:b], call, _counting(h, counts)[a:b]))
+            found.append((h[a:b], goal[a:b], call, counts[a:b]))
         first += len(h)
     return found
 
 
-def _counting(hidden, counts):
+def _counting(hidden, counts, device):
     """1 for each token that counts, 0 for the others: shape (B, T, 1)."""
     if counts is None:
-        return torch.ones(*hidden.shape[:2], 1, device=hidden.device)
+        return torch.ones(*hidden.shape[:2], 1, device=device)
     return counts[..., None].float()
 
 
 def _sums(part):
     """The squared norm of a part's goals, and how many tokens count."""
     _, goal, _, counts = part
-    found = torch.stack([(goal.float().square() * counts).sum(), counts.sum()])
+    squares = goal.to(counts.device).float().square()
+    found = torch.stack([(squares * counts).sum(), counts.sum()])
     leave(goal)
     return found
 
@@ -168,8 +172,9 @@ def _gradient(block, weights, step, room):
 def _lost(block, part, start, stop):
     hidden, goal, call, counts = part
     call = as_dtype(windows_of(call, start, stop, len(hidden)), torch.float32)
-    out = run(block, hidden[start:stop].float(), call)
-    found = ((out - goal[start:stop].float()).square() * counts[start:stop]).sum()
+    entering, wanted = (x[start:stop].to(counts.device).float() for x in (hidden, goal))
+    out = run(block, entering, call)
+    found = ((out - wanted).square() * counts[start:stop]).sum()
     leave(hidden, goal)
     return found
 
