@@ -23,10 +23,7 @@ def permute(array: Any, layout: Any) -> Any:
         The array itself where its order is the layout's.
     """
     shaped("array", array, layout.shape)
-    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
-        if not ordered(order):
-            array = array.take(namespace(array).asarray(order), axis=axis)
-    return array
+    return _taken(array, *_orders(layout))
 
 
 def permute_back(array: Any, layout: Any) -> Any:
@@ -43,9 +40,17 @@ def permute_back(array: Any, layout: Any) -> Any:
         The array itself where its order is the layout's.
     """
     shaped("array", array, layout.shape)
-    for axis, order in enumerate((layout.row_order.ravel(), layout.column_order.ravel())):
+    return _taken(array, *map(np.argsort, _orders(layout)))
+
+
+def _orders(layout):
+    return layout.row_order.ravel(), layout.column_order.ravel()
+
+
+def _taken(array, rows, columns):
+    for axis, order in enumerate((rows, columns)):
         if not ordered(order):
-            array = array.take(namespace(array).asarray(np.argsort(order)), axis=axis)
+            array = array.take(namespace(array).asarray(order), axis=axis)
     return array
 
 
