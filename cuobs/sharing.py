@@ -257,8 +257,11 @@ def solve_on(solve, recipe, settings, layer, H):
 def _solve_part(device, solve, recipe, settings, layer, H, rows):
     """What a function gives of some rows of a layer, on a device."""
     with device.here():
-        parts = (None if a is None else device.take(a[rows]) for a in layer[1:])
-        found = solve(recipe, settings, type(layer)(layer.W, *parts), device.take(H))
+        weight, target = (
+            None if a is None else device.take(a[rows]) for a in (layer.weight, layer.target)
+        )
+        own = layer._replace(weight=weight, target=target)
+        found = solve(recipe, settings, own, device.take(H))
         arrays.synchronize(arrays.namespace(H))
     return found
 

@@ -258,7 +258,7 @@ def test_devices_that_are_none(devices):
         Settings(devices=devices)
 
 
-def test_the_cpu_is_no_device(tmp_path, monkeypatch):
+def test_the_cpu_is_no_device():
     """On the command line before anything is read."""
     with pytest.raises(ValueError, match="devices: found '2' on the CPU"):
         cuobs.prune(np.ones((4, 8)), hessian=np.eye(8), device="cpu", devices=2)

@@ -95,7 +95,7 @@ class Runner:
                 for i, (states, call) in enumerate(zip(hidden, of_block, strict=True)):
                     hidden[i] = _out(block, states, call, room)
                 calls[index] = None
-                source.store(index, changed=False)
+                source.store(changed=False)
                 tell((index + 1) / (len(calls) + 1))
         return hidden
 

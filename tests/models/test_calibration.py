@@ -148,7 +148,7 @@ def test_conversations_by_the_chat_template(tokenizer, tmp_path):
         tokenize(path, tokenizer, 4)
 
 
-def test_data_sets_in_the_cache(tokenizer, tmp_path, monkeypatch):
+def test_data_sets_in_the_cache(tokenizer, monkeypatch):
     """The package is asked for what it has, and for nothing else."""
     constants = pytest.importorskip("huggingface_hub").constants
     asked = []

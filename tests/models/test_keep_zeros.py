@@ -250,7 +250,7 @@ def test_adapters_that_begin_at_zero_are_free():
     torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
 
 
-def test_the_example_ends_in_a_folder_that_still_has_its_pattern(tmp_path, monkeypatch):
+def test_the_example_ends_in_a_folder_that_still_has_its_pattern(monkeypatch):
     from click.testing import CliRunner
     from cuobs_cli import main
 

@@ -530,7 +530,7 @@ def test_destinations_that_are_refused(source, tmp_path, calibration):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", resume=True)
 
 
-def test_destination_inside_the_source_is_refused(source, tmp_path, calibration):
+def test_destination_inside_the_source_is_refused(source, calibration):
     before = contents(source)
     with pytest.raises(ValueError, match="outside it"):
         prune_folder(source, source / "out", calibration, device="cpu")

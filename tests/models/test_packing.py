@@ -197,7 +197,7 @@ def test_a_packed_model_is_saved_and_opened_again(pruned, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "coupled-2:4", "block16-row8"])
-def test_on_a_device(pattern, tmp_path):
+def test_on_a_device(pattern):
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
     model = prune_all(make_model("llama"), pattern).to("cuda", torch.bfloat16)

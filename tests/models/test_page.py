@@ -44,8 +44,6 @@ def make_report(blocks=3, **changes):
 class Parser(html.parser.HTMLParser):
     """Tags as they open, and that each that needs it is closed in order."""
 
-    VOID = {"meta", "rect", "line", "circle", "polyline"}
-
     def __init__(self):
         super().__init__()
         self.open, self.seen, self.text = [], [], []

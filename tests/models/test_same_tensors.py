@@ -456,7 +456,7 @@ def test_code_of_a_folder_without_an_architecture_is_not_run(
     assert not ran.exists()
 
 
-def test_code_of_a_tokenizer_is_not_run(source, tmp_path, calibration, monkeypatch):
+def test_code_of_a_tokenizer_is_not_run(source, tmp_path, monkeypatch):
     ran = tmp_path / "ran"
     monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
     (source / "tok.py").write_text(CODE)

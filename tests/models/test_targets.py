@@ -92,7 +92,7 @@ def test_dead_column_keeps_its_weight_and_changes_no_other(data):
     )
 
 
-def test_singular_hessian_is_said(data):
+def test_singular_hessian_is_said():
     Xh = torch.zeros(4, K)
     Xh[:, :2] = torch.tensor([[1.0, 1.0]])
     moments = Moments()

@@ -136,14 +136,14 @@ def test_packed_models(pruned, tmp_path, family):
     assert bad.name == one.removesuffix(".index") and bad.found and bad.outside
 
 
-def test_folders_without_a_report(tmp_path, source):
+def test_folders_without_a_report(source):
     result = verify(source)
     assert result.exit_code == 2 and "found no cuobs_report.json" in result.output
     (source / "cuobs_report.json").write_text(json.dumps({"blocks": []}))
     assert "found no report of pruning" in verify(source).output
 
 
-def test_without_torch(pruned, tmp_path):
+def test_without_torch(pruned):
     out = pruned("gpt2")
     code = (
         "import sys; from cuobs_cli import main\n"

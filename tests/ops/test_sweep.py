@@ -60,7 +60,7 @@ def test_scope_solutions(xp, rng, dtype, close, M, c, n):
 
 @SINGLE
 @pytest.mark.parametrize("text", PATTERNS)
-def test_sparsegpt_block(xp, rng, dtype, close, text):
+def test_sparsegpt_block(xp, dtype, close, text):
     """One block, in slices of wider arrays, against the textbook form column by column."""
     layout, s = compiled(text)
     M, n = layout.shape

@@ -86,7 +86,7 @@ def test_not_a_number_stays_with_its_token(device):
         assert torch.isnan(found[1][W[:, 7] != 0]).all()
 
 
-def test_like_any_module(tmp_path, device):
+def test_like_any_module(device):
     packed, W, b = module(dtype=torch.float32, device=device)
     twin = copy.deepcopy(packed)
     twin.weight.zero_()

@@ -112,7 +112,7 @@ def pack_model(model: Any, pattern: Any = "2:4") -> Packing:
         packed = PackedLinear.from_weight(weight, own, module.bias)
         _note(found, name, weight, packed.weight, packed.index, packed.pattern)
         _put(model, name, packed.train(module.training))
-    _check_any(model, found, pattern, prefix, blocks)
+    _check_any(found, pattern, prefix, blocks)
     return found
 
 
@@ -364,7 +364,7 @@ def _note(found, name, weight, values, index, pattern):
     found.zeros += int(negative)
 
 
-def _check_any(model, found, pattern, prefix, blocks):
+def _check_any(found, pattern, prefix, blocks):
     if found.modules:
         return
     name, module = next(iter(_named_linears(prefix, blocks).items()))

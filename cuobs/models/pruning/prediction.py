@@ -271,7 +271,7 @@ def work_of(model, blocks, windows, batch, recipe, device):
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
-    host = host_bytes(model, blocks, windows, parked(block) is not None)
+    host = host_bytes(model, windows, parked(block) is not None)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     here = host if device.type == "cpu" else size * (home.type == device.type)
     return _work(block, groups, stages, windows, batch, recipe, width, element, here, host)
@@ -292,19 +292,18 @@ def work_from_shapes(model, blocks, windows, batch, recipe, device, in_files):
         shapes[-1].append(shape)
     element = next(blocks.parameters()).element_size()
     groups = [_group(some) for some in shapes]
-    host = host_bytes(model, blocks, windows, in_files)
+    host = host_bytes(model, windows, in_files)
     here = host if device.type == "cpu" else 0
     return _work(blocks[0], groups, None, windows, batch, recipe, width, element, here, host)
 
 
-def host_bytes(model, blocks, windows, in_files):
+def host_bytes(model, windows, in_files):
     """Bytes that the host holds all the time: libraries and weights.
 
     Parameters
     ----------
     model : torch.nn.Module
         May be on the meta device.
-    blocks : torch.nn.ModuleList
     windows : Windows
     in_files : bool
         Whether the blocks stay in their files, as parked ones do. Of what is around them come

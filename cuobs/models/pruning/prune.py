@@ -447,7 +447,7 @@ def _prune_block(job, streams, index):
         job.source.kept(checkpoint.finished(job.folder, index))
     if job.keep_masks:
         job.report.masks.update({job.name(index, n): m.cpu() for n, m in masks.items()})
-    job.source.store(index)
+    job.source.store()
     memory.trim(job.device)
     return found
 

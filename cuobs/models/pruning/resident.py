@@ -56,8 +56,8 @@ class Resident:
             self._copy_ahead(index + 1)
         return self._blocks[index]
 
-    def store(self, index, changed=True):
-        """Take a block back to where it was, with its weights if they have changed."""
+    def store(self, changed=True):
+        """Take the loaded block back to where it was, with its weights if they have changed."""
         for tensor, home in self._homes.values():
             if changed:
                 _copy_back(tensor.data, home)
