@@ -26,7 +26,6 @@ from cuobs.models.checkpoints.source import (
     REPORT,
     SHARDS,
     some,
-    stored_tensors,
 )
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
@@ -219,7 +218,7 @@ def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name
 
     It is of the dtype that holds all weights, but no more of them than one block's are made so.
     """
-    stored = stored_tensors(source)
+    stored = source.stored
     main, dtype = loading.main_dtype(stored), loading.weights_dtype(stored)
     model = loading.load_model(source, trust_remote_code, main)
     names = names or names_in_files(source, model, skipped)
@@ -239,7 +238,7 @@ def _lay_out(run, recipe):
     which a run goes on with them, are kept beside the finished blocks until the end. So are those
     of a run that goes on with files of other sizes than it began with.
     """
-    stored = stored_tensors(run.source)
+    stored = run.source.stored
     entries = entries_of(stored, {}, (), run.save_dtype)
     if whole_for(run, recipe) or run.packed or any(
         entries[name].dtype != tensor.dtype for name, tensor in stored.items()
@@ -259,7 +258,7 @@ def _stored_dtypes(job):
     """The dtypes of the model's floating-point tensors in its files, by its own names."""
     if job.run.source.gguf is not None:
         return {}
-    stored = stored_tensors(job.run.source)
+    stored = job.run.source.stored
     return {
         own: loading.DTYPES[stored[name].dtype]
         for own, name in job.names.items() if stored[name].dtype in FLOATS
@@ -308,7 +307,7 @@ def plan(run, view, options):
     """Say what `prune` would do and take, without reading weights; a report without blocks."""
     recipe, place = check_arguments(device=run.device, **options)
     model = loading.empty_model(run.source, run.trust_remote_code)
-    model.to(loading.weights_dtype(stored_tensors(run.source)))  # of a GGUF float32, as it is read
+    model.to(loading.weights_dtype(run.source.stored))  # of a GGUF float32, as it is read
     mixture, mask, texts = _read_all(run, model, recipe.distill, place, view, Unwritten)
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
@@ -341,7 +340,7 @@ def evaluate(source, other, text, length, device, progress, trust_remote_code):
 def _warm(source, recipe, device):
     """Begin to compile what pruning will need, while something else is done; a `Warming`."""
     if source.gguf is None:
-        stored = stored_tensors(source)
+        stored = source.stored
         dtype = loading.weights_dtype(stored)
         shapes = {name: tensor.shape for name, tensor in stored.items() if "embed" not in name}
     else:
@@ -443,7 +442,7 @@ def names_in_files(source, model, skipped=lambda name: False):
     """
     if source.gguf is not None:
         return {name: name for name in model.state_dict()}
-    names = match(model, source, stored_tensors(source))
+    names = match(model, source, source.stored)
     prefix, blocks = find_blocks(model)
     for inner in linears(blocks):
         name = f"{prefix}.{inner}"
@@ -463,7 +462,7 @@ def what_is_written(source, model, names, save_dtype):
         dtype = str(save_dtype or dtype).removeprefix("torch.")
         yield f"weights      {', '.join(kinds)} in {source.gguf}, written in {dtype}"
         return
-    stored = stored_tensors(source)
+    stored = source.stored
     if kept := ignored(stored, names, model):
         size = sum(stored[name].nbytes for name in kept) / 2**20
         yield (
@@ -490,7 +489,7 @@ def _write(job, report, save_dtype):
     if source.gguf is None:
         parked = whole_for(run, recipe) is None
         changed = weights if parked else changed_tensors(model, source, names)
-        report.carried = ignored(stored_tensors(source), names, model)
+        report.carried = ignored(source.stored, names, model)
         report.left_out = source.left_out
         config = untied_config(source.config) if report.rotation else None
     else:

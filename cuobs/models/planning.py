@@ -14,7 +14,7 @@ from cuobs import arrays, files, validation
 from cuobs.arrays import DEVICES
 from cuobs.model_choices import SAVE_DTYPES
 from cuobs.models.checkpoints.marker import check_destination
-from cuobs.models.checkpoints.source import Source, find_source, gguf_tensors, stored_tensors
+from cuobs.models.checkpoints.source import Source, find_source, gguf_tensors
 from cuobs.models.tokens.calibration import (
     POSITIONS,
     check_cut,
@@ -72,7 +72,7 @@ def check_host_memory(run, recipe):
     if run.host_memory is None or why is None:
         return
     if run.source.gguf is None:
-        size = sum(tensor.nbytes for tensor in stored_tensors(run.source).values())
+        size = sum(tensor.nbytes for tensor in run.source.stored.values())
     else:
         size = 4 * sum(math.prod(shape) for _, _, shape in gguf_tensors(run.source))
     if size > run.host_memory:
@@ -154,8 +154,6 @@ def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
     if source.gguf is not None:
         raise ValueError(f"{source.name}: found a GGUF, expected the folder of a pruned model")
     check_destination(source, dst)
-    if source.in_safetensors:
-        stored_tensors(source)
     return source
 
 
@@ -216,15 +214,13 @@ def check_sources(source, specs, samples, length):
 
 
 def check_model(source):
-    """Refuse a checkpoint whose config or headers say that it can't be pruned."""
+    """Refuse a checkpoint whose config says that it can't be pruned."""
     names = source.config.get("architectures") or [""]
     if source.config.get("is_encoder_decoder") and "CausalLM" not in names[0]:
         raise ValueError(
             f"{source.name}: found {names[0]}, an encoder with a decoder, expected a causal "
             "language model"
         )
-    if source.in_safetensors:
-        stored_tensors(source)
 
 
 def check_text(source, spec, samples, length):

@@ -20,7 +20,7 @@ from cuobs.models import (
     pipeline,
     prune_folder,
 )
-from cuobs.models.checkpoints.source import find_source, stored_tensors
+from cuobs.models.checkpoints.source import find_source
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
 from cuobs.models.pruning import prune
 from cuobs.models.pruning.prediction import (
@@ -180,7 +180,7 @@ def test_shared_weights_and_what_is_in_no_file_stay_in_memory(tmp_path):
     model = load_model(source)
     prefix, blocks = find_blocks(model)
     blocks[2].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
-    stored = {n: t for n, t in stored_tensors(find_source(source)).items() if "k_proj" not in n}
+    stored = {n: t for n, t in find_source(source).stored.items() if "k_proj" not in n}
     park(model, prefix, blocks, find_source(source), stored)
     for block in blocks:
         assert not block.self_attn.k_proj.weight.is_meta and block.mlp.down_proj.weight.is_meta

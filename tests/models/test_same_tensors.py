@@ -13,9 +13,10 @@ from small_models import FAMILIES, make_model, make_source, make_tokens
 
 import cuobs
 from cuobs.models import load_masks, load_model, prune_folder
+from cuobs.models.checkpoints import source as module
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.names import ignored, match
-from cuobs.models.checkpoints.source import find_source, stored_tensors
+from cuobs.models.checkpoints.source import find_source
 
 FAST = {"device": "cpu", "method": "wanda", "target": "pruned"}
 
@@ -485,8 +486,8 @@ def test_finish_with_an_untied_head_and_other_names(tmp_path):
     """What rotations and packing need: a tensor more, others by new names, another config."""
     source = find_source(save(make_model("llama", tie_word_embeddings=True), tmp_path / "source"))
     model = load_model(source)
-    names = match(model, source, stored_tensors(source))
-    assert ignored(stored_tensors(source), names, model) == []
+    names = match(model, source, source.stored)
+    assert ignored(source.stored, names, model) == []
     assert changed_tensors(model, source, names) == {}
     head = torch.nn.Parameter(2 * model.lm_head.weight.detach())
     model.lm_head.weight = head
@@ -526,3 +527,15 @@ def test_hub_cache(source, tmp_path, calibration, monkeypatch):
     assert report.protocol["source"] == "me/tiny"
     assert "base_model: me/tiny\n" in (tmp_path / "out" / "README.md").read_text()
     refused("me/none", tmp_path / "none", calibration, "in the Hub's cache", FileNotFoundError)
+
+
+def test_headers_are_read_once(source, tmp_path, calibration, monkeypatch):
+    read, header = [], module.safetensors_header
+
+    def reading(folder, name):
+        read.append(name)
+        return header(folder, name)
+
+    monkeypatch.setattr(module, "safetensors_header", reading)
+    prune_folder(source, tmp_path / "out", calibration, evaluate=[calibration], **FAST)
+    assert sorted(read) == sorted(path.name for path in source.glob("model*.safetensors"))

@@ -24,7 +24,6 @@ from cuobs.models.checkpoints.source import (
     LEFTOVER,
     STAGING,
     find_source,
-    stored_tensors,
     torch_name,
 )
 
@@ -45,7 +44,7 @@ def changed_tensors(model, source, names):
         On their devices; views where they are. A tensor that the files do not hold, because it
         was one with another and no longer is, comes by the model's own name.
     """
-    stored = stored_tensors(source)
+    stored = source.stored
     read, own = TensorReader(source, stored), model.state_dict(keep_vars=True)
     held = {id(own[name]) for name in names if name in own}
     changed = {}
@@ -155,7 +154,7 @@ def write_weights(
     set of str
         The names of the files.
     """
-    stored = stored_tensors(source)
+    stored = source.stored
     held = {name: described(tensor) for name, tensor in changed.items()}
     read = TensorReader(source, stored | held)
     entries = entries_of(stored, held, dropped, save_dtype)

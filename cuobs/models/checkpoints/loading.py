@@ -18,7 +18,6 @@ from cuobs.models.checkpoints.source import (
     find_source,
     gguf_tensors,
     read_config,
-    stored_tensors,
 )
 from cuobs.models.planning import TOKENIZER, check_model
 
@@ -55,7 +54,7 @@ def load_model(src: str | PathLike, trust_remote_code: bool = False, dtype: Any 
     check_model(source)
     extra = {"gguf_file": source.gguf, "dtype": "auto"}
     if source.gguf is None:
-        extra = {"dtype": dtype or weights_dtype(stored_tensors(source))}
+        extra = {"dtype": dtype or weights_dtype(source.stored)}
     found = model_class(source, trust_remote_code)
     with _opening(source):
         model, info = found.from_pretrained(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cuobs.containers import Entry
-from cuobs.models.checkpoints.source import Stored, stored_tensors, torch_name
+from cuobs.models.checkpoints.source import Stored, torch_name
 
 # The dtypes of PyTorch by the names that safetensors gives them.
 TORCH = {
@@ -119,7 +119,7 @@ def match(model, source, stored):
         As it was loaded, not yet changed.
     source : Source
     stored : dict of str to Stored
-        See `cuobs.models.checkpoints.source.stored_tensors`.
+        See `cuobs.models.checkpoints.source.Source`.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def check_all_known(model, source, names):
         return
     unknown = [
         name
-        for name in ignored(stored_tensors(source), names, model)
+        for name in ignored(source.stored, names, model)
         if not name.endswith("inv_freq")  # frequencies of old checkpoints, which have no basis
     ]
     if unknown:

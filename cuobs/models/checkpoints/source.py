@@ -111,6 +111,9 @@ class Source:
         All other files that belong to the model, inside the folder.
     left_out : dict of str to str
         Files that do not, and why.
+    stored : dict of str to Stored
+        The model's tensors in the order in which they lie there, from the headers of their files;
+        empty for a GGUF.
     """
 
     name: str
@@ -120,11 +123,7 @@ class Source:
     weights: tuple = ()
     carried: tuple = ()
     left_out: dict = field(default_factory=dict)
-
-    @property
-    def in_safetensors(self):
-        """Whether the tensors lie in safetensors, whose headers are read without PyTorch."""
-        return all(name.endswith(".safetensors") for name in self.weights)
+    stored: dict = field(default_factory=dict)
 
     def path(self, name):
         """A file of the folder."""
@@ -161,8 +160,8 @@ def find_source(src, packed=False):
     FileNotFoundError
         There is no such folder and no such model in the cache.
     ValueError
-        It holds no checkpoint, an unfinished one, one whose weights are no plain floats, or
-        something that can't be copied.
+        It holds no checkpoint, an unfinished or a damaged one, one whose weights are no plain
+        floats, or something that can't be copied.
     """
     if isinstance(src, Source):
         return src
@@ -192,36 +191,16 @@ def find_source(src, packed=False):
         _refuse_quantized(src, folder, config)
     weights = _weight_files(src, folder)
     carried, left_out = _sort_files(src, folder, weights)
-    return Source(src, folder, None, config, weights, carried, left_out)
+    stored = {}
+    for name in weights:
+        stored |= _header(src, folder, name)
+    _refuse_codes(src, stored)
+    return Source(src, folder, None, config, weights, carried, left_out, stored)
 
 
 def unfinished(folder):
     """Whether a folder holds a run that has begun and is not complete."""
     return os.path.exists(os.path.join(folder, MARKER))
-
-
-def stored_tensors(source):
-    """The tensors that a checkpoint stores, from the headers of its files.
-
-    Parameters
-    ----------
-    source : Source
-
-    Returns
-    -------
-    dict of str to Stored
-        In the order in which they lie there; empty for a GGUF.
-
-    Raises
-    ------
-    ValueError
-        A file is damaged, or a weight is quantised.
-    """
-    found = {}
-    for name in source.weights:
-        found |= _header(source, name)
-    _refuse_codes(source, found)
-    return found
 
 
 def gguf_tensors(source):
@@ -299,14 +278,14 @@ def _refuse_adapter(src, folder):
         )
 
 
-def _refuse_codes(source, stored):
+def _refuse_codes(src, stored):
     for name, tensor in stored.items():
         code = tensor.dtype not in BYTES  # float8 and smaller
         integer = tensor.dtype[0] in "IU" and len(tensor.shape) > 1 and CODES.fullmatch(name)
         if code or integer or SCALES.search(name) or _scales_another(name, stored):
             raise ValueError(
-                f"{source.name}: found {name} ({tensor.dtype}), quantised, expected plain weights "
-                "in floating point"
+                f"{src}: found {name} ({tensor.dtype}), quantised, expected plain weights in "
+                "floating point"
             )
 
 
@@ -398,15 +377,15 @@ def _walk(src, folder):
             yield os.path.relpath(path, folder)
 
 
-def _header(source, name):
-    if name.endswith(".safetensors"):
-        try:
-            return safetensors_header(source.folder, name)
-        except ValueError as error:
-            raise ValueError(
-                f"{source.name}: found a model that does not open ({error}), expected whole weights"
-            ) from None
-    return _torch_header(source, name)
+def _header(src, folder, name):
+    if not name.endswith(".safetensors"):
+        return _torch_header(src, folder, name)
+    try:
+        return safetensors_header(folder, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{src}: found a model that does not open ({error}), expected whole weights"
+        ) from None
 
 
 def safetensors_header(folder, name):
@@ -433,21 +412,20 @@ def safetensors_header(folder, name):
     }
 
 
-def _torch_header(source, name):
+def _torch_header(src, folder, name):
     """The tensors of a file of torch.save, without its numbers: a dict of `Stored`."""
     import pickle
 
     import torch
 
     try:
-        content = torch.load(source.path(name), map_location="meta", weights_only=True)
+        content = torch.load(os.path.join(folder, name), map_location="meta", weights_only=True)
         content = content.get("state_dict", content)
         tensors = {key: tensor for key, tensor in content.items() if torch.is_tensor(tensor)}
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"{source.name}: found a model that does not open ({name}: {reason}), expected whole "
-            "weights"
+            f"{src}: found a model that does not open ({name}: {reason}), expected whole weights"
         ) from None
     return {key: Stored(name, torch_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuobs import files, validation
-from cuobs.models.checkpoints.source import MASKS, find_source, stored_tensors
+from cuobs.models.checkpoints.source import MASKS, find_source
 from cuobs.models.report import read_report
 from cuobs.ops.packed import unpack
 from cuobs.pattern import Verification, parse, verify
@@ -58,7 +58,7 @@ def verify_folder(folder: str | PathLike, pattern: Any = None) -> list:
         The folder holds no report of pruning, or a file is damaged.
     """
     source = find_source(folder, packed=None)
-    stored = stored_tensors(source)
+    stored = source.stored
     report = read_report(source.folder)
     masks = _masks(source)
     result = []

@@ -23,7 +23,7 @@ from cuobs.models.checkpoints.destination import finish
 from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.checkpoints.marker import check_destination
 from cuobs.models.checkpoints.names import TensorReader
-from cuobs.models.checkpoints.source import METHOD, REPORT, find_source, stored_tensors
+from cuobs.models.checkpoints.source import METHOD, REPORT, find_source
 from cuobs.models.parked import at_hand
 from cuobs.models.report import read_report
 from cuobs.models.structure import find_blocks, is_transposed, linears, oriented, shared_weights
@@ -162,7 +162,7 @@ def pack_folder(
     shard_bytes = arrays.parse_size(shard_size)
     patterns = _patterns_of(source) if pattern is None else parse(pattern)
     place = "cpu" if arrays.choose(device) is arrays.np else "cuda"
-    stored = stored_tensors(source)
+    stored = source.stored
     read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
     prefix, blocks = find_blocks(model)
@@ -268,7 +268,7 @@ def unpack_folder(
     shard_bytes = arrays.parse_size(shard_size)
     config = dict(source.config)
     modules = check_config(source.name, config.pop("quantization_config"))
-    stored = stored_tensors(source)
+    stored = source.stored
     read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
     changed, dropped = {}, set()
