@@ -20,11 +20,12 @@ from cuobs.models.planning import (
     Run,
     View,
     check_device,
-    check_folders,
     check_host_memory,
     check_model,
+    check_run,
     check_sources,
     check_text,
+    shard_bytes,
 )
 from cuobs.models.recipe import read_arguments
 from cuobs.models.tokens.calibration import SELF_WINDOWS, check_cut, listed
@@ -130,23 +131,19 @@ def prune_folder(
     calibration, distill_calibration = listed(calibration), listed(distill_calibration)
     if distill_calibration and not recipe.distill:
         raise ValueError("distill_calibration: found it without distill, expected its passes too")
-    check_device(device)
-    source, shard_bytes, save_dtype = check_folders(
-        src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
-        shard_size, save_dtype,
+    if host_memory is not None:
+        host_memory = arrays.parse_size(host_memory, "host_memory")
+    run = Run(
+        find_source(src), dst, calibration, samples, sequence_length, seed, attention_mask,
+        shard_bytes(shard_size), save_dtype, trust_remote_code, device, tuple(evaluate), resume,
+        save_masks, packed, distill_calibration, command, host_memory,
     )  # fmt: skip
+    check_run(run)
     if resume and unfinished(dst):  # distillation has a state of its own
         began = {"cuobs": cuobs.__version__, **replace(recipe, distill=0).described()}
         check_began_with(dst, began, whole=False)
     if distill_calibration:
-        check_sources(source, [*calibration, *distill_calibration], None, sequence_length)
-    if host_memory is not None:
-        host_memory = arrays.parse_size(host_memory, "host_memory")
-    run = Run(
-        source, dst, calibration, tuple(evaluate), samples, sequence_length, seed, attention_mask,
-        resume, save_masks, packed, shard_bytes, save_dtype, trust_remote_code, device,
-        distill_calibration, command, host_memory,
-    )  # fmt: skip
+        check_sources(run.source, [*calibration, *distill_calibration], None, sequence_length)
     check_host_memory(run, recipe)
     nothing = lambda *_: None  # noqa: E731
     view = View(say or nothing, progress, starting or nothing, on_block or nothing)

@@ -20,7 +20,6 @@ from cuobs.models.tokens.calibration import (
     check_cut,
     check_tokens_file,
     is_tokens,
-    listed,
     load_tokens,
     self_written,
 )
@@ -40,18 +39,18 @@ class Run:
     source: Source
     dst: str
     calibration: list
-    evaluate: tuple
     samples: int
     sequence_length: int | None
     seed: int
     attention_mask: str | None
-    resume: bool
-    save_masks: bool
-    packed: bool
     shard_bytes: int
     save_dtype: str | None
     trust_remote_code: bool
     device: str
+    evaluate: tuple = ()
+    resume: bool = False
+    save_masks: bool = False
+    packed: bool = False
     distill_calibration: list = ()
     command: str | None = None
     host_memory: int | None = None
@@ -95,43 +94,31 @@ def _rank():
     return int(os.environ.get("RANK", 0))
 
 
-def check_folders(
-    src, dst, calibration, samples, sequence_length, seed, attention_mask, evaluate, resume,
-    shard_size, save_dtype,
-):  # fmt: skip
-    """Refuse what is wrong whatever the weights are.
-
-    Returns
-    -------
-    source : Source
-    shard_bytes : int
-    save_dtype : str or None
+def check_run(run):
+    """Refuse what is wrong with a run whatever the weights are.
 
     Raises
     ------
     ValueError, TypeError, OSError
     """
-    check_cut(samples, sequence_length)
-    validation.integer("seed", seed, low=0)
-    shard_bytes = _shard_bytes(shard_size)
-    if save_dtype is not None:
-        validation.name_of("save_dtype", save_dtype, SAVE_DTYPES)
-    source = find_source(src)
+    check_cut(run.samples, run.sequence_length)
+    validation.integer("seed", run.seed, low=0)
+    if run.save_dtype is not None:
+        validation.name_of("save_dtype", run.save_dtype, SAVE_DTYPES)
+    check_device(run.device)
     if _rank() == 0:  # the first process makes what the others would find
-        check_destination(source, dst, resume)
-    check_model(source)
-    calibration = listed(calibration)
-    length = check_sources(source, calibration, samples, sequence_length)
-    for spec in evaluate:
-        check_text(source, spec, None, length)
-    if attention_mask:
-        if len(calibration) != 1:
+        check_destination(run.source, run.dst, run.resume)
+    check_model(run.source)
+    length = check_sources(run.source, run.calibration, run.samples, run.sequence_length)
+    for spec in run.evaluate:
+        check_text(run.source, spec, None, length)
+    if run.attention_mask:
+        if len(run.calibration) != 1:
             raise ValueError(
-                f"attention_mask: found it with {len(calibration)} calibrations, expected the one "
-                "whose windows it belongs to"
+                f"attention_mask: found it with {len(run.calibration)} calibrations, expected the "
+                "one whose windows it belongs to"
             )
-        _check_mask(attention_mask, calibration[0], samples, sequence_length)
-    return source, shard_bytes, save_dtype
+        _check_mask(run.attention_mask, run.calibration[0], run.samples, run.sequence_length)
 
 
 def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
@@ -149,7 +136,7 @@ def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
     Source
     """
     check_device(device)
-    _shard_bytes(shard_size)
+    shard_bytes(shard_size)
     source = find_source(src, packed=packed)
     if source.gguf is not None:
         raise ValueError(f"{source.name}: found a GGUF, expected the folder of a pruned model")
@@ -186,7 +173,8 @@ def check_device(device):
         arrays.choose(device)
 
 
-def _shard_bytes(shard_size):
+def shard_bytes(shard_size):
+    """Bytes of the largest file of weights, from a number or a size."""
     try:
         return arrays.parse_size(shard_size)
     except ValueError:

@@ -8,8 +8,10 @@ from typing import Any
 
 import cuobs
 from cuobs.model_choices import ROTATION_WINDOWS
-from cuobs.models.planning import check_device, check_folders
+from cuobs.models.checkpoints.source import find_source
+from cuobs.models.planning import Run, check_run, shard_bytes
 from cuobs.models.recipe import check_rotation
+from cuobs.models.tokens.calibration import listed
 
 
 def rotate_folder(
@@ -50,19 +52,14 @@ def rotate_folder(
     RotationReport
         As it is written to ``cuobs_rotation.json``; None in processes of torchrun but the first.
     """
-    say = say or (lambda line: None)
-    source, shard_bytes, save_dtype = check_folders(
-        src, dst, calibration, samples, sequence_length, seed, attention_mask, (), False,
-        shard_size, save_dtype,
+    run = Run(
+        find_source(src), dst, listed(calibration), samples, sequence_length, seed, attention_mask,
+        shard_bytes(shard_size), save_dtype, trust_remote_code, device,
     )  # fmt: skip
+    check_run(run)
     pattern = cuobs.pattern.parse(pattern)
-    check_device(device)
     check_rotation(**{key: value for key, value in options.items() if key != "permute"})
     from cuobs.models.rotating import rotation_pipeline
 
-    return rotation_pipeline.rotate_source(
-        source, dst, calibration, pattern, options, samples=samples,
-        sequence_length=sequence_length, seed=seed, attention_mask=attention_mask,
-        shard_bytes=shard_bytes, save_dtype=save_dtype, trust_remote_code=trust_remote_code,
-        device=device, say=say, progress=progress,
-    )  # fmt: skip
+    say = say or (lambda line: None)
+    return rotation_pipeline.rotate_source(run, pattern, options, say, progress)

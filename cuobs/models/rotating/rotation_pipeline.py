@@ -19,49 +19,50 @@ from cuobs.models.pruning.prune import choose_device
 from cuobs.models.ranks import joined
 from cuobs.models.rotating.folding import untied_config
 from cuobs.models.rotating.rotation import rotate
-from cuobs.models.tokens.calibration import listed, load_tokens
+from cuobs.models.tokens.calibration import load_tokens
 from cuobs.models.tokens.mixture import WindowReader, gather
 
 REPORT = "cuobs_rotation.json"
 
 
-def rotate_source(
-    source, dst, calibration, pattern, options, *, samples, sequence_length, seed, attention_mask,
-    shard_bytes, save_dtype, trust_remote_code, device, say, progress,
-):  # fmt: skip
-    """Rotate the model of a source into another folder, see `rotate_folder`."""
-    with joined(device) as ranks:
+def rotate_source(run, pattern, options, say, progress):
+    """Rotate the model of a `Run`'s source into its folder, see `rotate_folder`."""
+    with joined(run.device) as ranks:
         if not ranks.leads:
             say, progress = lambda line: None, None
-        model = loading.load_model(source, trust_remote_code)
-        names = names_in_files(source, model)
-        check_all_known(model, source, names)
-        for line in what_is_written(source, model, names, save_dtype):
+        model = loading.load_model(run.source, run.trust_remote_code)
+        names = names_in_files(run.source, model)
+        check_all_known(model, run.source, names)
+        for line in what_is_written(run.source, model, names, run.save_dtype):
             say(line)
-        save_dtype = written_dtype(source, save_dtype)
-        reader = WindowReader(
-            source, model, seed, choose_device(device), trust_remote_code=trust_remote_code,
-            progress=progress and partial(progress, "windows of the model's own"),
-        )  # fmt: skip
-        read = partial(
-            gather, listed(calibration), [], reader, samples=samples, length=sequence_length
-        )
-        mixture = ranks.agree(read() if ranks.leads else None)
-        tokens = mixture.pruning
-        mask = attention_mask and load_tokens(attention_mask, samples, tokens.shape[1], kinds="biu")
-        for line in mixture.lines(seed) if ranks.leads else ():
+        mixture = ranks.agree(_read(run, model, progress) if ranks.leads else None)
+        tokens, mask = mixture.pruning, run.attention_mask
+        if mask:
+            mask = load_tokens(mask, run.samples, tokens.shape[1], kinds="biu")
+        for line in mixture.lines(run.seed) if ranks.leads else ():
             say(f"calibration  {line}")
         report = rotate(
-            model, tokens, pattern, attention_mask=mask, windows=samples, device=device,
+            model, tokens, pattern, attention_mask=mask, windows=run.samples, device=run.device,
             progress=progress and partial(progress, "rotation"), **options,
         )  # fmt: skip
         if not ranks.leads:
             return None
-        _write(source, dst, model, names, report, save_dtype, shard_bytes)
+        _write(run, model, names, report)
     return report
 
 
-def _write(source, dst, model, names, report, save_dtype, shard_bytes):
+def _read(run, model, progress):
+    """The windows to learn from, a `Mixture`."""
+    reader = WindowReader(
+        run.source, model, run.seed, choose_device(run.device),
+        trust_remote_code=run.trust_remote_code,
+        progress=progress and partial(progress, "windows of the model's own"),
+    )  # fmt: skip
+    return gather(run.calibration, [], reader, samples=run.samples, length=run.sequence_length)
+
+
+def _write(run, model, names, report):
+    source, save_dtype = run.source, written_dtype(run.source, run.save_dtype)
     if save_dtype is not None:
         loading.cast_stored(model, save_dtype)
     if report.untied:
@@ -73,6 +74,6 @@ def _write(source, dst, model, names, report, save_dtype, shard_bytes):
         changed, config, extra = loading.as_checkpoint(model)
     extra[REPORT] = json.dumps({"cuobs": cuobs.__version__, **asdict(report)}, indent=2) + "\n"
     finish(
-        source, dst, changed, config=config, extra=extra, without=(PRUNED, MASKS),
-        save_dtype=save_dtype, shard_size=shard_bytes,
+        source, run.dst, changed, config=config, extra=extra, without=(PRUNED, MASKS),
+        save_dtype=save_dtype, shard_size=run.shard_bytes,
     )  # fmt: skip
