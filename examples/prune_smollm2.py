@@ -58,7 +58,7 @@ HELD_OUT = 32
 OWN_PRUNING = 192
 
 
-def main():
+def arguments():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,7 +71,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="4 windows, 2:4, two runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="append each result to this file, one a line")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     default = args.windows or (4 if args.quick else 64)
     runs = [(run, *parse(run, default)) for run in args.run or (QUICK if args.quick else TABLE)]
     patterns = args.patterns or (["2:4"] if args.quick else ["2:4", "4:8"])
