@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cuobs import blas
-from cuobs.arrays import size_text
+from cuobs.arrays import device_name, size_text
 from cuobs.cores import cores
 
 # On the CPU, row groups that make little of the time between products, and bytes for each worker.
@@ -75,7 +75,7 @@ def run_batches(
         Not under the limit of the settings.
     """
     settings, xp = problem.settings, problem.xp
-    if xp is not np:
+    if device_name(xp) == "cuda":
         _run_on_device(function, count, problem, bytes_per_row, held, unit, most or count)
         return
     workers = settings.workers or cores()

@@ -52,7 +52,7 @@ def prune(
     method : str
         See `cuobs.methods`.
     refine : {None, "exact"}
-        "exact" solves the weights again for the mask; admm and true-obs always do.
+        "exact" solves the weights again for the mask; methods with ``resolves`` always do.
     damp : float
         λ as a share of the mean of the Hessian's diagonal.
     target : array, shape (M, K), optional
@@ -74,8 +74,8 @@ def prune(
         Rows in a batch; sized from the free memory by default.
     devices : str or int, optional
         GPUs of this host that share the rows: "all", how many, or which ("0,2"), for methods that
-        prune rows apart or add up over them (all but obs-ordered and true-obs in order "shared").
-        The results are those of one but for rounding; a memory limit is that of each.
+        prune rows apart or add up over them, see ``by_row`` of `Method`. The results are those of
+        one but for rounding; a memory limit is that of each.
     progress : callable, optional
         Called with (done, total) as the method goes.
     **options

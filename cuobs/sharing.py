@@ -96,7 +96,7 @@ def places(settings):
         There are not so many, or the rows are pruned on the CPU.
     """
     devices = settings.devices
-    if arrays.choose(settings.device) is np:
+    if arrays.device_name(arrays.choose(settings.device)) == "cpu":
         raise ValueError(
             f"devices: found {devices!r} on the CPU, whose cores share the rows as they are, "
             "expected it with GPUs alone"
@@ -271,6 +271,6 @@ def _together(parts):
     if parts[0] is None:
         return None
     xp = arrays.namespace(parts[0])
-    if xp is not np:
+    if arrays.device_name(xp) == "cuda":
         parts = [Place(xp.cuda.Device().id).take(part) for part in parts]
     return parts[0] if len(parts) == 1 else xp.concatenate(parts)

@@ -58,6 +58,11 @@ def test_signatures_that_others_rely_on():
         "W": inspect.Parameter.empty, "pattern": "2:4", "method": "admm", "damp": 0.01,
         "dtype": "float32", "device": "auto", "precision": "tensor",
     }
+    for function in (cuobs.prune, cuobs.compare, cuobs.reconstruct):
+        for name, parameter in inspect.signature(function).parameters.items():
+            for fields in (cuobs.Recipe, cuobs.Settings):
+                if name != "options" and hasattr(fields, name):
+                    assert parameter.default == getattr(fields, name), (function, name)
     own = {(m.name, o.name): (o.type, o.default) for m in cuobs.methods().values()
            for o in m.options}
     assert own == {

@@ -161,7 +161,7 @@ def pack_folder(
     check_destination(source, dst)
     shard_bytes = arrays.parse_size(shard_size)
     patterns = _patterns_of(source) if pattern is None else parse(pattern)
-    place = "cpu" if arrays.choose(device) is arrays.np else "cuda"
+    place = arrays.device_name(arrays.choose(device))
     stored = source.stored
     read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
