@@ -66,6 +66,9 @@ def seed(what, group):
     return options.option("--seed", default=0, type=int, metavar="N", group=group, help=what)
 
 
+resume = options.option(
+    "--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run."
+)
 shard_size = options.option("--shard-size", default="5GB", metavar="SIZE", group=options.OUTPUT,
                             help="Largest file of weights.")  # fmt: skip
 save_dtype = options.option(
@@ -128,7 +131,7 @@ save_dtype = options.option(
                 show_default="by the device", help="Tokens in a block at once.")
 @options.option("--host-memory", metavar="SIZE", group=options.HOW,
                 help="Of the host, as 6GiB: hidden states beyond it go to a scratch file in DST.")
-@options.option("--resume", is_flag=True, group=options.HOW, help="Go on with an unfinished run.")
+@resume
 @options.option("--dry-run", is_flag=True, group=options.HOW,
                 help="Say what would be pruned, and what it would take; read no weights.")
 @options.option("--masks", is_flag=True, group=options.OUTPUT,
@@ -176,6 +179,14 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
         picture(report, plot)
     if not (folder["dry_run"] or quiet or as_json):
         common.show_written(dst, plot)
+
+
+def say_unfinished(dst):
+    """What is to be done with a folder whose run was stopped."""
+    from cuobs.models.checkpoints.source import unfinished
+
+    if unfinished(dst):
+        click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
 
 
 def _check_plot(path):

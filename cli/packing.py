@@ -50,6 +50,7 @@ def unpack(packed, out, force):
                 show_default="what cuobs_report.json in DIR says, or 2:4",
                 help="What the linears obey; those that do not stay dense.")
 @options.setting("device")
+@models.resume
 @models.shard_size
 @models.trust
 def pack_model(src, dst, pattern, **given):
@@ -62,10 +63,16 @@ def pack_model(src, dst, pattern, **given):
 
     if pattern:
         cuobs.pattern.parse(pattern)
-    source = check_packing(src, dst, False, given["shard_size"], given["device"])
-    with display.Progress("packing") as bar:
-        report = found.pack_folder(src, dst, pattern, progress=bar.callback(),
-                                   **common.given(given))  # fmt: skip
+    source = check_packing(
+        src, dst, False, given["shard_size"], given["device"], given["resume"]
+    )
+    try:
+        with display.Progress("packing") as bar:
+            report = found.pack_folder(src, dst, pattern, progress=bar.callback(),
+                                       **common.given(given))  # fmt: skip
+    except (KeyboardInterrupt, OSError, MemoryError):
+        models.say_unfinished(dst)
+        raise
     for line in (*report.lines(), *source.lines()):
         click.echo(line)
     click.echo(f"files        {_size(src)} in {src}, {_size(dst)} in {dst}")

@@ -121,12 +121,12 @@ def check_run(run):
         _check_mask(run.attention_mask, run.calibration[0], run.samples, run.sequence_length)
 
 
-def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
+def check_packing(src, dst, packed=False, shard_size="5GB", device="auto", resume=False):
     """Refuse what can't be packed into a folder, or unpacked, whatever the weights are.
 
     Parameters
     ----------
-    src, dst, shard_size, device
+    src, dst, shard_size, device, resume
         See `cuobs.models.pack_folder`.
     packed : bool
         Whether SRC is to be packed already.
@@ -140,7 +140,7 @@ def check_packing(src, dst, packed=False, shard_size="5GB", device="auto"):
     source = find_source(src, packed=packed)
     if source.gguf is not None:
         raise ValueError(f"{source.name}: found a GGUF, expected the folder of a pruned model")
-    check_destination(source, dst)
+    check_destination(source, dst, resume)
     return source
 
 

@@ -66,3 +66,29 @@ def test_models(tmp_path):
     assert "unpacked     21 linears" in run("unpack-model", tmp_path / "packed", tmp_path / "plain")
     assert "found no packed model" in run("unpack-model", tmp_path / "plain", tmp_path / "x",
                                           code=2)  # fmt: skip
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not MODEL, reason="needs the extra model")
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    from small_models import make_model, prune_all
+
+    from cuobs.models.packed import packing
+
+    prune_all(make_model("llama")).half().save_pretrained(tmp_path / "pruned")
+    own, packed = packing.pack_tensor, []
+
+    def stop(weight, pattern, name):
+        if "layers.1." in name:
+            raise KeyboardInterrupt
+        packed.append(name)
+        return own(weight, pattern, name)
+
+    monkeypatch.setattr(packing, "pack_tensor", stop)
+    command = ("pack-model", tmp_path / "pruned", tmp_path / "packed")
+    text = run(*command, code=130)
+    assert "packed is not complete; --resume goes on with it" in text
+    monkeypatch.setattr(packing, "pack_tensor", own)
+    assert "expected --resume to go on with it" in run(*command, code=2)
+    assert "packed       21 linears" in run(*command, "--resume")
+    assert not list((tmp_path / "packed").glob("cuobs_*")) and len(packed) == 7

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import cuobs.models
+from cuobs.models.packed import packing
 from cuobs.models.packed.packing import check_config, pack_folder, pack_model, unpack_folder
 from cuobs.models.structure import find_blocks, linears, oriented
 from cuobs.torch import PackedLinear
@@ -119,6 +121,46 @@ def test_patterns_of_the_report(tmp_path, source):
     before = cuobs.models.evaluate_folder(dense, f"{tokens}:t", device="cpu").perplexity
     after = cuobs.models.evaluate_folder(two, f"{tokens}:t", device="cpu").perplexity
     assert after == pytest.approx(before, rel=1e-4)
+
+
+def test_an_unfinished_run_goes_on(pruned, tmp_path, monkeypatch):
+    """With the blocks that it packed, into the same files; not with those of another model."""
+    folder, _ = pruned()
+    whole, dst = str(tmp_path / "whole"), str(tmp_path / "packed")
+    pack_folder(folder, whole)
+    count = len(pack_folder(folder, str(tmp_path / "again")).modules)
+
+    def stop(done, total):
+        assert total == count
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_folder(folder, dst, progress=stop)
+    assert not os.path.exists(os.path.join(dst, "config.json"))
+    with pytest.raises(FileExistsError, match="an unfinished run, expected --resume"):
+        pack_folder(folder, dst)
+    with pytest.raises(ValueError, match="resume: found pattern='2:4', expected None"):
+        pack_folder(folder, dst, "2:4", resume=True)
+    times = os.stat(os.path.join(folder, "config.json"))
+    os.utime(os.path.join(folder, "config.json"), (1, 1))
+    with pytest.raises(ValueError, match="resume: found another model than the run began with"):
+        pack_folder(folder, dst, resume=True)
+    os.utime(os.path.join(folder, "config.json"), ns=(times.st_atime_ns, times.st_mtime_ns))
+    packed, own = [], packing.pack_tensor
+    monkeypatch.setattr(packing, "pack_tensor", lambda w, p, n: packed.append(n) or own(w, p, n))
+    found = pack_folder(folder, dst, resume=True)
+    assert 0 < len(packed) < count and not any("layers.0." in name for name in packed)
+    assert list(found.modules) == list(check_config(dst, found.config()))
+    assert sorted(os.listdir(dst)) == sorted(os.listdir(whole))
+    for name in os.listdir(whole):
+        with open(os.path.join(whole, name), "rb") as a, open(os.path.join(dst, name), "rb") as b:
+            assert a.read() == b.read(), name
+
+
+def test_nothing_is_left_of_a_run_that_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="found no linear that can be packed"):
+        pack_folder(source, tmp_path / "packed")
+    assert not os.path.exists(tmp_path / "packed")
 
 
 def test_bytes(pruned, tmp_path):

@@ -144,11 +144,21 @@ def save_block(folder, index, prefix, block, masks, report, before, places):
     sync(os.path.dirname(path))
 
 
-def set_aside(folder, title, tensors):
+def set_aside(folder, title, tensors, metadata=None):
     """Keep tensors in a file beside the finished blocks; a dict of `Stored`."""
-    path = os.path.join(os.path.abspath(folder), BLOCKS, f"{title}.safetensors")
-    _write(path, tensors)
+    path = _path_aside(folder, title)
+    _write(path, tensors, metadata)
     return safetensors_header("", path)
+
+
+def aside(folder, title):
+    """What was `set_aside`, and the metadata of its file; None where nothing was."""
+    path = _path_aside(folder, title)
+    return (safetensors_header("", path), read_header(path)[1]) if os.path.exists(path) else None
+
+
+def _path_aside(folder, title):
+    return os.path.join(os.path.abspath(folder), BLOCKS, f"{title}.safetensors")
 
 
 def _write(path, tensors, metadata=None):

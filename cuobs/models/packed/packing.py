@@ -7,10 +7,12 @@ which these are, and by what pattern.
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -19,9 +21,10 @@ import torch
 import cuobs
 from cuobs import arrays
 from cuobs.models.checkpoints.card import CARD, stored_otherwise
+from cuobs.models.checkpoints.checkpoint import aside, begin, set_aside
 from cuobs.models.checkpoints.destination import finish
 from cuobs.models.checkpoints.loading import empty_model
-from cuobs.models.checkpoints.marker import check_destination
+from cuobs.models.checkpoints.marker import abandon, check_destination
 from cuobs.models.checkpoints.names import TensorReader
 from cuobs.models.checkpoints.source import METHOD, REPORT, find_source
 from cuobs.models.parked import at_hand
@@ -54,6 +57,13 @@ class Packing:
     before: int = 0
     after: int = 0
     zeros: int = 0
+
+    def add(self, other):
+        """Count what was packed elsewhere too."""
+        self.modules |= other.modules
+        self.left |= other.left
+        self.before, self.after = self.before + other.before, self.after + other.after
+        self.zeros += other.zeros
 
     def lines(self):
         """A summary in lines of text."""
@@ -124,17 +134,20 @@ def pack_folder(
     shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
     device: str = "auto",
+    resume: bool = False,
     progress: Callable | None = None,
 ) -> Packing:
     """Pack the pruned model of a folder into another folder.
+
+    Block by block; each is on disk as soon as it is packed.
 
     Parameters
     ----------
     src : path
         A checkpoint of transformers, as `prune_folder` writes it. Never written.
     dst : path
-        A new or empty folder. It opens with ``AutoModelForCausalLM.from_pretrained`` after
-        ``import cuobs.models``.
+        A new or empty folder, or with ``resume`` that of an unfinished run. It opens with
+        ``AutoModelForCausalLM.from_pretrained`` after ``import cuobs.models``.
     pattern : str or Pattern, optional
         By default what ``cuobs_report.json`` says of each linear, or 2:4 without one.
     shard_size : int or str
@@ -143,6 +156,8 @@ def pack_folder(
         Run the code that SRC holds, where its model needs it.
     device : {"auto", "cpu", "cuda"}
         Where weights are packed, one at a time.
+    resume : bool
+        Go on with an unfinished run: blocks that it has packed are taken as they are.
     progress : callable, optional
         Called with (done, total) after each linear.
 
@@ -153,22 +168,74 @@ def pack_folder(
     Raises
     ------
     ValueError
-        No linear obeys the pattern, or SRC is no checkpoint of plain weights.
+        No linear obeys the pattern, SRC is no checkpoint of plain weights, or the unfinished run
+        began with another one.
     """
     source = find_source(src)
     if source.gguf is not None:
         raise ValueError(f"{source.name}: found a GGUF, expected the folder of a pruned model")
-    check_destination(source, dst)
+    check_destination(source, dst, resume)
     shard_bytes = arrays.parse_size(shard_size)
     patterns = _patterns_of(source) if pattern is None else parse(pattern)
     place = arrays.device_name(arrays.choose(device))
     stored = source.stored
-    read = TensorReader(source, stored)
     model = empty_model(source.folder, trust_remote_code)
     prefix, blocks = find_blocks(model)
-    found, changed, shared = Packing({}, {}), {}, _shared(model, prefix, blocks)
-    modules = _named_linears(prefix, blocks)
-    for done, (name, module) in enumerate(modules.items(), 1):
+    pack_block = partial(
+        _pack_block, stored, TensorReader(source, stored), _shared(model, prefix, blocks), patterns,
+        place,
+    )  # fmt: skip
+    found, changed, existed = Packing({}, {}), {}, os.path.isdir(dst)
+    total = len(linears(blocks))
+    begin(dst, _identity(source, stored, pattern), resume)
+    try:
+        for index, block in enumerate(blocks):
+            modules = {f"{prefix}.{index}.{name}": m for name, m in linears(block).items()}
+            title = f"packed-{index:05}"
+            if held := aside(dst, title):
+                tensors, part = held[0], Packing(**json.loads(held[1]["packing"]))
+            else:
+                tensors, part = pack_block(modules)
+                if tensors:
+                    tensors = set_aside(dst, title, tensors, {"packing": json.dumps(asdict(part))})
+            found.add(part)
+            changed |= tensors
+            if progress:
+                progress(len(found.modules) + len(found.left), total)
+        if not found.modules:
+            _refuse(source.name, found)
+    except (ValueError, OSError):
+        abandon(dst, existed)
+        raise
+    finish(
+        source, dst, changed, config={**source.config, "quantization_config": found.config()},
+        extra=_said_of(source, packed=True), shard_size=shard_bytes,
+    )  # fmt: skip
+    return found
+
+
+def _identity(source, stored, pattern):
+    """What decides the result, to be told again: the files of a model by their sizes and times."""
+    names = {tensor.file for tensor in stored.values()} | {"config.json", REPORT}
+    states = [(name, *_state(source.path(name))) for name in sorted(names)]
+    return {
+        "command": "pack-model", "pattern": None if pattern is None else pattern_text(pattern),
+        "model": hashlib.sha256(json.dumps(states).encode()).hexdigest(),
+    }  # fmt: skip
+
+
+def _state(path):
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return found.st_size, found.st_mtime_ns
+
+
+def _pack_block(stored, read, shared, patterns, place, modules):
+    """The packed tensors of linears, by their names in the files, and what was done."""
+    part, packed = Packing({}, {}), {}
+    for name, module in modules.items():
         file_name, own = _file_name(f"{name}.weight", stored), _pattern_of(patterns, name)
         reason = shared.get(name)
         if file_name is None:
@@ -177,21 +244,12 @@ def pack_folder(
             weight = oriented(module, read(file_name)).to(place)
             reason = _broken(weight, own)
         if reason:
-            found.left[name] = reason
-        else:
-            values, index = (t.cpu() for t in pack_tensor(weight, own, file_name))
-            _note(found, name, weight, values, index, pattern_text(own))
-            changed[file_name] = values
-            changed[_index_name(file_name)] = index
-        if progress:
-            progress(done, len(modules))
-    if not found.modules:
-        _refuse(source.name, found)
-    finish(
-        source, dst, changed, config={**source.config, "quantization_config": found.config()},
-        extra=_said_of(source, packed=True), shard_size=shard_bytes,
-    )  # fmt: skip
-    return found
+            part.left[name] = reason
+            continue
+        values, index = (t.cpu() for t in pack_tensor(weight, own, file_name))
+        _note(part, name, weight, values, index, pattern_text(own))
+        packed[file_name], packed[_index_name(file_name)] = values, index
+    return packed, part
 
 
 def pack_changed(model, changed, names, pattern_of, keep):
