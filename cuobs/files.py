@@ -29,11 +29,9 @@ __all__ = [
     "load_arrays",
     "naming",
     "replacing",
-    "reserve",
     "save",
     "save_arrays",
     "split",
-    "updating",
     "write_text",
 ]
 

@@ -9,7 +9,6 @@ import numpy as np
 from cuobs import arrays, extras, files
 
 __all__ = [
-    "FORMATS",
     "check_picture",
     "label_points",
     "mask_figure",

@@ -4,6 +4,7 @@ Python blocks of a page run one after the other in one namespace, as a reader wo
 folder that holds the files that they name. Commands run with the names that the pages use.
 """
 
+import importlib
 import re
 import shlex
 import shutil
@@ -114,6 +115,20 @@ def test_the_example_of_the_command_line_runs_twice_in_a_row(folder):
     for line in [*lines, *lines]:
         result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+@pytest.mark.parametrize(("page", "module"), [
+    ("cuobs", "cuobs"), ("cuobs", "cuobs.comparing"), ("cuobs", "cuobs.collecting"),
+    ("files", "cuobs.config"), ("files", "cuobs.files"), ("files", "cuobs.plotting"),
+    pytest.param("models", "cuobs.models", marks=pytest.mark.model),
+    pytest.param("torch", "cuobs.torch", marks=pytest.mark.model),
+])  # fmt: skip
+def test_the_reference_lists_what_is_public(page, module):
+    if module in ("cuobs.models", "cuobs.torch") and not MODEL:
+        pytest.skip("the extra 'model' is not installed")
+    public = set(importlib.import_module(module).__all__) - {"all_methods", "recipes_of"}
+    text = (ROOT / "docs" / "api" / f"{page}.rst").read_text()
+    assert public <= set(re.findall(r"^   (?:\w+\.)*(\w+)$", text, re.MULTILINE))
 
 
 def test_the_design_page_lists_what_is_there():
