@@ -178,15 +178,8 @@ def prune_model(
     ranks = processes.current()
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
     mine = share_windows(windows, ranks)
-    prefix, blocks = find_blocks(model)
-    layers = choose_layers(model, prefix, blocks, recipe)
-    check_limit(layers, blocks, recipe.config.settings, device)
-    if recipe.distill:
-        check_room(model, recipe, device)
+    blocks, layers = _choose(model, recipe, device)
     dense = copy.deepcopy(model) if recipe.distill else None
-    for index, inner in layers.recipes:
-        block = blocks[index]
-        check_plain(f"{prefix}.{index}.{inner}", linears(block)[inner], parked(block) is None)
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
@@ -231,6 +224,19 @@ def prune_model(
         )  # fmt: skip
         report.masks = report.masks if keep_masks else {}
     return report
+
+
+def _choose(model, recipe, device):
+    """The blocks of a model and its `Layers`, where all that it takes to prune them is there."""
+    prefix, blocks = find_blocks(model)
+    layers = choose_layers(model, prefix, blocks, recipe)
+    check_limit(layers, blocks, recipe.config.settings, device)
+    if recipe.distill:
+        check_room(model, recipe, device)
+    for index, inner in layers.recipes:
+        block = blocks[index]
+        check_plain(f"{prefix}.{index}.{inner}", linears(block)[inner], parked(block) is None)
+    return blocks, layers
 
 
 def _warm(recipe, blocks, device):
