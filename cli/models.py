@@ -289,7 +289,8 @@ def speedup(
 
     check_timing(source)
     if generate:
-        _generate(source, patterns or ("2:4",), sequences, new_tokens or 128, dtype, compiled)
+        patterns = patterns or (cuobs.Recipe.pattern,)
+        _generate(source, patterns, sequences, new_tokens or 128, dtype, compiled)
         return
     from cuobs.models.packed import timing
 
@@ -312,7 +313,7 @@ def speedup(
     for line in timing.verdict(timings):
         click.echo(line)
     if plot:
-        timing.picture(timings, plot, (patterns or ("2:4",))[0], force)
+        timing.picture(timings, plot, (*patterns, cuobs.Recipe.pattern)[0], force)
         common.show_written(plot)
 
 
