@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+# What is public; the rest is for the package.
+__all__ = ["unfinished"]
+
 # A run that has begun and is not complete; it goes last, when everything else is in its place.
 MARKER = "cuobs_incomplete.json"
 BLOCKS = "cuobs_blocks"
