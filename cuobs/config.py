@@ -23,6 +23,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os import PathLike
+from typing import Any
 
 from cuobs import validation
 from cuobs.pattern import Pattern, parse
@@ -74,7 +76,7 @@ class Config:
             with validation.naming(f"layers.{json.dumps(glob)}"):
                 self.recipe.replace(**_recipe_keys(changes))
 
-    def replace(self, **changes):
+    def replace(self, **changes: Any) -> "Config":
         """The same with some keys of its recipe and of its settings changed."""
         names = (*SETTINGS, "progress")
         settings = {name: changes.pop(name) for name in names if name in changes}
@@ -84,7 +86,7 @@ class Config:
             settings=dataclasses.replace(self.settings, **settings),
         )
 
-    def recipe_for(self, name):
+    def recipe_for(self, name: str) -> Recipe | None:
         """The recipe of a layer of this name, where later globs go before earlier ones; None where
         it is skipped."""
         if any(fnmatchcase(name, glob) for glob in self.skip):
@@ -96,7 +98,7 @@ class Config:
         return recipe
 
 
-def load_config(path):
+def load_config(path: str | PathLike) -> Config:
     """Read a TOML file; a `Config`.
 
     Parameters
@@ -134,7 +136,7 @@ def load_config(path):
         )
 
 
-def to_toml(config):
+def to_toml(config: Config) -> str:
     """A `Config` as the text that `load_config` reads.
 
     Examples

@@ -11,7 +11,9 @@ import difflib
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +40,7 @@ __all__ = [
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
-def split(spec):
+def split(spec: str) -> tuple:
     """Split ``path:key`` into the path and the key of an array in it, None where there is none.
 
     >>> split("model.safetensors:layers.0.weight")
@@ -50,12 +52,12 @@ def split(spec):
     return found.groups() if found else (os.fspath(spec), None)
 
 
-def by_name(path):
+def by_name(path: str) -> bool:
     """Whether the format of a path holds arrays by name."""
     return path.lower().endswith(SUFFIXES[1:])
 
 
-def load(spec, mmap=True):
+def load(spec: str, mmap: bool = True) -> Any:
     """Load one array from ``path`` or ``path:key``.
 
     Parameters
@@ -86,7 +88,7 @@ def load(spec, mmap=True):
     return array if mmap else np.array(array)
 
 
-def load_arrays(path):
+def load_arrays(path: str) -> dict:
     """Load every array of a .npz or .safetensors file, by name; see `load`."""
     names = keys(path)
     if names == [None]:
@@ -94,7 +96,7 @@ def load_arrays(path):
     return {name: _load(path, name) for name in names}
 
 
-def keys(path):
+def keys(path: str) -> list:
     """Names of the arrays in a file; a .npy file holds one, called None."""
     suffix = _suffix(path)
     existing_file(path, _one_of(SUFFIXES))
@@ -110,7 +112,7 @@ def keys(path):
             return list(tensors.keys())
 
 
-def save(spec, array, force=False):
+def save(spec: str, array: Any, force: bool = False) -> None:
     """Save an array under ``path`` or ``path:key``, whole or not at all.
 
     In a .npz or .safetensors file it is called ``key``, or ``weight`` without one. Where the file
@@ -150,7 +152,7 @@ def save(spec, array, force=False):
             containers.replace_in_safetensors(f, path, key, array)
 
 
-def save_arrays(path, content, force=False):
+def save_arrays(path: str, content: dict, force: bool = False) -> None:
     """Save arrays by name as a .npz or .safetensors file, whole or not at all; see `save`.
 
     Other arrays that the file held before are gone.
@@ -165,7 +167,7 @@ def save_arrays(path, content, force=False):
         write(f, content)
 
 
-def check_replaced(spec):
+def check_replaced(spec: str) -> None:
     """Refuse to replace one array of a file that is damaged, or of several without its name."""
     path, key = split(spec)
     if not (by_name(path) and os.path.isfile(path)):
@@ -180,7 +182,7 @@ def check_replaced(spec):
         )
 
 
-def check_format(spec, dtype):
+def check_format(spec: str, dtype: Any) -> None:
     """Refuse a path whose format is unknown or cannot hold ``dtype``, before any work."""
     path, key = split(spec)
     suffix = _suffix(path)
@@ -195,7 +197,7 @@ def check_format(spec, dtype):
         raise ValueError(f"{path}: found bfloat16 to write, expected .safetensors for it")
 
 
-def check_output(path, force=False):
+def check_output(path: str, force: bool = False) -> None:
     """Refuse a path that could not be written, before any work.
 
     Raises
@@ -214,7 +216,7 @@ def check_output(path, force=False):
 
 
 @contextlib.contextmanager
-def replacing(path, force=False):
+def replacing(path: str, force: bool = False) -> Iterator:
     """Open a temporary file beside ``path`` for writing bytes; rename it when all went well.
 
     Whatever interrupts the block, ``path`` is as it was and the temporary file is removed.
@@ -258,7 +260,7 @@ def reserve(f, size):
         f.truncate(size)
 
 
-def write_text(path, text, force=False):
+def write_text(path: str, text: str, force: bool = False) -> None:
     """Write a text file, UTF-8; atomic."""
     with replacing(path, force) as f:
         f.write(text.encode())

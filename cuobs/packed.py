@@ -140,7 +140,7 @@ class Packed:
         """Bytes of values and index."""
         return self.values.nbytes + self.index.nbytes
 
-    def unpack(self):
+    def unpack(self) -> Any:
         """The dense weight (M, K)."""
         if _is_tensor(self.values):
             from cuobs.torch.packed import pattern_text, unpack_tensor

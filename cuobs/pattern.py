@@ -181,7 +181,7 @@ class Pattern:
         what = {1: "", 2: " pairs"}.get(elements, f" blocks of {elements}")
         return f"keep {self.keep} of {blocks}{what}"
 
-    def smallest(self):
+    def smallest(self) -> tuple:
         """Shape (M, K) of the smallest weight that the view divides."""
         sizes = {"M": 1, "K": 1}
         for size, block, scope in zip(self.view.shape, self.block, self.scope, strict=True):

@@ -3,6 +3,8 @@
 import importlib.util
 import itertools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +30,7 @@ REACHES = (6, 16, 28, 42)
 DIRECTIONS = ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1))
 
 
-def check_picture(path):
+def check_picture(path: str) -> None:
     """Refuse a picture that could not be drawn, before any work."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FORMATS:
@@ -42,7 +44,7 @@ def check_matplotlib(name):
         raise ImportError(f"{name}: found no matplotlib to draw it with: {extras.hint('plot')}")
 
 
-def mask_figure(weight, mask=None, pattern=None, title=""):
+def mask_figure(weight: Any, mask: Any = None, pattern: Any = None, title: str = "") -> Any:
     """A corner of a mask, element by element, and the whole weight from afar.
 
     Parameters
@@ -98,7 +100,7 @@ def _means(array):
     return array
 
 
-def patterns_figure(patterns):
+def patterns_figure(patterns: list) -> Any:
     """One scope of each pattern where it lies in a weight, a colour a block.
 
     Parameters
@@ -129,7 +131,7 @@ def patterns_figure(patterns):
     return figure
 
 
-def pareto(table, path, force=False, title=None):
+def pareto(table: Any, path: str, force: bool = False, title: str | None = None) -> None:
     """Draw loss against time, one mark a method with its name beside it.
 
     Parameters
@@ -163,7 +165,7 @@ def pareto(table, path, force=False, title=None):
     save(figure, path, force)
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches."""
     check_matplotlib("a picture")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,14 +176,14 @@ def new_figure(width, height):
     return figure
 
 
-def save(figure, path, force=False):
+def save(figure: Any, path: str, force: bool = False) -> None:
     """Write a figure as .png, .svg or .pdf, whole or not at all."""
     check_picture(path)
     with files.replacing(path, force) as f:
         figure.savefig(f, format=os.path.splitext(path)[1][1:].lower())
 
 
-def label_points(axes, points, line=()):
+def label_points(axes: Any, points: list, line: Sequence = ()) -> list:
     """Write the names beside (x, y, name) marks, where they hide no other name, mark or line."""
     from matplotlib.text import Text
 

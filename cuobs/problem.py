@@ -197,7 +197,7 @@ class Problem:
         """
         return views.by_scope(array, self.layout)
 
-    def check_definite(self):
+    def check_definite(self) -> None:
         """Factor H and look whether that went well; methods that multiply by it would not find out.
 
         Raises
@@ -208,7 +208,7 @@ class Problem:
         self.R  # noqa: B018
         self.check_factored()
 
-    def check_factored(self):
+    def check_factored(self) -> None:
         """Look whether `R`, where it was asked for, is a factor.
 
         A GPU is asked here only, and not while it factors: a method launches its work meanwhile.

@@ -9,7 +9,7 @@ import difflib
 import importlib
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -395,7 +395,7 @@ class Settings:
         """How many have rows of the weight, each its own."""
         return 1 if self.others is None else self.others.size
 
-    def by_rows(self, function, rows):
+    def by_rows(self, function: Callable, rows: int) -> Any:
         """An array of so many rows, some of them made by each of those who share the weight's.
 
         Parameters
@@ -500,7 +500,7 @@ class Recipe:
         found = self.entry.by_row
         return bool(found(**self.options)) if callable(found) else found
 
-    def replace(self, **changes: Any):
+    def replace(self, **changes: Any) -> "Recipe":
         """The same with some keys changed; a method's options are keys like any other.
 
         With another method, its options begin at their defaults.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from html import escape
+from os import PathLike
+from typing import Any
 
 from cuobs import arrays
 
@@ -117,7 +119,7 @@ class Result:
             "time": f"{self.seconds:.2f} s on {self.device}",
         }
 
-    def plot(self, path=None, force=False):
+    def plot(self, path: str | PathLike | None = None, force: bool = False) -> Any:
         """Draw the mask: a corner of it element by element, and the whole weight from afar.
 
         Parameters

@@ -11,6 +11,7 @@ import numbers
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +22,7 @@ MAX_DAMP = 1e6
 
 
 @contextlib.contextmanager
-def naming(spec):
+def naming(spec: str) -> Iterator:
     """Put a file's name before what is wrong with its content."""
     try:
         yield
@@ -41,7 +42,7 @@ def renaming(inner, name):
         raise type(error)(name + text.removeprefix(inner)) from error
 
 
-def existing_file(path, expected, name=None):
+def existing_file(path: str, expected: str, name: str | None = None) -> None:
     """Refuse a path where there is nothing; what is there may still be no file."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{name or path}: found no such file, expected {expected}")

@@ -100,6 +100,31 @@ def test_public_names_are_documented(name):
         assert "Parameters\n" in thing.__doc__
 
 
+@pytest.mark.parametrize("module", [
+    "cuobs", "cuobs.ops", "cuobs.config", "cuobs.files", "cuobs.plotting",
+    *(pytest.param(f"cuobs.{name}", marks=pytest.mark.model) for name in ("models", "torch")),
+])  # fmt: skip
+def test_public_names_have_type_hints(module):
+    """Functions, and the methods of classes: each parameter, and what comes back."""
+    if module in ("cuobs.models", "cuobs.torch"):
+        pytest.importorskip("transformers")
+    module = importlib.import_module(module)
+    functions = {}
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isfunction(thing):
+            functions[name] = thing
+        elif inspect.isclass(thing):
+            functions |= {f"{name}.{n}": f for n, f in vars(thing).items()
+                          if inspect.isfunction(f) and not n.startswith("_")}
+    assert functions
+    for name, function in functions.items():
+        signature = inspect.signature(inspect.unwrap(function))
+        bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+        assert bare in ([], ["self"]), f"{name}: {bare}"
+        assert signature.return_annotation is not signature.empty, name
+
+
 def modules():
     """Each module, those that need PyTorch or whose examples do marked."""
     for module in ["cuobs", *MODULES]:

@@ -52,9 +52,9 @@ def prune_folder(
     say: Callable | None = None,
     progress: Callable | None = None,
     starting: Callable | None = None,
-    drop_first_token=True,
+    drop_first_token: bool = True,
     distill_calibration: str | Sequence[str] = (),
-    on_block=None,
+    on_block: Callable | None = None,
     command: str | None = None,
     host_memory: int | str | None = None,
     **options: Any,
@@ -224,12 +224,12 @@ def write_calibration(
     windows: int = SELF_WINDOWS,
     sequence_length: int | None = None,
     *,
-    temperature=1.0,
-    seed=0,
+    temperature: float = 1.0,
+    seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
-    progress=None,
+    progress: Callable | None = None,
 ) -> Any:
     """Write windows that the model of a folder (or a GGUF) samples itself into a file.
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
+from os import PathLike
 from typing import NamedTuple
 
 import cuobs
@@ -87,7 +88,7 @@ class BlockReport:
     seconds: float = 0.0
     resumed: bool = False
 
-    def labels(self):
+    def labels(self) -> list:
         """Short names of the layers: the last part, or more where two would be alike."""
         inside = [row.name.partition(f".{self.index}.")[2] for row in self.layers]
         last = [name.rpartition(".")[2] for name in inside]
@@ -140,7 +141,7 @@ class RotationReport:
     seconds: float
     memory_peak: int
 
-    def summary(self):
+    def summary(self) -> list:
         """Names and values of what there is to say in a table."""
         heads = f", the values of {self.heads} heads" if self.heads else ""
         untied = f"adds {size_text(self.untied)}" if self.untied else "was one already"
@@ -152,7 +153,7 @@ class RotationReport:
             ("rotation", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
         ]
 
-    def lines(self):
+    def lines(self) -> list:
         """The same as lines of a table."""
         rows = self.summary()
         width = max(len(name) for name, _ in rows)
@@ -191,7 +192,7 @@ class DistillationReport:
     memory_predicted: int = 0
     memory_peak: int = 0
 
-    def summary(self):
+    def summary(self) -> list:
         """Rows of a table: names and values."""
         if not self.divergence:
             return [("distillation", "nothing to learn from")]
@@ -217,7 +218,7 @@ class Agreement(NamedTuple):
     divergence: float
     same_top: float
 
-    def text(self):
+    def text(self) -> str:
         """For people."""
         return f"KL {self.divergence:.4f}, the same likeliest token in {self.same_top:.1%}"
 
@@ -291,7 +292,7 @@ class ModelReport:
         zeros = sum(row.sparsity * n for row, n in zip(self.layers, sizes, strict=True))
         return zeros / max(sum(sizes), 1)
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The report as text."""
         content = {"cuobs": cuobs.__version__, **asdict(replace(self, masks={}))}
         del content["masks"]
@@ -323,7 +324,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_report(folder):
+def read_report(folder: str | PathLike) -> "ModelReport":
     """The report of a pruned model's folder.
 
     Raises

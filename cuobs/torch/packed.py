@@ -78,13 +78,13 @@ class PackedLinear(nn.Module):
         packed.bias = None if bias is None else bias.detach().clone()
         return packed
 
-    def unpack(self):
+    def unpack(self) -> torch.Tensor:
         """The dense weight (M, K)."""
         return unpack_tensor(
             self.weight, self.index, self.pattern, self.out_features, self.in_features
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X Wᵀ + bias over the last dimension of ``x``."""
         flat = x.reshape(-1, x.shape[-1])
         out = packed_linear(
@@ -93,7 +93,7 @@ class PackedLinear(nn.Module):
         )  # fmt: skip
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -1,5 +1,7 @@
 """Keep zeros in transformers' own training loop."""
 
+from typing import Any
+
 from transformers import TrainerCallback
 
 from cuobs.torch.keep_zeros import keep_zeros
@@ -20,12 +22,14 @@ class KeepZeros(TrainerCallback):
     def __init__(self, masks=None):
         self._masks, self._kept = masks, None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Begin to hold."""
         self.on_train_end(args, state, control)
         self._kept = keep_zeros(model, masks=self._masks)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold no longer."""
         if self._kept is not None:
             self._kept.remove()

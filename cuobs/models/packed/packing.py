@@ -58,14 +58,14 @@ class Packing:
     after: int = 0
     zeros: int = 0
 
-    def add(self, other):
+    def add(self, other: "Packing") -> None:
         """Count what was packed elsewhere too."""
         self.modules |= other.modules
         self.left |= other.left
         self.before, self.after = self.before + other.before, self.after + other.after
         self.zeros += other.zeros
 
-    def lines(self):
+    def lines(self) -> list:
         """A summary in lines of text."""
         share = f"{self.after / self.before:.4f}" if self.before else "-"
         yield f"packed       {len(self.modules)} linears by {', '.join(self._patterns())}"
@@ -79,7 +79,7 @@ class Packing:
         if self.zeros:
             yield f"signs        {self.zeros} pruned weights were -0.0 and come back as 0.0"
 
-    def config(self):
+    def config(self) -> dict:
         """What ``config.json`` says of it."""
         return {
             "quant_method": METHOD, "version": VERSION, "pattern": ", ".join(self._patterns()),
@@ -299,9 +299,9 @@ def unpack_folder(
     src: str | PathLike,
     dst: str | PathLike,
     *,
-    shard_size="5GB",
-    trust_remote_code=False,
-    progress=None,
+    shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    progress: Callable | None = None,
 ) -> list:
     """Undo `pack_folder`: the tensors that were packed, bit for bit, in a plain checkpoint.
 

@@ -4,6 +4,7 @@ What can be known before is checked here; PyTorch is imported afterwards.
 """
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import cuobs
@@ -15,20 +16,20 @@ from cuobs.models.tokens.calibration import listed
 
 
 def rotate_folder(
-    src,
-    dst,
-    calibration,
+    src: str | PathLike,
+    dst: str | PathLike,
+    calibration: str | list[str],
     *,
     pattern: Any = "2:4",
-    samples=ROTATION_WINDOWS,
-    sequence_length=None,
-    seed=0,
-    attention_mask=None,
-    shard_size="5GB",
-    save_dtype=None,
-    trust_remote_code=False,
-    device="auto",
-    say=None,
+    samples: int = ROTATION_WINDOWS,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    attention_mask: str | None = None,
+    shard_size: int | str = "5GB",
+    save_dtype: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    say: Callable | None = None,
     progress: Callable | None = None,
     **options: Any,
 ) -> Any:
