@@ -13,7 +13,7 @@ from cuobs.config import to_toml
 from cuobs.models import dry_run, memory
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
-from cuobs.models.checkpoints.checkpoint import finished, set_aside, write_masks
+from cuobs.models.checkpoints.checkpoint import check, finished, set_aside, write_masks
 from cuobs.models.checkpoints.destination import changed_tensors, entries_of, finish
 from cuobs.models.checkpoints.marker import abandon, take_back
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
@@ -312,6 +312,8 @@ def plan(run, view, options):
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
     windows = check_windows(model, mixture.pruning, mask, recipe.drop_first_token)
+    if run.resume:
+        check(run.dst, {"tokens": windows.digest()})
     batch = batch_of(options.get("batch_tokens"), windows, place)
     protocol = _protocol(run, mixture, texts)
     in_files = whole_for(run, recipe) is None

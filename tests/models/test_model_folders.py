@@ -500,6 +500,25 @@ def test_a_full_disk_is_known_before_the_first_block(source, tmp_path, calibrati
     assert not out.exists()
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_other_tokens_are_refused_before_weights_are_read(
+    dry_run, source, tmp_path, calibration, monkeypatch
+):  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
+
+    def never(*_):
+        raise AssertionError("blocks were read")
+
+    monkeypatch.setattr("cuobs.models.parked.Parked._fetch", never)
+    monkeypatch.setattr("cuobs.models.checkpoints.checkpoint.fingerprint", never)
+    other = calibration.replace("windows", "text")
+    with pytest.raises(ValueError, match="resume: found other tokens than the run began with"):
+        prune_folder(
+            source, tmp_path / "out", other, device="cpu", resume=True, dry_run=dry_run
+        )
+
+
 def test_masks_survive_a_resume(source, tmp_path, calibration):
     def stop(report, blocks):
         raise KeyboardInterrupt

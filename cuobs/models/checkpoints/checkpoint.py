@@ -31,6 +31,7 @@ from cuobs.models.checkpoints.source import (
     Source,
     Stored,
     safetensors_header,
+    unfinished,
 )
 from cuobs.models.parked import around, parked, state_of
 from cuobs.models.report import BlockReport
@@ -44,6 +45,24 @@ NO_MATTER = (
 
 # Blocks that are read side by side to make a fingerprint of them.
 READERS = 4
+
+
+def check(folder, identity):
+    """Refuse to go on with a run that began with something else, as far as that is known.
+
+    Parameters
+    ----------
+    folder : path
+        Of an unfinished run, or a new one.
+    identity : dict
+        Some of what decides the result.
+
+    Raises
+    ------
+    ValueError
+    """
+    if unfinished(folder):
+        check_began_with(folder, {"cuobs": cuobs.__version__, **identity}, whole=False)
 
 
 def begin(folder, identity, resume):

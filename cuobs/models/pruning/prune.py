@@ -183,6 +183,9 @@ def prune_model(
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
+    identity = _identity(report, windows, blocks)
+    if resume and ranks.leads:
+        checkpoint.check(checkpoint_folder, identity)
     in_files = parked(blocks[0]) is not None
     check_host(
         work_from_shapes(model, blocks, mine, batch, recipe, device, in_files), device, host_memory
@@ -192,7 +195,6 @@ def prune_model(
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
         if checkpoint_folder is not None and ranks.leads:
-            identity = _identity(report, windows, blocks)
             identity["model"] = checkpoint.fingerprint(model, blocks)
             checkpoint.begin(checkpoint_folder, identity, resume)
         ranks.agree(None)  # the folder is there
