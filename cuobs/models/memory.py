@@ -146,6 +146,17 @@ def let_go(tensor):
         )
 
 
+def mapped_files():
+    """Where this process has mapped files into its memory: ranges of addresses, as Linux tells."""
+    found = []
+    with contextlib.suppress(OSError), open("/proc/self/maps") as file:
+        for line in file:
+            where, _, _, _, inode, *_ = line.split()
+            if inode != "0":
+                found.append(range(*(int(address, 16) for address in where.split("-"))))
+    return found
+
+
 def reset(device):
     """Begin to measure the peak anew."""
     if device.type == "cuda":

@@ -7,12 +7,17 @@ them go again; `at_hand` and `cuobs.models.pruning.resident` keep them for longe
 import contextlib
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from cuobs.cores import cores
 from cuobs.models.checkpoints.names import TensorReader
+
+# Tensors that are read side by side: to have each in memory of its own takes longer than reading.
+READERS = 8
 
 
 class Slot(NamedTuple):
@@ -144,10 +149,13 @@ class Parked:
         return self.read(slot.name).to(slot.held[slot.key].dtype)
 
     def _fetch(self, device, copies=()):
-        for slot in self.slots:
-            found = copies[slot.name] if slot.name in copies else self.take(slot).to(device)
-            slot.tensor.data = found
-            slot.held[slot.key] = slot.tensor
+        def found(slot):
+            return copies[slot.name] if slot.name in copies else self.take(slot).to(device)
+
+        with ThreadPoolExecutor(min(cores(), READERS)) as pool:
+            for slot, tensor in zip(self.slots, pool.map(found, self.slots), strict=True):
+                slot.tensor.data = tensor
+                slot.held[slot.key] = slot.tensor
 
     def _release(self):
         for slot in self.slots:

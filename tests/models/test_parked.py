@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import resource
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_models import make_model, make_source, make_tokens
 
 from cuobs.models import (
@@ -20,6 +22,7 @@ from cuobs.models import (
     pipeline,
     prune_folder,
 )
+from cuobs.models.checkpoints.names import match
 from cuobs.models.checkpoints.source import find_source
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
 from cuobs.models.pruning import prune
@@ -249,15 +252,41 @@ def test_scratch_is_a_list_of_tensors(tmp_path, dtype):
     assert torch.equal(scratch[1], expected[0])
 
 
-def held():
-    """Bytes in memory of the files of a scratch that this process has mapped."""
+def held(name="cuobs_states_"):
+    """Bytes in memory of the files of a scratch, or others, that this process has mapped."""
     found, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match("[0-9a-f]+-", line):
-            inside = "cuobs_states_" in line
+            inside = name in line
         elif inside and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts pages as Linux does")
+@pytest.mark.parametrize("prefix", ["", "body."])
+def test_weights_that_were_looked_at_leave_memory(prefix, tmp_path):
+    """And are what they were. How much comes with a row that is looked at, the kernel decides."""
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1}
+    model = make_model("llama", **wide)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    source, loaded = find_source(tmp_path), make_model("llama", 1, **wide)
+    mapped = torch.from_file(
+        str(tmp_path / "model.safetensors"), size=os.path.getsize(tmp_path / "model.safetensors"),
+        dtype=torch.uint8,
+    )  # fmt: skip
+    for name, parameter in loaded.named_parameters():
+        place = source.stored[prefix + name]
+        content = mapped[place.start : place.start + place.nbytes]
+        parameter.data = content.view(torch.float32).view(place.shape)
+    assert float(mapped.sum()) and held("model.safetensors") >= mapped.nbytes
+    names = match(loaded, source, source.stored)
+    assert names == {name: prefix + name for name in model.state_dict()}
+    assert held("model.safetensors") < mapped.nbytes // 2
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts pages as Linux does")

@@ -33,7 +33,7 @@ from cuobs.models.checkpoints.source import (
     safetensors_header,
     unfinished,
 )
-from cuobs.models.parked import around, parked, state_of
+from cuobs.models.parked import READERS, around, parked, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
 
@@ -41,10 +41,6 @@ from cuobs.models.structure import linears
 NO_MATTER = (
     "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
 )  # fmt: skip
-
-
-# Blocks that are read side by side to make a fingerprint of them.
-READERS = 4
 
 
 def check(folder, identity):
@@ -99,6 +95,7 @@ def digest(block):
     result = hashlib.sha256()
     for name, tensor in state_of(block):
         digests.add(result, tensor, f"{name} ")
+        del tensor  # before the next is read
     if (own := parked(block)) is not None:
         own.digest = result.hexdigest()
     return result.hexdigest()
@@ -121,6 +118,7 @@ def fingerprint(model, blocks):
     result = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for name, tensor in around(model, blocks):
         digests.add(result, tensor, f"{name} ")
+        del tensor
     with ThreadPoolExecutor(min(cores(), READERS)) as pool:
         for found in pool.map(digest, blocks):
             result.update(found.encode())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cuobs.containers import Entry
+from cuobs.models import memory
 from cuobs.models.checkpoints.source import Stored, torch_name
 
 # The dtypes of PyTorch by the names that safetensors gives them.
@@ -129,11 +130,12 @@ def match(model, source, stored):
         does not hold, see `ignored`.
     """
     read, found = TensorReader(source, stored), {}
-    own = model.state_dict()
+    own, files = model.state_dict(), memory.mapped_files()
     rest = []
     for name, tensor in own.items():
         if name in stored and _same(tensor, name, stored, read):
             found[name] = name
+            _leave(tensor, files)
         else:
             rest.append(name)
     shapes = {}
@@ -144,9 +146,19 @@ def match(model, source, stored):
         for other in reversed(candidates):
             if _same(own[name], other, stored, read):
                 found[name] = other
+                _leave(own[name], files)
                 shapes[stored[other].shape].remove(other)
                 break
     return found
+
+
+def _leave(tensor, files):
+    """Have a tensor leave memory that is mapped from one of some files, whose numbers it has.
+
+    A few rows of each weight, and all that comes into memory with every row, are gigabytes.
+    """
+    if any(tensor.data_ptr() in place for place in files):
+        memory.let_go(tensor)
 
 
 def ignored(stored, names, model):
