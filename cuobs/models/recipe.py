@@ -13,9 +13,6 @@ from cuobs.model_choices import ROTATION_STEPS, ROTATION_WINDOWS, SCORES, TARGET
 from cuobs.recipe import KEYS as RECIPE
 from cuobs.recipe import SETTINGS, Recipe, Settings, method_options
 
-# Learning rate of a rotation's steps at the start.
-ROTATION_RATE = 3e-3
-
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -135,16 +132,38 @@ class ModelRecipe:
 KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "config")
 
 
-def check_rotation(
-    steps=ROTATION_STEPS, rate=ROTATION_RATE, windows=ROTATION_WINDOWS, score=SCORES[0], damp=0.01
-):
-    """Refuse what `cuobs.models.rotate` can't be told."""
-    validation.integer("steps", steps, low=0)
-    validation.integer("windows", windows)
-    validation.name_of("score", score, SCORES)
-    validation.damping(damp)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"rate: found {rate!r}, expected a positive number")
+@dataclass(frozen=True)
+class RotationRecipe:
+    """How a rotation is learned; see `cuobs.models.rotate`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A value is wrong.
+    """
+
+    steps: int = ROTATION_STEPS
+    rate: float = 3e-3
+    windows: int = ROTATION_WINDOWS
+    score: str = SCORES[0]
+    permute: bool = True
+    damp: float = Recipe.damp
+
+    def __post_init__(self):
+        validation.integer("steps", self.steps, low=0)
+        validation.integer("windows", self.windows)
+        validation.name_of("score", self.score, SCORES)
+        validation.damping(self.damp)
+        rate = self.rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"rate: found {rate!r}, expected a positive number")
+        if not isinstance(self.permute, bool):
+            raise TypeError(f"permute: found {self.permute!r}, expected true or false")
+
+    @property
+    def compensated(self):
+        """Whether the score of a weight is w² / C_jj, and not w² H_jj."""
+        return self.score == "compensated"
 
 
 def read_arguments(given):

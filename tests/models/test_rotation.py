@@ -10,6 +10,7 @@ from small_models import make_model, make_tokens, same, weights_of
 
 import cuobs
 from cuobs.models.digests import digest
+from cuobs.models.recipe import RotationRecipe
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share, smallest
 from cuobs.models.rotating.rotation import load, rotate
@@ -290,7 +291,7 @@ def test_learned_bases_are_orthogonal_and_leave_the_model_alone(family):
     before = weights_of(model)
     stream = folding.examine(model, tokens)
     counted, patterns = without_first(tokens), everywhere(model)
-    learned = learn(model, stream, tokens, counted, patterns, steps=10, rate=1e-2)
+    learned = learn(model, stream, tokens, counted, patterns, RotationRecipe(10, rate=1e-2))
     assert same(weights_of(model), before)
     assert len(learned.history) == 11 and learned.history[-1] < learned.history[0]
     for R in filter(lambda R: R is not None, (learned.rotation.stream, *learned.rotation.values)):
@@ -303,8 +304,8 @@ def test_compensated_scores_are_those_of_the_inverse():
     model, tokens = make_model("qwen2"), tokens_of()
     stream = folding.examine(model, tokens)
     found = learn(
-        model, stream, tokens, without_first(tokens), everywhere(model), steps=0,
-        score="compensated", permute=False, damp=0.1,
+        model, stream, tokens, without_first(tokens), everywhere(model),
+        RotationRecipe(steps=0, score="compensated", permute=False, damp=0.1),
     )  # fmt: skip
     depth, whole, pruned = len(stream.blocks), 0, 0.0
     eye = torch.eye(stream.width, dtype=torch.float64)

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -17,13 +18,12 @@ from safetensors.torch import safe_open, save
 
 import cuobs
 from cuobs import files
-from cuobs.model_choices import ROTATION_STEPS, ROTATION_WINDOWS, SCORES
 from cuobs.models import memory
 from cuobs.models.blocks import plain_torch
 from cuobs.models.digests import digest
 from cuobs.models.pruning.checks import check_alone
 from cuobs.models.ranks import current
-from cuobs.models.recipe import ROTATION_RATE, check_rotation
+from cuobs.models.recipe import RotationRecipe
 from cuobs.models.report import RotationReport
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.rotation_learning import Learned, learn
@@ -39,12 +39,12 @@ def rotate(
     *,
     attention_mask: Any = None,
     drop_first_token: bool = True,
-    steps: int = ROTATION_STEPS,
-    rate: float = ROTATION_RATE,
-    windows: int = ROTATION_WINDOWS,
-    score: str = SCORES[0],
-    permute: bool = True,
-    damp: float = 0.01,
+    steps: int = RotationRecipe.steps,
+    rate: float = RotationRecipe.rate,
+    windows: int = RotationRecipe.windows,
+    score: str = RotationRecipe.score,
+    permute: bool = RotationRecipe.permute,
+    damp: float = RotationRecipe.damp,
     device: Any = "auto",
     stream: Any = None,
     stored: str | PathLike | None = None,
@@ -111,7 +111,7 @@ def rotate(
     DenoiseRotator, arXiv 2505.23049; SliceGPT, arXiv 2401.15024, for folding.
     """
     began = time.perf_counter()
-    check_rotation(steps, rate, windows, score, damp)
+    recipe = RotationRecipe(steps, rate, windows, score, permute, damp)
     patterns = _patterns_of(model, pattern)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,20 +123,18 @@ def rotate(
     if stream is None:
         check_alone(model, find_blocks(model)[1], tokens, mask)
         stream = folding.examine(model, tokens, device)
-    arguments = {"steps": steps, "rate": rate, "score": score, "permute": permute, "damp": damp}
     identity = {
         "patterns": {name: str(p) for name, p in patterns.items()},
         "tokens": digest(tokens, counted),
         "model": digest(*model.get_submodule(stream.prefix)[0].parameters()),
-        **arguments,
+        **{key: value for key, value in asdict(recipe).items() if key != "windows"},
     }
     learning, ranks = time.perf_counter(), current()
     if ranks.agree(stored is not None and os.path.exists(stored)):
         learned = load(stored, identity)
     else:
         learned = ranks.agree(learn(
-            model, stream, tokens, counted, patterns, attention_mask=mask, device=device,
-            progress=progress, **arguments,
+            model, stream, tokens, counted, patterns, recipe, mask, device, progress
         ))  # fmt: skip
         if stored is not None and ranks.leads:
             store(stored, learned, identity)

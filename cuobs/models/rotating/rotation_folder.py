@@ -11,7 +11,7 @@ import cuobs
 from cuobs.model_choices import ROTATION_WINDOWS
 from cuobs.models.checkpoints.source import find_source
 from cuobs.models.planning import Run, check_run, shard_bytes
-from cuobs.models.recipe import check_rotation
+from cuobs.models.recipe import RotationRecipe
 from cuobs.models.tokens.calibration import listed
 
 
@@ -59,7 +59,7 @@ def rotate_folder(
     )  # fmt: skip
     check_run(run)
     pattern = cuobs.pattern.parse(pattern)
-    check_rotation(**{key: value for key, value in options.items() if key != "permute"})
+    RotationRecipe(**options)
     from cuobs.models.rotating import rotation_pipeline
 
     say = say or (lambda line: None)

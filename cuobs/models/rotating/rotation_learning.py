@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cuobs.model_choices import ROTATION_STEPS, SCORES
 from cuobs.models.ranks import current
-from cuobs.models.recipe import ROTATION_RATE
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
 from cuobs.models.rotating.rotation_moments import compiled, gather
@@ -24,10 +22,7 @@ class Learned(NamedTuple):
     history: tuple
 
 
-def learn(
-    model, stream, tokens, counted, patterns, *, attention_mask=None, steps=ROTATION_STEPS,
-    rate=ROTATION_RATE, score=SCORES[0], permute=True, damp=0.01, device="cpu", progress=None,
-):  # fmt: skip
+def learn(model, stream, tokens, counted, patterns, recipe, mask=None, device="cpu", progress=None):
     """Learn R1 and R2 for patterns; the model stays as it is.
 
     ``R = exp(A − Aᵀ)``, A = 0 at the start. What falls is the share of the score that the pattern
@@ -42,8 +37,10 @@ def learn(
         And which of them enter the sums.
     patterns : dict of Pattern
         By the name of a linear; those that are not named do not count.
-    attention_mask : tensor of int, shape (windows, length), optional
-    steps, rate, score, permute, damp, device, progress
+    recipe : RotationRecipe
+    mask : tensor of int, shape (windows, length), optional
+        0 where a token is padding.
+    device, progress
         See `cuobs.models.rotate`.
 
     Returns
@@ -57,14 +54,11 @@ def learn(
         There is no pattern, or none divides its layer.
     """
     device = torch.device(device)
-    gathered = gather(
-        model, stream, tokens, attention_mask, counted, patterns, device,
-        compensated=score == "compensated", permute=permute, damp=damp,
-    )  # fmt: skip
+    gathered = gather(model, stream, tokens, mask, counted, patterns, device, recipe)
     orders = tuple(block.orders for block in gathered)
-    objective = Objective(stream, gathered, patterns, score == "compensated", device)
-    best, history = _descend(objective, steps, rate, progress)
-    order = objective.scopes_in_order(best) if permute else None
+    objective = Objective(stream, gathered, patterns, recipe.compensated, device)
+    best, history = _descend(objective, recipe.steps, recipe.rate, progress)
+    order = objective.scopes_in_order(best) if recipe.permute else None
     return Learned(objective.rotation(best, orders, order), tuple(history))
 
 

@@ -45,9 +45,7 @@ class BlockMoments(NamedTuple):
 
 
 @torch.no_grad()
-def gather(
-    model, stream, tokens, mask, counted, patterns, device, *, compensated, permute, damp
-):  # fmt: skip
+def gather(model, stream, tokens, mask, counted, patterns, device, recipe):
     """Weights and moments of all blocks, the hidden states going from one to the next.
 
     Processes share the windows where there is one for each.
@@ -62,11 +60,8 @@ def gather(
     patterns : dict of Pattern
         By the name of a linear.
     device : torch.device
-    compensated : bool
-        Whether scores are w² / C_jj.
-    permute : bool
-        Whether inner columns are dealt out to the scopes.
-    damp : float
+    recipe : RotationRecipe
+        How moments are damped, whether scores are w² / C_jj, and inner columns dealt out.
 
     Returns
     -------
@@ -88,12 +83,12 @@ def gather(
             own = calls[index]
             block = copy.deepcopy(block).to(device)
             fold_block(block, part)
-            whole = compensated or permute
+            whole = recipe.compensated or recipe.permute
             sums = _sums(block, part, hidden, own, counts, room, ranks, whole=whole)
-            found.append(_measured(block, part, sums, device, compensated, damp))
-            if permute:
+            found.append(_measured(block, part, sums, device, recipe))
+            if recipe.permute:
                 where = f"{stream.prefix}.{index}"
-                found[-1] = _dealt(found[-1], part, sums, where, patterns, damp)
+                found[-1] = _dealt(found[-1], part, sums, where, patterns, recipe.damp)
             for name, W in found[-1].weights.items():
                 found[-1].weights[name] = W.to(home)
             own.clear()
@@ -154,14 +149,14 @@ def _moment(name, x, part, whole):
     return x.square().sum(0)
 
 
-def _measured(block, part, sums, device, compensated, damp):
+def _measured(block, part, sums, device, recipe):
     """The `BlockMoments` of the sums."""
     modules = linears(block)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
     weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
-    if compensated:
-        sums = {name: _damped_inverse(H, damp) for name, H in sums.items()}
+    if recipe.compensated:
+        sums = {name: _damped_inverse(H, recipe.damp) for name, H in sums.items()}
     heads, scales = None, {}
     for name in part.writers:
         form = sums[name]
@@ -170,7 +165,7 @@ def _measured(block, part, sums, device, compensated, damp):
             heads = form if form.ndim == 4 else form[columns[..., None], columns[..., None, :]]
         else:
             diagonal = form.diagonal() if form.ndim == 2 else form
-            scales[name] = 1 / diagonal if compensated else diagonal
+            scales[name] = 1 / diagonal if recipe.compensated else diagonal
     norms = {norm.name: sums[norm.readers[0]] for norm in part.norms}
     return BlockMoments(weights, norms, heads, scales, ())
 
