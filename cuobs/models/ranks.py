@@ -4,6 +4,9 @@ import contextlib
 import contextvars
 import datetime
 import os
+import signal
+import sys
+import threading
 
 import torch
 from torch import distributed
@@ -15,6 +18,8 @@ from cuobs.sharing import shares_of
 SILENT = 2
 # A process may wait for another that evaluates or writes; torchrun ends all where one dies.
 PATIENCE = datetime.timedelta(days=7)
+# Seconds that a process may take to end once it was told to.
+GRACE = 5.0
 _joined = contextvars.ContextVar("joined", default=None)
 
 
@@ -139,16 +144,14 @@ def joined(device="auto"):
         ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
     token = _joined.set(ranks)
     try:
-        yield ranks
+        with _ended_with_all(store, ranks):
+            yield ranks
     except Exception as error:
         # The first that fails says why; those that fail after it, for it or for the same, do not.
         if store is not None and not _first(store):
             raise SystemExit(SILENT) from None
         if ranks.size > 1 and _left_alone(error):
-            raise ConnectionError(
-                f"torchrun: found that another of {ranks.size} processes has ended, expected all "
-                "to go on; an unfinished run can be resumed, with any number of them"
-            ) from error
+            raise ConnectionError(_alone(ranks)) from error
         raise
     finally:
         _joined.reset(token)
@@ -169,6 +172,50 @@ def _left_alone(error):
     if isinstance(error, distributed.DistError):
         return True
     return type(error) is RuntimeError and "gloo" in str(error)
+
+
+def _alone(ranks):
+    return (
+        f"torchrun: found that another of {ranks.size} processes has ended, expected all to go on; "
+        "an unfinished run can be resumed, with any number of them"
+    )
+
+
+@contextlib.contextmanager
+def _ended_with_all(store, ranks):
+    """End this process meanwhile, once it was told to, where it waits for one that is gone.
+
+    NCCL waits without end, and in a wait Python does not come to handle the SIGTERM by which
+    torchrun ends the others. The thread here is told of it by the C library.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if store is None or not in_main or not callable(signal.getsignal(signal.SIGTERM)):
+        yield  # a process that does not handle it has ended already
+        return
+    (told, tell), over = os.pipe(), threading.Event()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_told, args=(told, over, store, ranks), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+
+
+def _end_when_told(told, over, store, ranks):
+    with open(told, "rb", buffering=0) as signals:
+        while number := signals.read(1):
+            if number[0] == signal.SIGTERM:
+                break
+        else:
+            return
+    if over.wait(GRACE):
+        return
+    if _first(store):
+        print(f"Error: {_alone(ranks)}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _begin(device):

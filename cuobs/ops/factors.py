@@ -1,7 +1,6 @@
 """Cholesky factors and triangular inverses."""
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,13 @@ from cuobs.arrays import namespace
 from cuobs.ops.checks import precise, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
 from cuobs.ops.gram import mirror_upper
+from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
 # Order up to which a matrix is factored in one piece, where others are by rows.
 LEAF = 4096
+# Strips that products with a triangle are made in, each without the zeros beside it.
+STRIPS = 4
 # Orders between which the CPU factors a matrix by one thread.
 ONE_THREAD = (256, 4096)
 
@@ -269,12 +271,13 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
     -------
     array, shape (K, K)
     """
-    _, U = factor_by_rows(A, by_rows, precision, inverted=True)
+    _, U = factor_by_rows(A, by_rows, precision, factor=False, inverted=True)
 
     def gram(rows):
         out = namespace(U).zeros((rows.stop - rows.start, len(U)), U.dtype)
-        part = U[: rows.stop, rows].T, U[: rows.stop, rows.start :]
-        gemm(*part, out[:, rows.start :], precision=precision)
+        for a, b in _strips(rows):
+            into = out[a - rows.start : b - rows.start, a:]
+            gemm(U[:b, a:b].T, U[:b, a:], into, precision=precision)
         return out
 
     out = by_rows(gram, len(U))
@@ -282,8 +285,8 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
     return out
 
 
-def factor_by_rows(A, by_rows, precision="fp32", inverted=False):
-    """The reversed factor R of a matrix, and R⁻¹ where it is wanted.
+def factor_by_rows(A, by_rows, precision="fp32", factor=True, inverted=False):
+    """The reversed factor R of a matrix, and R⁻¹, each where it is wanted.
 
     Of [[P, Q], [Qᵀ, S]] with S = R₂₂R₂₂ᵀ it is [[R₁₁, R₁₂], [0, R₂₂]], where R₁₂ = Q R₂₂⁻ᵀ and
     R₁₁R₁₁ᵀ = P − R₁₂R₁₂ᵀ.
@@ -292,29 +295,55 @@ def factor_by_rows(A, by_rows, precision="fp32", inverted=False):
     ----------
     A, by_rows, precision
         As in `inverse_by_rows`.
-    inverted : bool
+    factor, inverted : bool
 
     Returns
     -------
-    R : array, shape (K, K)
+    R : array, shape (K, K), or None
     U : array, shape (K, K), or None
     """
     K = len(A)
     if K <= LEAF:
         R = reversed_cholesky(A)
-        return R, upper_inverse(R, precision) if inverted else None
-    m, product = K // 2, partial(_exact, precision)
-    R22, U22 = factor_by_rows(A[m:, m:], by_rows, precision, inverted=True)
-    R12 = by_rows(lambda rows: product(A[rows, m:], U22.T), m)
-    left = by_rows(lambda rows: A[rows, :m] - product(R12[rows], R12.T), m)
-    R11, U11 = factor_by_rows(left, by_rows, precision, inverted)
+        return R if factor else None, upper_inverse(R, precision) if inverted else None
+    m = K // 2
+    R22, U22 = factor_by_rows(A[m:, m:], by_rows, precision, factor, inverted=True)
+    R12 = by_rows(lambda rows: _times_lower(A[rows, m:], U22, precision), m)
+    left = by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m)
+    R11, U11 = factor_by_rows(left, by_rows, precision, factor, inverted)
+    R = _upper(R11, R12, R22) if factor else None
     if not inverted:
-        return _upper(R11, R12, R22), None
-    U12 = -by_rows(lambda rows: product(product(U22.T[rows], R12.T), U11.T), K - m).T
-    return _upper(R11, R12, R22), _upper(U11, U12, U22)
+        return R, None
+
+    def corner(rows):
+        return _times_lower(_lower_times(U22, R12.T, rows, precision), U11, precision)
+
+    U12 = -by_rows(corner, K - m).T
+    return R, _upper(U11, U12, U22)
 
 
-def _exact(precision, A, B):
+def _times_lower(A, U, precision):
+    """A Uᵀ of an upper triangular U, without most of its zeros."""
+    out = namespace(A).empty((len(A), len(U)), A.dtype)
+    for a, b in strips(len(U), STRIPS):
+        gemm(A[:, a:], U[a:b, a:].T, out[:, a:b], precision=precision, exact=True)
+    return out
+
+
+def _lower_times(U, B, rows, precision):
+    """Rows of Uᵀ B of an upper triangular U, likewise."""
+    out = namespace(B).empty((rows.stop - rows.start, B.shape[1]), B.dtype)
+    for a, b in _strips(rows):
+        into = out[a - rows.start : b - rows.start]
+        gemm(U[:b, a:b].T, B[:b], into, precision=precision, exact=True)
+    return out
+
+
+def _strips(rows):
+    return [(rows.start + a, rows.start + b) for a, b in strips(rows.stop - rows.start, STRIPS)]
+
+
+def _exact(A, B, precision):
     out = namespace(A).empty((len(A), B.shape[1]), A.dtype)
     gemm(A, B, out, precision=precision, exact=True)
     return out

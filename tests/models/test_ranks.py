@@ -1,5 +1,6 @@
 """Several processes that prune one model, as torchrun starts them; over gloo, on the CPU."""
 
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from small_models import make_model, make_source, make_tokens, prune_all
 
 from cuobs import problem, verify
 from cuobs.models import distill, load_model, prune_folder, prune_model, rotate_folder
+from cuobs.models import ranks as processes
 from cuobs.models.ranks import Ranks, joined
 from cuobs.models.structure import linears
 from cuobs.ops import factors
@@ -237,6 +239,44 @@ def test_who_is_left_alone_says_so_in_one_sentence(place):
     found = together(place, run)
     assert found.stderr.count("found that another of 2 processes has ended") == 1
     assert "gloo" not in found.stderr and "Traceback" not in found.stderr
+
+
+def test_who_waits_without_end_is_ended_too(place, monkeypatch):
+    """By torchrun's SIGTERM, where it waits for NCCL: in a call that no signal interrupts."""
+    monkeypatch.setattr(processes, "GRACE", 0.3)
+
+    def wait_for_ever(ranks, *_):
+        waiting = int(ranks.total(os.getpid() if ranks.leads else 0))
+        if ranks.leads:
+            lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+            lock(mutex)
+            lock(mutex)
+        time.sleep(0.5)
+        os.kill(waiting, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run():
+        Ranks.gather = wait_for_ever
+        main(command(place, place / "waiting"))
+
+    found = together(place, run)
+    assert found.returncode == 128 + signal.SIGTERM
+    assert found.stderr.count("found that another of 2 processes has ended") == 1
+
+
+def test_who_ends_by_itself_when_told_is_let_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.3)
+
+    def run():
+        handled = []
+        signal.signal(signal.SIGTERM, lambda *_: handled.append(True))
+        with joined("cpu"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)
+        assert handled == [True]
+
+    found = together(tmp_path, run)
+    assert found.returncode == 0, found.stderr
 
 
 def test_distillation_goes_on_with_another_number_of_processes(tmp_path):

@@ -3,6 +3,7 @@
 Found by one forward of the block with hooks, not by names.
 """
 
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -90,7 +91,8 @@ def probe(block, hidden, call):
     modules = linears(block)
     for name, module in modules.items():
         module.register_forward_hook(hook(name))
-    out = run(block, hidden, call)
+    with _quick_products(hidden.is_cuda):
+        out = run(block, hidden, call)
     writers = _writers(order, outputs, (out - hidden).reshape(tokens, -1))
 
     members = {}
@@ -102,6 +104,18 @@ def probe(block, hidden, call):
         groups.append(Group(tuple(names), before))
     idle = tuple(name for name in modules if name not in inputs)
     return Plan(tuple(groups), writers, idle)
+
+
+@contextlib.contextmanager
+def _quick_products(on_gpu):
+    """tf32 on a GPU: what the products give is summed in float32 all the same."""
+    before = torch.get_float32_matmul_precision()
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _writers(order, outputs, added):

@@ -110,7 +110,7 @@ def prune_model(
         Called with (done, total) steps while a rotation is learned.
     on_block : callable, optional
         Called with (report, blocks) after each block, the number of all blocks and the
-        `ModelReport` so far.
+        `ModelReport` so far. From a GPU the block may still be on its way back.
     pattern : str or Pattern
         See `cuobs.patterns`. A layer that it does not divide stays as it is, and the report says
         so.
@@ -481,6 +481,7 @@ def _prune_groups(job, index, block, passage):
         writes = any(shares[n] for n in names)
         passage.inputs(place, bool(dense_share), writes, moments.update)
         job.ranks.add_up(*moments.sums())
+        job.source.settle()  # memory is short from here on
         moments.check_finite(job.name(index, group.names[0]))
         memory.make_room(job.device)
         for recipe, members in _by_recipe(job, index, names).items():

@@ -12,7 +12,8 @@ class Resident:
     """Takes blocks to a device, and their weights back to the very memory that they came from.
 
     Those of a parked block come from files; what has become of them is to be kept before it is
-    stored. While one is worked on, the next is already copied to a GPU.
+    stored. While one is worked on, the next is already copied to a GPU, and the one before still
+    on its way back.
 
     Parameters
     ----------
@@ -25,6 +26,7 @@ class Resident:
     def __init__(self, blocks, device):
         self._blocks, self._device = blocks, device
         self._homes, self._next, self._parked = {}, {}, None
+        self._leaving, self._left = {}, None
         self._pool = ThreadPoolExecutor(1)
 
     def __len__(self):
@@ -34,15 +36,18 @@ class Resident:
         return self
 
     def __exit__(self, *_):
-        self._pool.shutdown()
-        if self._parked is not None:
-            self._parked.put_away()
-        for tensor, home in self._homes.values():
-            tensor.data = home
-        self._homes.clear()
+        try:
+            self.settle()
+        finally:
+            self._pool.shutdown()
+            if self._parked is not None:
+                self._parked.put_away()
+            _send_home(self._homes)
 
     def load(self, index):
         """A block, on the device."""
+        if self._leaving.keys() & _tensors(self._blocks[index]).keys():
+            self.settle()  # the two blocks share a tensor
         waiting = self._next.pop(index, None)
         copies = waiting.result() if waiting is not None else {}
         self._parked = parked(self._blocks[index])
@@ -57,15 +62,32 @@ class Resident:
         return self._blocks[index]
 
     def store(self, changed=True):
-        """Take the loaded block back to where it was, with its weights if they have changed."""
-        for tensor, home in self._homes.values():
-            if changed:
-                _copy_back(tensor.data, home)
-            tensor.data = home
-        self._homes.clear()
+        """Take the loaded block back to where it was, with its weights if they have changed.
+
+        From a GPU they are on their way until `settle`.
+        """
+        self.settle()
+        self._leaving, self._homes = self._homes, {}
+        pairs = list(self._leaving.values()) if changed else []
+        if pairs and self._device.type == "cuda":
+            ready = torch.cuda.current_stream(self._device).record_event()
+            self._left = self._pool.submit(_copy_back, pairs, self._device, ready)
+        else:
+            for tensor, home in pairs:
+                home.copy_(tensor.data)
+            self.settle()
         if self._parked is not None:
             self._parked.put_away()
             self._parked = None
+
+    def settle(self):
+        """Have the block that was stored last at home."""
+        left, self._left = self._left, None
+        try:
+            if left is not None:
+                left.result()
+        finally:
+            _send_home(self._leaving)
 
     def digest(self):
         """The fingerprint of the block that is loaded, where it is known; else None."""
@@ -78,8 +100,7 @@ class Resident:
 
     def _away(self, index):
         """The tensors of a block that are in memory and not on the device, each once."""
-        block = self._blocks[index]
-        tensors = {id(t): t for t in (*block.parameters(), *block.buffers())}
+        tensors = _tensors(self._blocks[index])
         return [t for t in tensors.values() if t.device != self._device and not t.is_meta]
 
     def _copy_ahead(self, index):
@@ -109,12 +130,25 @@ class Resident:
         self._next[index] = self._pool.submit(run)
 
 
-def _copy_back(tensor, home):
-    """Copy a tensor of the device into memory of the host, by way of pinned memory."""
-    if not tensor.is_cuda or home.is_cuda:
-        home.copy_(tensor)
-        return
-    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    staged.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    home.copy_(staged)
+def _tensors(block):
+    """The tensors of a block by their ids."""
+    return {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+
+
+def _send_home(homes):
+    """Let tensors be where they were before; a dict of (tensor, memory) that is empty then."""
+    for tensor, home in homes.values():
+        tensor.data = home
+    homes.clear()
+
+
+def _copy_back(pairs, device, ready):
+    """Copy tensors of a GPU, each to its place in the host's memory, after an event."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        for tensor, home in pairs:
+            staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            staged.copy_(tensor.data, non_blocking=True)
+            stream.synchronize()
+            home.copy_(staged)
