@@ -195,13 +195,16 @@ def batches_to_hold(work, device, budget, states=True):
 def _phases(work, device, held):
     """Bytes beside weights and hidden states, phase by phase."""
     streams = 2 if work.mixed else 1
+    # Until the first group is pruned, the block before is on its way back from a GPU.
+    leaving = work.block * (device.type == "cuda")
     for (K, rows), stage in zip(work.groups, work.stages, strict=False):
         # Forwards that wait: all that are held, or those of one batch.
         waiting = min(max(held, 1) * work.batch, work.windows) * stage.waits * streams
         sums = 4 * K * K * streams + (4 * K * work.width if work.mixed else 0)
         # The inputs of tokens that count, and how they differ.
         taken = work.batch * work.length * K * work.element * (3 if work.mixed else 1)
-        yield waiting + sums + max(work.batch * (stage.runs - stage.waits), taken)
+        yield leaving + waiting + sums + max(work.batch * (stage.runs - stage.waits), taken)
+        leaving = 0
         yield waiting * (held > 0) + sums + _pruning(work, device, K, rows)
     waiting = min(held * work.batch, work.windows) * work.stages[-2].waits * streams
     yield waiting + work.batch * work.stages[-1].runs
