@@ -7,7 +7,7 @@ A Llama with hidden size 4096, 14336 in its MLP, 32 and 8 heads, random weights 
 of 2048 tokens. Each setting runs twice: as it is, for the seconds of each block and the peak memory
 beside what was predicted, and with the device waited for after each step, for the shares of steps.
 Under torchrun the processes share the work, each with a GPU; steps are shown for each. With
-``--alone`` the first of them does it alone before, for the ratio.
+``--alone`` the first of them does it alone before, for the ratio; its steps come first.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import transformers
 from torch import distributed
 
 import cuobs
+from cuobs import layer, problem
 from cuobs.models import prune_model
 from cuobs.models import ranks as processes
 from cuobs.models.pruning import prune as loop
 from cuobs.models.pruning import resident, rows, streams, targets
+from cuobs.ops import factors
 
 # Seconds a block after the first and GiB at the peak, predicted and measured, as they were with
 # every group's inputs by forwards from the block's start and sums in tf32; one H100, 2026-11-25.
@@ -36,6 +38,11 @@ STEPS = (
     (targets.Moments, "update", "sums"),
     (processes.Ranks, "add_up", "sums of all processes"),
     (rows, "pulls", "targets"),
+    (problem.Problem, "pull", "targets"),
+    (problem.Problem, "inverse", "factors and inverses"),
+    (factors, "reversed_cholesky", "factors and inverses"),
+    (factors, "factor_by_rows", "factors and inverses"),
+    (layer, "resolve", "re-solve"),
     (rows, "solve_layer", "pruning"),
     (rows, "_losses", "losses"),
     (processes.Ranks, "gather", "rows of all processes"),
@@ -109,8 +116,8 @@ def run(arguments, method, target, ranks):
     return min(others)
 
 
-def run_stepwise(arguments, method, target, ranks):
-    """Prune two blocks, the device waited for after each step, and print the second one's."""
+def run_stepwise(arguments, method, target):
+    """Prune two blocks, the device waited for after each step; the seconds of the second one's."""
     tokens = np.random.default_rng(0).integers(3, 32000, (arguments.windows, arguments.length))
     spent, marks = {}, []
     with stepwise(spent):
@@ -120,14 +127,19 @@ def run_stepwise(arguments, method, target, ranks):
         )  # fmt: skip
     (began, before), (ended, after) = marks
     steps = {label: after[label] - before.get(label, 0.0) for label in after}
-    steps |= {"all else": ended - began - sum(steps.values()), "step by step": ended - began}
+    return steps | {"all else": ended - began - sum(steps.values()), "step by step": ended - began}
+
+
+def show_steps(steps, alone, ranks):
+    """Print the seconds of steps: of one process alone, if it was, and of each of several."""
     found = [steps]
     if ranks.size > 1:
         found = [None] * ranks.size
         distributed.all_gather_object(found, steps)
     if ranks.leads:
-        for label in steps:
-            print(" ", *(f"{one[label]:7.3f}" for one in found), "s ", label, flush=True)
+        found = [alone, *found] if alone else found
+        for label in dict.fromkeys(label for one in found for label in one):
+            print(" ", *(f"{one.get(label, 0.0):7.3f}" for one in found), "s ", label, flush=True)
 
 
 def show(report, method, target, size, before, first, *others):
@@ -162,15 +174,16 @@ def main():
             print(f"{ranks.size} x {torch.cuda.get_device_name()}, cuobs {cuobs.__version__}, "
                   f"torch {torch.__version__}")  # fmt: skip
         for method, target in zip(methods, wanted, strict=True):
-            alone = None
+            alone = by_step = None
             if arguments.alone and ranks.leads:
                 with processes.apart() as one:
                     alone = run(arguments, method, target, one)
+                    by_step = run_stepwise(arguments, method, target)
             ranks.agree(None)  # the others wait
             together = run(arguments, method, target, ranks)
             if alone:
                 print(f"  {alone / together:.2f} times as fast as one GPU")
-            run_stepwise(arguments, method, target, ranks)
+            show_steps(run_stepwise(arguments, method, target), by_step, ranks)
 
 
 if __name__ == "__main__":

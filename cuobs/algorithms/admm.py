@@ -39,6 +39,8 @@ MIN_STEPS = 30
 MAX_STEPS = 300
 # Stop when less than this share of the pruned elements changed in a step.
 SETTLED = 3e-4
+# A step after one in which more than so many times this changed is not the last.
+NEAR = 1.5
 
 
 def admm(problem, schedule="default"):
@@ -71,27 +73,39 @@ def admm(problem, schedule="default"):
     H_operand = tensor_operand(H, precision)
     mask = xp.zeros(W.shape, bool)
     project_mask(W, mask, layout)
-    B, D, V, right = W, W * mask, xp.zeros_like(W), xp.empty_like(W)
-    # B as tensor cores take it, where they do; the pass that reads B writes it too.
+    B, D, V, product = W, W * mask, xp.zeros_like(W), xp.empty_like(W)
+    # Operands as tensor cores take them, where they do.
     B_operand = tensor_operand(B, precision)
-    written = None if B_operand is B else B_operand
+    right = product if B_operand is B else xp.empty_like(B_operand)
+
+    def multiply():
+        if B_operand is not B:
+            B_operand[...] = B
+        gemm(B_operand, H_operand, product, precision=precision)
+
     settings = problem.settings
     n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
     rho, growth = SCHEDULES[schedule]
-    A, inverted = None, 0.0
+    A, inverted, share = None, 0.0, 1.0
+    multiply()
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
             # The last one goes before the next comes.
             A, inverted = None, AHEAD * rho
             A = tensor_operand(_shifted_inverse(problem, H, inverted), precision)
-        ridge_right_side(D, V, G, rho, right, B, written)
-        gemm(B_operand, H_operand, right, alpha=-1, beta=1, precision=precision)
-        gemm(tensor_operand(right, precision), A, B, beta=1, precision=precision)
+        ridge_right_side(D, V, G, B, product, rho, right)
+        gemm(right, A, B, beta=1, precision=precision)
         changed = project_update(B, V, D, mask, rho, layout)
-        share = settings.over_all_rows(changed) / n_pruned
+        # The next step's product is under way while this one's count is waited for.
+        goes_on = step + 1 < MIN_STEPS or share > NEAR * SETTLED
+        if goes_on:
+            multiply()
+        share = settings.over_all_rows(int(changed)) / n_pruned
         settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
             break
+        if not goes_on:
+            multiply()
         rho *= growth[0] if share > 0.1 else growth[1] if share > 0.005 else growth[2]
     project_mask(B, mask, layout)
     B /= scale

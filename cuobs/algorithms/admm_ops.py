@@ -12,15 +12,14 @@ def _check_project_update(B, V, D, mask, rho, layout):
         _check_like("B", B, name, array)
 
 
-def _check_ridge_right_side(D, V, G, rho, out, B=None, operand=None):
+def _check_ridge_right_side(D, V, G, B, product, rho, out):
     contiguous("D", D)
-    if operand is not None:
-        shaped("operand", operand, D.shape)
-        contiguous("operand", operand)
-        if operand.dtype != "float16" or B is None:
-            raise TypeError(f"operand: found dtype {operand.dtype}, expected float16 beside a B")
-    for name, array in ("V", V), ("G", G), ("out", out), ("B", D if B is None else B):
+    for name, array in ("V", V), ("G", G), ("B", B), ("product", product):
         _check_like("D", D, name, array)
+    if out.dtype != "float16":
+        same_dtype("D", D, "out", out)
+    shaped("out", out, D.shape)
+    contiguous("out", out)
 
 
 def _check_like(name, array, other_name, other):
@@ -48,8 +47,8 @@ def project_update(B, V, D, mask, rho, layout):
 
     Returns
     -------
-    int
-        Elements whose mask changed.
+    int, or what `int` makes one of
+        Elements whose mask changed; a GPU is waited for when it is asked for.
     """
     xp = namespace(B)
     xp.multiply(V, 1 / rho, out=D)
@@ -63,26 +62,23 @@ def project_update(B, V, D, mask, rho, layout):
 
 
 @twinned(_check_ridge_right_side)
-def ridge_right_side(D, V, G, rho, out, B=None, operand=None):
-    """The right-hand side ρD − V + G of ADMM's ridge solve, less ρB where B is given.
+def ridge_right_side(D, V, G, B, product, rho, out):
+    """out ← ρ(D − B) − V + G − product, the right-hand side of ADMM's ridge solve less B (H + ρI).
 
     Parameters
     ----------
-    D, V, G : array, shape (M, K)
+    D : array, shape (M, K)
+        May be overwritten.
+    V, G, B : array, shape (M, K)
+    product : array, shape (M, K)
+        B H.
     rho : float
     out : array, shape (M, K)
-        Overwritten.
-    B : array, shape (M, K), optional
-    operand : array of float16, shape (M, K), optional
-        Overwritten by B, which is read anyway.
+        Of the same dtype, such as `product` itself, or of float16. Overwritten.
     """
     xp = namespace(D)
-    if operand is not None:
-        operand[...] = B
-    if B is None:
-        xp.multiply(D, rho, out=out)
-    else:
-        xp.subtract(D, B, out=out)
-        out *= rho
-    out -= V
-    out += G
+    D -= B
+    D *= rho
+    D -= V
+    D += G
+    xp.subtract(D, product, out=out)

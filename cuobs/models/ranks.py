@@ -78,7 +78,7 @@ class Ranks:
         whole = own.new_empty((sum(counts), *own.shape[1:]))
         own, parts = _plain(own.contiguous()), _plain(whole).split(counts)
         if len(set(counts)) == 1:
-            distributed.all_gather_into_tensor(_plain(whole), own)
+            _all_gather(_plain(whole), own)
             return whole
         parts[self.rank].copy_(own)
         for rank, part in enumerate(parts):
@@ -98,6 +98,12 @@ class Ranks:
         found = [value]
         distributed.broadcast_object_list(found)
         return found[0]
+
+
+def _all_gather(whole, own):
+    """What PyTorch calls differently since 2.12."""
+    new = getattr(distributed, "all_gather_single", None)
+    (new or distributed.all_gather_into_tensor)(whole, own)
 
 
 def _plain(tensor):
@@ -130,7 +136,8 @@ def joined(device="auto"):
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
-        On GPUs each process of a host takes its own, and sums go by NCCL; else by gloo.
+        On GPUs each process of a host takes its own, and sums of tensors go by NCCL; those of
+        numbers go by gloo, beside what a GPU is doing, and so does all where there are no GPUs.
 
     Yields
     ------
@@ -225,6 +232,7 @@ def _begin(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
     distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
-    )
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store, rank=rank, world_size=size, timeout=PATIENCE,
+    )  # fmt: skip
     return store

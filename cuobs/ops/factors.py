@@ -309,8 +309,10 @@ def factor_by_rows(A, by_rows, precision="fp32", factor=True, inverted=False):
     m = K // 2
     R22, U22 = factor_by_rows(A[m:, m:], by_rows, precision, factor, inverted=True)
     R12 = by_rows(lambda rows: _times_lower(A[rows, m:], U22, precision), m)
-    left = by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m)
-    R11, U11 = factor_by_rows(left, by_rows, precision, factor, inverted)
+    R11, U11 = factor_by_rows(
+        by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m),
+        by_rows, precision, factor, inverted,
+    )  # fmt: skip
     R = _upper(R11, R12, R22) if factor else None
     if not inverted:
         return R, None

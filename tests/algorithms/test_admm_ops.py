@@ -37,7 +37,7 @@ def test_projection(xp, rng, dtype, close, text):
     after = mask_of(B + V / rho)
     D = (B + V / rho) * after
     np.testing.assert_array_equal(host(mask), after)
-    assert changed == (before != after).sum()
+    assert int(changed) == (before != after).sum()
     close(d, D)
     np.testing.assert_allclose(host(v), V + rho * (B - D), rtol=0,
                                atol={"float32": 1e-5, "float64": 1e-13}[dtype])
@@ -46,13 +46,20 @@ def test_projection(xp, rng, dtype, close, text):
 
 @SINGLE
 def test_ridge_right_side(xp, rng, dtype, close):
-    D, V, G, B = (rng.standard_normal((7, 33)) for _ in range(4))
-    d, v, g, b = (xp.asarray(a, dtype) for a in (D, V, G, B))
-    out = xp.empty(D.shape, dtype)
-    admm_ops.ridge_right_side(d, v, g, 0.7, out)
-    close(out, 0.7 * D - V + G)
-    admm_ops.ridge_right_side(d, v, g, 0.7, out, b)
-    close(out, 0.7 * D - V + G - 0.7 * B)
+    """Into an array of its own, into float16, and in place of the product."""
+    D, V, G, B, P = (rng.standard_normal((7, 33)) for _ in range(5))
+    expected = 0.7 * (D - B) - V + G - P
+    v, g, b, p = (xp.asarray(a, dtype) for a in (V, G, B, P))
+    out, half = xp.empty(D.shape, dtype), xp.empty(D.shape, "float16")
+    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, out)
+    close(out, expected)
+    close(p, P)
+    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, half)
+    assert (half == out.astype("float16")).all()
+    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, p)
+    assert (p == out).all()
+    for array, given in ((v, V), (g, G), (b, B)):
+        assert (array == xp.asarray(given, dtype)).all()
 
 
 @pytest.mark.gpu
@@ -74,7 +81,7 @@ def test_project_update(cp, rng, pattern, m, n, dtype):
         found = admm_ops.project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, rho, layout)
         differ = (arrays.to_numpy(mask_gpu) != mask).sum()
         assert differ == 0 if dtype == "float64" else differ <= 1e-3 * mask.size
-        assert abs(found - changed) <= differ
+        assert abs(int(found) - changed) <= differ
         if differ:
             return
         near(V_gpu, V, dtype)
@@ -88,16 +95,31 @@ def test_project_update(cp, rng, pattern, m, n, dtype):
 
 @pytest.mark.gpu
 @SINGLE
-@pytest.mark.parametrize("with_B", [False, True])
+@pytest.mark.parametrize("out", ["own", "half", "product"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 131), (300, 257)])
-def test_ridge_right_side_by_a_kernel(cp, rng, shape, with_B, dtype):
-    D, V, G, B = (rng.standard_normal(shape).astype(dtype) for _ in range(4))
-    B = B if with_B else None
-    expected, found = np.empty_like(D), cp.empty(shape, dtype)
-    admm_ops.ridge_right_side(D, V, G, 0.3, expected, B)
-    admm_ops.ridge_right_side(*map(cp.asarray, (D, V, G)), 0.3, found,
-                                None if B is None else cp.asarray(B))
-    near(found, expected, dtype, single=1e-6, double=1e-14)
+def test_ridge_right_side_by_a_kernel(cp, rng, shape, out, dtype):
+    given = [rng.standard_normal(shape).astype(dtype) for _ in range(5)]
+    expected = np.empty(shape, dtype)
+    on_gpu = [cp.asarray(A) for A in given]
+    admm_ops.ridge_right_side(*given, 0.3, expected)
+    kind = "float16" if out == "half" else dtype
+    found = on_gpu[4] if out == "product" else cp.empty(shape, kind)
+    admm_ops.ridge_right_side(*on_gpu, 0.3, found)
+    rounded = 1e-3 if out == "half" else 0.0
+    near(found, expected, dtype, single=1e-6 + rounded, double=1e-14 + rounded)
+
+
+@pytest.mark.gpu
+def test_a_count_is_not_waited_for_by_what_follows(cp):
+    """`int` gives what was counted, whatever is launched behind it."""
+    layout = layout_of("2:4", 512, 256)
+    B = cp.random.standard_normal(layout.shape, "float32")
+    V, D, mask = cp.zeros_like(B), cp.empty_like(B), cp.zeros(B.shape, bool)
+    first = admm_ops.project_update(B, V, D, mask, 0.5, layout)
+    kept = mask.copy()
+    again = admm_ops.project_update(cp.roll(B, 1), V, D, mask, 0.5, layout)
+    assert int(again) == int((mask != kept).sum()) > 0
+    assert int(first) == B.size // 2
 
 
 def test_passes_refuse_what_is_not_row_after_row(xp):
@@ -116,7 +138,9 @@ def test_passes_refuse_what_is_not_row_after_row(xp):
     with pytest.raises(TypeError, match="V: found dtype float32, expected float64"):
         admm_ops.project_update(whole, whole.astype("float32"), whole, mask, 0.5, layout)
     with pytest.raises(ValueError, match="G: found shape"):
-        admm_ops.ridge_right_side(whole, whole, whole[:1], 0.5, whole)
+        admm_ops.ridge_right_side(whole, whole, whole[:1], whole, whole, 0.5, whole)
+    with pytest.raises(TypeError, match="out: found dtype float32, expected float64"):
+        admm_ops.ridge_right_side(*[whole] * 5, 0.5, whole.astype("float32"))
 
 
 @pytest.mark.parametrize("method", ["admm", "sparsegpt", "true-obs", "obs-local"])

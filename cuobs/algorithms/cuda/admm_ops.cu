@@ -2,13 +2,13 @@
 //
 //   project_update(B, V, D, mask, rho, inverse_rho, m, n, changed)    one thread a scope
 //     D <- project(B + V / rho), V <- V + rho (B - D)
-//   right_side(D, V, G, B, rho, out, operand, size)                   one thread an element
-//     out <- rho D - V + G, or rho (D - B) - V + G where B is not null; operand <- B, if not null
+//   right_side(D, V, G, B, product, rho, out, operand, size)          one thread an element
+//     rho (D - B) - V + G - product, to the one of out and operand that is not null
 //
-//     B, V, D, G, out   REAL, (m r, n c)
-//     mask              bool, (m r, n c), true = kept
-//     operand           half, (m r, n c)
-//     changed           one number, to which the mask's changed elements are added
+//     B, V, D, G, product, out   REAL, (m r, n c); out may be product
+//     mask                       bool, (m r, n c), true = kept
+//     operand                    half, (m r, n c)
+//     changed                    one number, to which the mask's changed elements are added
 //
 // Macros: THREADS, and those of project.cuh; right_side needs REAL and THREADS alone.
 #ifdef N_BLOCKS
@@ -52,13 +52,13 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 right_side(const REAL* __restrict__ D, const REAL* __restrict__ V, const REAL* __restrict__ G,
-           const REAL* __restrict__ B, const REAL rho, REAL* __restrict__ out,
+           const REAL* __restrict__ B, const REAL* product, const REAL rho, REAL* out,
            __half* __restrict__ operand, const long long size) {
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size;
          i += gridDim.x * (long long)blockDim.x) {
-        const REAL b = B ? B[i] : REAL(0);
-        out[i] = rho * (B ? D[i] - b : D[i]) - V[i] + G[i];
-        if (operand) operand[i] = __float2half((float)b);
+        const REAL value = rho * (D[i] - B[i]) - V[i] + G[i] - product[i];
+        if (out) out[i] = value;
+        else operand[i] = __float2half((float)value);
     }
 }
 #endif

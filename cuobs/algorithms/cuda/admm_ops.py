@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import cupy
+import cupyx
 import numpy as np
 
 from cuobs.ops.cuda import loader
@@ -18,14 +20,28 @@ def project_update(B, V, D, mask, rho, layout):
         return NotImplemented
     real = B.dtype.type
     args = B, V, D, mask, real(rho), real(1 / rho)
-    return launch_projection(SOURCE, "project_update", args, B, layout)
+    return Count(launch_projection(SOURCE, "project_update", args, B, layout))
 
 
-def ridge_right_side(D, V, G, rho, out, B=None, operand=None):
+class Count:
+    """A number that a GPU still counts: `int` waits for that, and for nothing launched since."""
+
+    def __init__(self, number):
+        self._number = cupyx.empty_pinned((), number.dtype)
+        number.get(out=self._number, blocking=False)
+        self._counted = cupy.cuda.Event(disable_timing=True)
+        self._counted.record()
+
+    def __int__(self):
+        self._counted.synchronize()
+        return int(self._number)
+
+
+def ridge_right_side(D, V, G, B, product, rho, out):
     kernel = loader.kernel_for(SOURCE, "right_side", _element_defines, D.dtype.name)
     blocks = min(-(-D.size // ELEMENTS), MAX_BLOCKS)
-    B, operand = (loader.NULL if array is None else array for array in (B, operand))
-    kernel((blocks,), (ELEMENTS,), (D, V, G, B, D.dtype.type(rho), out, operand,
+    places = (out, loader.NULL) if out.dtype == D.dtype else (loader.NULL, out)
+    kernel((blocks,), (ELEMENTS,), (D, V, G, B, product, D.dtype.type(rho), *places,
                                     np.int64(D.size)))
 
 

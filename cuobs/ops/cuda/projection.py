@@ -14,17 +14,17 @@ SOURCE = Path(__file__).with_suffix(".cu")
 def project_mask(B, mask, layout):
     if not unrolls(layout):
         return NotImplemented
-    return launch_projection(SOURCE, "project_mask", (B, mask), B, layout)
+    return int(launch_projection(SOURCE, "project_mask", (B, mask), B, layout))
 
 
 def launch_projection(source, name, args, B, layout):
-    """Launch a thread for each scope of B; returns the count of changed elements."""
+    """Launch a thread for each scope of B; the count of changed elements, on the device."""
     m, n = B.shape[0] // layout.rows, B.shape[1] // layout.columns
     changed = cupy.zeros((), np.uint64)
     kernel = loader.kernel_for(source, name, projection_defines, layout, B.dtype)
     grid, block = scope_grid(m, n)
     kernel(grid, block, (*args, np.int32(m), np.int32(n), changed))
-    return int(changed)
+    return changed
 
 
 def projection_defines(layout, dtype):
