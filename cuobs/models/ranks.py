@@ -18,8 +18,8 @@ from cuobs.sharing import shares_of
 SILENT = 2
 # A process may wait for another that evaluates or writes; torchrun ends all where one dies.
 PATIENCE = datetime.timedelta(days=7)
-# Seconds that a process may take to end once it was told to.
-GRACE = 5.0
+# Seconds that a process may take to end once it was told to, and until a thread has heard of it.
+GRACE, HEARD = 5.0, 0.5
 _joined = contextvars.ContextVar("joined", default=None)
 
 
@@ -149,16 +149,22 @@ def joined(device="auto"):
     ranks = Ranks()
     if store is not None or mine:
         ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
-    token = _joined.set(ranks)
+    token, told = _joined.set(ranks), threading.Event()
     try:
-        with _ended_with_all(store, ranks):
+        with _told_to_end(told, store, ranks):
             yield ranks
+    except KeyboardInterrupt:
+        if store is None or not told.wait(HEARD):
+            raise
+        if not _first(store):
+            raise SystemExit(SILENT) from None
+        raise ConnectionError(_all_end(ranks)) from None
     except Exception as error:
         # The first that fails says why; those that fail after it, for it or for the same, do not.
         if store is not None and not _first(store):
             raise SystemExit(SILENT) from None
         if ranks.size > 1 and _left_alone(error):
-            raise ConnectionError(_alone(ranks)) from error
+            raise ConnectionError(_all_end(ranks)) from error
         raise
     finally:
         _joined.reset(token)
@@ -181,28 +187,28 @@ def _left_alone(error):
     return type(error) is RuntimeError and "gloo" in str(error)
 
 
-def _alone(ranks):
+def _all_end(ranks):
     return (
-        f"torchrun: found that another of {ranks.size} processes has ended, expected all to go on; "
-        "an unfinished run can be resumed, with any number of them"
+        f"torchrun: found that its {ranks.size} processes end, as they do where one has, expected "
+        "all to go on; an unfinished run can be resumed, with any number of them"
     )
 
 
 @contextlib.contextmanager
-def _ended_with_all(store, ranks):
-    """End this process meanwhile, once it was told to, where it waits for one that is gone.
+def _told_to_end(told, store, ranks):
+    """Note a SIGTERM, by which torchrun ends the others, and end this process where that is stuck.
 
-    NCCL waits without end, and in a wait Python does not come to handle the SIGTERM by which
-    torchrun ends the others. The thread here is told of it by the C library.
+    NCCL waits without end for one that is gone, and in such a wait Python does not come to handle a
+    signal. The thread here is told of it by the C library.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if store is None or not in_main or not callable(signal.getsignal(signal.SIGTERM)):
         yield  # a process that does not handle it has ended already
         return
-    (told, tell), over = os.pipe(), threading.Event()
+    (heard, tell), over = os.pipe(), threading.Event()
     os.set_blocking(tell, False)
     before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    threading.Thread(target=_end_when_told, args=(told, over, store, ranks), daemon=True).start()
+    threading.Thread(target=_listen, args=(heard, told, over, store, ranks), daemon=True).start()
     try:
         yield
     finally:
@@ -211,17 +217,17 @@ def _ended_with_all(store, ranks):
         os.close(tell)
 
 
-def _end_when_told(told, over, store, ranks):
-    with open(told, "rb", buffering=0) as signals:
-        while number := signals.read(1):
-            if number[0] == signal.SIGTERM:
-                break
-        else:
-            return
+def _listen(heard, told, over, store, ranks):
+    with open(heard, "rb", buffering=0) as signals:
+        while (number := signals.read(1)) and number[0] != signal.SIGTERM:
+            pass
+    if not number:
+        return
+    told.set()
     if over.wait(GRACE):
         return
     if _first(store):
-        print(f"Error: {_alone(ranks)}", file=sys.stderr, flush=True)
+        print(f"Error: {_all_end(ranks)}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGTERM)
 
 

@@ -237,7 +237,7 @@ def test_who_is_left_alone_says_so_in_one_sentence(place):
         main(command(place, place / "alone"))
 
     found = together(place, run)
-    assert found.stderr.count("found that another of 2 processes has ended") == 1
+    assert found.stderr.count("found that its 2 processes end, as they do where one has") == 1
     assert "gloo" not in found.stderr and "Traceback" not in found.stderr
 
 
@@ -261,7 +261,7 @@ def test_who_waits_without_end_is_ended_too(place, monkeypatch):
 
     found = together(place, run)
     assert found.returncode == 128 + signal.SIGTERM
-    assert found.stderr.count("found that another of 2 processes has ended") == 1
+    assert found.stderr.count("found that its 2 processes end, as they do where one has") == 1
 
 
 def test_who_ends_by_itself_when_told_is_let_be(tmp_path, monkeypatch):
@@ -277,6 +277,18 @@ def test_who_ends_by_itself_when_told_is_let_be(tmp_path, monkeypatch):
 
     found = together(tmp_path, run)
     assert found.returncode == 0, found.stderr
+
+
+def test_what_torchrun_ends_says_so_in_one_sentence(place):
+    """Not that it was stopped, and not every process."""
+
+    def run():
+        Ranks.gather = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
+        main(command(place, place / "ended"))
+
+    found = together(place, run)
+    assert found.stderr.count("found that its 2 processes end, as they do where one has") == 1
+    assert "Stopped" not in found.stderr and "Traceback" not in found.stderr
 
 
 def test_distillation_goes_on_with_another_number_of_processes(tmp_path):
