@@ -64,6 +64,14 @@ class Ranks:
                 weight.grad = torch.zeros_like(weight)
             distributed.all_reduce(weight.grad)
 
+    def add_up_slices(self, tensor):
+        """This process's slice of the sum of everyone's flat tensor, as long as all others'."""
+        if self.size == 1:
+            return tensor
+        own = tensor.new_empty(len(tensor) // self.size)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(own, tensor)
+        return own
+
     def total(self, numbers):
         """The sum of a number over all processes, or those of each number in lists."""
         if self.size == 1:
@@ -78,7 +86,7 @@ class Ranks:
         whole = own.new_empty((sum(counts), *own.shape[1:]))
         own, parts = _plain(own.contiguous()), _plain(whole).split(counts)
         if len(set(counts)) == 1:
-            _all_gather(_plain(whole), own)
+            _named("all_gather_single", "all_gather_into_tensor")(_plain(whole), own)
             return whole
         parts[self.rank].copy_(own)
         for rank, part in enumerate(parts):
@@ -100,10 +108,9 @@ class Ranks:
         return found[0]
 
 
-def _all_gather(whole, own):
-    """What PyTorch calls differently since 2.12."""
-    new = getattr(distributed, "all_gather_single", None)
-    (new or distributed.all_gather_into_tensor)(whole, own)
+def _named(new, old):
+    """What PyTorch calls by a new name since 2.12."""
+    return getattr(distributed, new, None) or getattr(distributed, old)
 
 
 def _plain(tensor):

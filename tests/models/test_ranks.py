@@ -19,7 +19,7 @@ from cuobs_cli import main
 from small_models import make_model, make_source, make_tokens, prune_all
 
 from cuobs import problem, verify
-from cuobs.models import distill, load_model, prune_folder, prune_model, rotate_folder
+from cuobs.models import distill, load_model, memory, prune_folder, prune_model, rotate_folder
 from cuobs.models import ranks as processes
 from cuobs.models.ranks import Ranks, joined
 from cuobs.models.structure import linears
@@ -291,38 +291,88 @@ def test_what_torchrun_ends_says_so_in_one_sentence(place):
     assert "Stopped" not in found.stderr and "Traceback" not in found.stderr
 
 
-def test_distillation_goes_on_with_another_number_of_processes(tmp_path):
-    tokens = make_tokens(18)
+def learn(state=None, on=False, **options):
+    """What distilling a small model comes to, and its weights."""
+    model = prune_all(make_model("llama"))
+    masks = {n: m.weight != 0 for n, m in linears(model).items() if "layers" in n}
+    report = distill(
+        model, make_model("llama"), masks, make_tokens(18), passes=2, rate=1e-3, resume=on,
+        state=state, save_seconds=0.0, **options,
+    )  # fmt: skip
+    return report, torch.cat([m.weight.detach().flatten() for m in linears(model).values()])
 
-    def model_and_masks():
-        model = prune_all(make_model("llama"))
-        masks = {n: m.weight != 0 for n, m in linears(model).items() if "layers" in n}
-        return model, masks
 
-    def learn(on=False, progress=None):
-        model, masks = model_and_masks()
-        report = distill(
-            model, make_model("llama"), masks, tokens, passes=2, rate=1e-3, resume=on,
-            state=tmp_path / "state", save_seconds=0.0, progress=progress,
-        )  # fmt: skip
-        return report, torch.cat([m.weight.detach().flatten() for m in linears(model).values()])
+def share_weights_out(monkeypatch):
+    """Let a device have no room for all weights of a small model, but for slices of them."""
+    size = sum(p.numel() for p in make_model("llama").parameters())
+    monkeypatch.setattr(memory, "whole", lambda device: 12 * learning() + 8 * size - 1)
+
+
+def learning():
+    """Weights that learn in a small model."""
+    modules = linears(make_model("llama")).items()
+    return sum(module.weight.numel() for name, module in modules if "layers" in name)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_distillation_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, sliced):
+    state = tmp_path / "state"
 
     def two():
         def stop(done, _):
             if done == 3:
                 os._exit(0)
 
+        if sliced:
+            share_weights_out(monkeypatch)
         with joined("cpu"):
-            learn(progress=stop)
+            learn(state, progress=stop)
 
-    whole, weights = learn()
-    (tmp_path / "state").unlink()
+    whole, weights = learn(state)
+    state.unlink()
     assert together(tmp_path, two).returncode == 0
     steps = []
-    report, again = learn(on=True, progress=lambda done, _: steps.append(done))
+    report, again = learn(state, on=True, progress=lambda done, _: steps.append(done))
     assert steps[0] == 4
     assert report.divergence == pytest.approx(whole.divergence, rel=1e-4)
     assert (again - weights).norm() < 1e-4 * weights.norm()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_weights_are_shared_out_where_they_do_not_fit(tmp_path, monkeypatch, processes):
+    """A process learns slices, of which some are filled up; the last step has two windows."""
+    expected, weights = learn()
+
+    def several():
+        share_weights_out(monkeypatch)
+        held, adam = [], torch.optim.AdamW
+
+        def noted(given, **options):
+            held.append(sum(weight.numel() for weight in given))
+            return adam(given, **options)
+
+        monkeypatch.setattr(torch.optim, "AdamW", noted)
+        with joined("cpu") as ranks:
+            report, found = learn()
+            assert 0 <= held[0] - learning() / processes < 100
+            assert report.divergence == pytest.approx(expected.divergence, rel=1e-4)
+            assert report.kept == expected.kept and report.memory_predicted
+            assert (found - weights).norm() < 1e-4 * weights.norm(), ranks.rank
+
+    found = together(tmp_path, several, processes=processes)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_model_that_slices_do_not_fit_either_is_refused(tmp_path, monkeypatch):
+    def two():
+        monkeypatch.setattr(memory, "whole", lambda device: 1000)
+        with joined("cpu"), pytest.raises(ValueError, match="for each of 2 processes, expected "):
+            learn()
+
+    assert together(tmp_path, two).returncode == 0
+    monkeypatch.setattr(memory, "whole", lambda device: 1000)
+    with pytest.raises(ValueError, match="for each of 1 processes, expected .* more processes"):
+        learn()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cuobs import arrays, validation
 from cuobs.models import memory
@@ -23,6 +24,7 @@ from cuobs.models.digests import digest
 from cuobs.models.distilling import fitting
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import Cut
+from cuobs.models.distilling.sharding import sharded
 from cuobs.models.distilling.state import State, put
 from cuobs.models.ranks import current
 from cuobs.models.repeatable import repeatable
@@ -71,8 +73,8 @@ def distill(
     kept aside, and the model ends with the weights of the pass that did best there, or with those
     it had.
 
-    Processes that torchrun started share the windows of each step and add up their gradients; each
-    holds all weights.
+    Processes that torchrun started share the windows of each step and add up their gradients. Each
+    holds all weights, or, where its device has no room for that, a slice of each that learns.
 
     Parameters
     ----------
@@ -136,7 +138,7 @@ def distill(
     report.windows, report.aside = len(learned), len(aside)
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
-    check_fits(model, sum(weight.numel() for weight in weights.values()), device)
+    apart = check_fits(model, sum(weight.numel() for weight in weights.values()), device)
     saved = State(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
     if state is not None:
         given = {
@@ -149,15 +151,18 @@ def distill(
     began = time.perf_counter()
     memory.reset(device)
     with contextlib.ExitStack() as held:
+        split, blocks = None, fitting.blocks_of(model)
+        if apart:
+            weights, masks, split = _shared_out(model, dense, weights, masks, device, held)
         for part in (model, dense):
             held.enter_context(evaluating(part))
             held.enter_context(_in_float32(part, device))
         held.enter_context(_learning_alone(model, weights.values()))
         held.enter_context(repeatable(device))
         held.enter_context(sdpa_kernel(ATTENTIONS))
-        pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device)
+        pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device, split, blocks)
         room, again, report.memory_predicted = fitting.plan(pair, step_windows, checkpointing)
-        held.enter_context(fitting.forward_again(model, again))
+        held.enter_context(fitting.forward_again(blocks if again else []))
         if starting:
             starting(report)
         _learn(pair, room, steps, aside, report, saved, progress, on_pass)
@@ -185,18 +190,39 @@ def check_fits(model, learning, device):
         Weights that learn.
     device : torch.device
 
+    Returns
+    -------
+    bool
+        Whether processes have to share the weights that learn out among them.
+
     Raises
     ------
     ValueError
         The model and the dense one, in float32, gradients and two moments take more than there is.
     """
-    needed = 12 * learning + 8 * sum(parameter.numel() for parameter in model.parameters())
-    if needed > memory.whole(device):
+    ranks, room = current(), memory.whole(device)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    needed = 12 * learning + 8 * every
+    if needed <= room:
+        return False
+    least = 20 * learning // ranks.size + 8 * (every - learning)
+    if ranks.size == 1 or least > room:
         raise ValueError(
-            f"distill: found a model that takes {arrays.size_text(needed)} with the dense one, its "
-            f"gradients and moments, expected one for the {arrays.size_text(memory.whole(device))} "
-            "of a device: processes share windows, and each holds all weights"
+            f"distill: found a model that takes {arrays.size_text(least)} with the dense one, its "
+            f"gradients and moments, for each of {ranks.size} processes, expected one for the "
+            f"{arrays.size_text(room)} of a device, or more processes"
         )
+    return True
+
+
+def _shared_out(model, dense, weights, masks, device, held):
+    """Slices of weights and masks by the weights' names, and their `Split`, while a stack holds."""
+    names, ranks = list(weights), current()
+    slices, split = held.enter_context(sharded(model, names, ranks, device))
+    there = dict(dense.named_parameters())
+    held.enter_context(sharded(dense, [n for n in names if n in there], ranks, device))
+    masks = {name: split.own(mask) for name, mask in masks.items()}
+    return dict(zip(names, slices, strict=True)), masks, split
 
 
 def set_aside(windows):
@@ -216,13 +242,15 @@ def set_aside(windows):
 class _Pair:
     """The pruned model and the dense one on a device, and windows for both."""
 
-    def __init__(self, model, dense, weights, masks, stored, tokens, mask, device):
-        self.weights, self.stored = list(weights.values()), stored
+    def __init__(
+        self, model, dense, weights, masks, stored, tokens, mask, device, split=None, blocks=()
+    ):  # fmt: skip
+        self.weights, self.stored, self.split = list(weights.values()), stored, split
         self.kept = [masks[name].to(device) for name in weights]
         self.tokens = tokens.to(device)
         self.mask = None if mask is None else mask.to(device)
         self.device, self.ranks = device, current()
-        self.model = model
+        self.model, self.blocks = model, blocks
         with self._products():
             self.pruned, self.dense = Cut(model, self.tokens), Cut(dense, self.tokens)
 
@@ -231,35 +259,38 @@ class _Pair:
         with self._products():
             return cut.hidden(tokens, mask).flatten(0, 1)
 
-    def given(self, windows):
-        """Tokens of some windows, their mask, and 1 for each token that counts."""
+    def given(self, windows, number=None):
+        """Tokens of some windows, their mask, and 1 for each token that counts: of so many windows,
+        by default of all."""
         tokens = self.tokens[windows]
         if self.mask is None:
-            return tokens, None, torch.ones(tokens.numel(), device=self.device)
-        mask = self.mask[windows]
-        return tokens, mask, mask.flatten().float()
+            mask, counts = None, torch.ones(tokens.shape, device=self.device)
+        else:
+            mask = self.mask[windows]
+            counts = mask.float()
+        if number is not None:
+            counts[max(number, 0) :] = 0
+        return tokens, mask, counts.flatten()
 
     @torch.no_grad()
     def divergence(self, windows, room):
         """The mean over the tokens of some windows."""
 
         def part(start, stop):
-            tokens, mask, counts = self.given(windows[start:stop])
+            tokens, mask, counts = self.given(own[start:stop], number - start)
             both = (self.hidden(cut, tokens, mask) for cut in (self.pruned, self.dense))
             return divergence(self.pruned, self.dense, *both, counts)
 
-        counts = self.given(windows)[2].sum()
-        windows = windows[self.ranks.share]
-        lost = sum(room.each(len(windows), part))
+        counts, (own, number) = self.given(windows)[2].sum(), self._own(windows)
+        lost = sum(room.each(len(own), part))
         return self.ranks.total(float(lost)) / float(counts)
 
     def gradient(self, windows, room):
         """Set the gradients of the mean over some windows, 0 where a weight is pruned."""
-        whole = self.given(windows)[2].sum()
-        windows = windows[self.ranks.share]
+        whole, (own, number) = self.given(windows)[2].sum(), self._own(windows)
 
         def add(start, stop):
-            tokens, mask, counts = self.given(windows[start:stop])
+            tokens, mask, counts = self.given(own[start:stop], number - start)
             # All or none: memory may run out on the way.
             for weight, found in zip(
                 self.weights, self._gradient(tokens, mask, counts / whole), strict=True
@@ -271,8 +302,25 @@ class _Pair:
 
         for weight in self.weights:
             weight.grad = None
-        room.each(len(windows), add)
-        self.ranks.add_up_gradients(self.weights)
+        room.each(len(own), add)
+        if self.split is None:
+            self.ranks.add_up_gradients(self.weights)
+
+    def clip(self):
+        """Have the norm of all gradients be no more than `LARGEST_GRADIENT`."""
+        norm = get_total_norm([w.grad for w in self.weights if w.grad is not None])
+        if self.split is not None:
+            norm = norm.square()
+            self.ranks.add_up(norm)
+            norm = norm.sqrt()
+        clip_grads_with_norm_(self.weights, LARGEST_GRADIENT, norm)
+
+    def _own(self, windows):
+        """This process's of some windows, and how many they are. Where weights are gathered, all
+        have as many, and the first is seen again for nothing."""
+        own = windows[self.ranks.share]
+        filled = -(-len(windows) // self.ranks.size) - len(own) if self.split is not None else 0
+        return np.append(own, windows[:1].repeat(filled)), len(own)
 
     def _gradient(self, tokens, mask, counts):
         with torch.no_grad():
@@ -298,7 +346,7 @@ def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
         weights, lr=rate, betas=BETAS, weight_decay=0.0, fused=pair.device.type == "cuda"
     )
     best = first = _copies(pair)
-    done, found = saved.load(weights, optimizer, report)
+    done, found = saved.load(weights, optimizer, report, pair.split)
     best = found or best
     if not report.divergence:
         report.divergence.append(pair.divergence(aside, room))
@@ -311,11 +359,11 @@ def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
             if seen <= done:
                 continue
             pair.gradient(windows, room)
-            torch.nn.utils.clip_grad_norm_(weights, LARGEST_GRADIENT)
+            pair.clip()
             for group in optimizer.param_groups:
                 group["lr"] = rate * _share_of_rate(seen - 1, warm_up, report.steps)
             optimizer.step()
-            saved.due(seen, weights, optimizer, best, report)
+            saved.due(seen, weights, optimizer, best, report, pair.split)
             if progress:
                 progress(seen, report.steps)
         if len(report.divergence) <= number:

@@ -19,6 +19,8 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 def plan(pair, step_windows, checkpointing):
     """How many windows run at once, whether forwards are done again, and the bytes it takes."""
+    if pair.split is not None:
+        return _plan_of_slices(pair)
     learning = sum(weight.numel() for weight in pair.weights)
     length = pair.tokens.shape[1]
     chunk = 24 * CHUNK[pair.device.type]
@@ -32,7 +34,7 @@ def plan(pair, step_windows, checkpointing):
     window = _bytes_of_a_window(pair)
     again = window > free if checkpointing is None else checkpointing
     if again:
-        blocks = max(1, len(_blocks_of(pair.model)))
+        blocks = max(1, len(pair.blocks))
         window = window // blocks + 4 * blocks * length * pair.width
     windows = min(step_windows, BATCH_TOKENS[pair.device.type] // length, int(free // window))
     windows = max(1, windows)
@@ -42,6 +44,21 @@ def plan(pair, step_windows, checkpointing):
     else:
         total += memory.resident() + 2 * 4 * learning
     return memory.Room(windows), again, int(total)
+
+
+def _plan_of_slices(pair):
+    """The same where blocks are gathered one by one, by all processes side by side."""
+    with forward_again(pair.blocks[1:]):
+        window = _bytes_of_a_window(pair)  # of one block, and what enters the others
+    sizes = [shape.numel() for shape in pair.split.shapes]
+    # Of a block the weights and their gradient, each in products' dtype and in float32.
+    gathered = 12 * sum(sizes) // max(1, len(pair.blocks))
+    total = 12 * sum(map(len, pair.weights)) + 24 * CHUNK[pair.device.type] + window + gathered
+    if pair.device.type == "cuda":
+        total += torch.cuda.memory_allocated(pair.device)
+    else:
+        total += memory.resident()
+    return memory.Room(1), True, int(total)
 
 
 def _bytes_of_a_window(pair):
@@ -71,17 +88,17 @@ def _bytes_of_a_window(pair):
         return math.inf
 
 
-def _blocks_of(model):
+def blocks_of(model):
+    """The blocks of a model, none of one that has no list of them."""
     try:
-        return find_blocks(model)[1]
+        return list(find_blocks(model)[1])
     except ValueError:
         return []
 
 
 @contextlib.contextmanager
-def forward_again(model, again):
+def forward_again(blocks):
     """Let each block keep its input alone, and run a second time for its gradient."""
-    blocks = _blocks_of(model) if again else []
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(

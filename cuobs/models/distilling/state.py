@@ -15,7 +15,7 @@ class State:
     """The state of a run in a file, written every so often."""
 
     def __init__(self, path, seconds, ranks):
-        self._path, self._seconds, self._writes = path, seconds, ranks.leads
+        self._path, self._seconds, self._ranks = path, seconds, ranks
         self._last = time.monotonic()
 
     def begin(self, identity, resume):
@@ -33,14 +33,21 @@ class State:
                     "same run"
                 )
 
-    def load(self, weights, optimizer, report):
-        """Put the state in place; the steps done, and the best weights if there are any."""
+    def load(self, weights, optimizer, report, split=None):
+        """Put the state in place; the steps done, and the best weights if there are any.
+
+        Where weights are shared out, a `Split` says how.
+        """
         if self._path is None or not os.path.exists(self._path):
             return 0, None
         content = self._content()
         with safe_open(self._path, "pt") as stored:
             names = set(stored.keys())
-            read = stored.get_tensor
+
+            def read(name):
+                tensor = stored.get_tensor(name)
+                return tensor if split is None else split.own(tensor)
+
             put(weights, [read(f"weight.{i}") for i in range(len(weights))])
             step = torch.tensor(float(content["done"]))
             moments = {
@@ -54,22 +61,31 @@ class State:
         report.divergence[:] = content["divergence"]
         return content["done"], best or None
 
-    def due(self, done, weights, optimizer, best, report):
+    def due(self, done, weights, optimizer, best, report, split=None):
         """Write the state where the last one is old enough."""
         early = time.monotonic() - self._last < self._seconds
-        if self._path is None or early or not self._writes:
+        if self._path is not None and split is not None:
+            early = self._ranks.agree(early)  # all have a part in it
+        if self._path is None or early or split is None and not self._ranks.leads:
             return
         tensors = {}
+
+        def put_down(name, i, tensor):
+            if split is not None:
+                tensor = split.whole(i, tensor.to(weights[i].device))
+            if self._ranks.leads:
+                tensors[f"{name}.{i}"] = tensor.cpu().contiguous()
+
         for i, weight in enumerate(weights):
-            tensors[f"weight.{i}"] = weight.detach()
+            put_down("weight", i, weight.detach())
             if moments := optimizer.state.get(weight):
-                tensors[f"first.{i}"] = moments["exp_avg"]
-                tensors[f"second.{i}"] = moments["exp_avg_sq"]
-            tensors[f"best.{i}"] = best[i]
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                put_down("first", i, moments["exp_avg"])
+                put_down("second", i, moments["exp_avg_sq"])
+            put_down("best", i, best[i])
         content = {"identity": self._identity, "done": done, "divergence": report.divergence}
-        with files.replacing(self._path, force=True) as file:
-            file.write(save(tensors, {"state": json.dumps(content)}))
+        if self._ranks.leads:
+            with files.replacing(self._path, force=True) as file:
+                file.write(save(tensors, {"state": json.dumps(content)}))
         self._last = time.monotonic()
 
     def _content(self):
