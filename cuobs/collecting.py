@@ -52,7 +52,8 @@ def prune_linear(layer: Any, X: Any = None, *, hessian: Any = None, **options: A
     True
     """
     _check_linear(layer)
-    result = prune(layer, X, hessian=hessian, **options)
+    with validation.renaming("W", "layer"):
+        result = prune(layer, X, hessian=hessian, **options)
     weight = weight_of(layer, "layer").data
     weight.copy_(result.weight)
     return dataclasses.replace(result, weight=weight)

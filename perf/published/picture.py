@@ -6,6 +6,7 @@ The layers differ, so each loss is set over that of SparseGPT on the same layer.
 stands beside its variant (splits, group, order, schedule) that loses least.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -73,5 +74,8 @@ def draw(results, path):
 
 def main(argv):
     """Draw the results that are named first into the file that is named second."""
-    source, target = argv
-    draw(json.loads(Path(source).read_text()), target)
+    parser = argparse.ArgumentParser("perf.published picture", description=main.__doc__)
+    parser.add_argument("results", type=Path, help="what 'run' wrote")
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args(argv)
+    draw(json.loads(arguments.results.read_text()), arguments.target)

@@ -5,6 +5,7 @@
 Only what stands between the two marks in RESULTS.rst is written anew.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -153,5 +154,8 @@ def _seconds(value):
 
 def main(argv):
     """Write the file that is named second from the results that are named first."""
-    source, target = map(Path, argv)
-    write(json.loads(source.read_text()), target)
+    parser = argparse.ArgumentParser("perf.published report", description=main.__doc__)
+    parser.add_argument("results", type=Path, help="what 'run' wrote")
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args(argv)
+    write(json.loads(arguments.results.read_text()), arguments.target)

@@ -1,5 +1,6 @@
 """The recipes of docs/contributing.rst, followed word for word."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -128,3 +129,19 @@ def test_its_option_reaches_the_method_everywhere(activation):
         cuobs.prune(W, X, memory_limits="8GiB")
     with pytest.raises(TypeError, match="options: found str, expected a dict"):
         cuobs.Recipe(options="power")
+
+
+def test_no_other_file_names_a_method():
+    """But for the default and the one that all are compared with; nor any pattern but 2:4."""
+    root, found = Path(__file__).parents[2], set()
+    names = {*cuobs.methods(), *cuobs.patterns()}
+    for path in [*(root / "cuobs").rglob("*.py"), *(root / "cli").rglob("*.py")]:
+        if "algorithms" in path.parts or path.name == "pattern.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in names:
+                found.add((path.relative_to(root).as_posix(), node.value))
+    assert {(path, name) for path, name in found if name != "2:4"} == {
+        ("cuobs/recipe.py", "admm"), ("cuobs/pruning.py", "admm"),
+        ("cuobs/comparing.py", "sparsegpt"),
+    }  # fmt: skip

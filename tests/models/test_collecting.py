@@ -226,6 +226,9 @@ def test_what_fails_leaves_the_layer_as_it_was():
         with pytest.raises(ValueError):
             cuobs.prune_linear(layer, **arguments)
     assert torch.equal(layer.weight, before)
+    layer.weight.data[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"^layer: found 1 elements that are NaN .*\(3, 5\)"):
+        cuobs.prune_linear(layer, torch.randn(50, 32))
 
 
 @pytest.mark.gpu
