@@ -111,7 +111,8 @@ save_dtype = options.option(
 @options.option("--tune-rate", type=float, metavar="R", show_default="3e-4", group=TARGET,
                 help="Their learning rate.")
 @options.option("--rotate", is_flag=True, group=ROTATION,
-                help="Give the model another basis first, in which it prunes more easily.")
+                help="Give the model another basis first, in which it prunes more easily; the "
+                "whole model is in memory then.")
 @options.option("--rotate-steps", type=int, metavar="N", group=ROTATION,
                 show_default=str(ROTATION_STEPS),
                 help="Steps of learning it.")
@@ -120,7 +121,8 @@ save_dtype = options.option(
 @options.option("--rotate-permute/--no-rotate-permute", default=None, show_default="permute",
                 group=ROTATION, help=PERMUTE)
 @options.option("--distill", default=0, type=int, metavar="N", group=DISTILLATION,
-                help="Passes in which all kept weights learn together what the dense model says.")
+                help="Passes in which all kept weights learn together what the dense model says; "
+                "both are in memory then, whole.")
 @options.option("--distill-rate", type=float, metavar="R", show_default="3e-4",
                 group=DISTILLATION, help="Their learning rate.")
 @options.option("--distill-calibration", multiple=True, type=click.Path(), metavar="F",
@@ -130,7 +132,8 @@ save_dtype = options.option(
 @options.option("--batch-tokens", type=options.Integer(), metavar="N", group=options.HOW,
                 show_default="by the device", help="Tokens in a block at once.")
 @options.option("--host-memory", metavar="SIZE", group=options.HOW,
-                help="Of the host, as 6GiB: hidden states beyond it go to a scratch file in DST.")
+                help="Of the host, as 6GiB: hidden states beyond it go to a scratch file in DST; "
+                "--rotate, --distill, self and a GGUF need the whole model in it.")
 @resume
 @options.option("--dry-run", is_flag=True, group=options.HOW,
                 help="Say what would be pruned, and what it would take; read no weights.")

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from cuobs import arrays
 from cuobs.config import to_toml
 from cuobs.models import dry_run, memory
 from cuobs.models.checkpoints import loading
@@ -30,7 +31,7 @@ from cuobs.models.checkpoints.source import (
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.parked import park
-from cuobs.models.planning import View, whole_for
+from cuobs.models.planning import View, whole_for, whole_text
 from cuobs.models.pruning.prune import (
     batch_of,
     check_arguments,
@@ -151,7 +152,7 @@ def _open(run, view, options, ranks):
     if recipe.rotate:
         check_all_known(model, source, names)
     if recipe.distill:
-        check_room(model, recipe, place)
+        check_room(model, recipe, place, run.host_memory)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
     # Texts are read, and windows of the model's own written, by one for all.
@@ -317,9 +318,18 @@ def plan(run, view, options):
     batch = batch_of(options.get("batch_tokens"), windows, place)
     protocol = _protocol(run, mixture, texts)
     in_files = whole_for(run, recipe) is None
+    size = check_room(model, recipe, place, run.host_memory) if recipe.distill else 0
     report = dry_run.plan(
         model, windows, recipe, place, batch, protocol, view.say, in_files, run.host_memory
     )
+    if not in_files:
+        least, why = whole_text(run, recipe)
+        view.say(f"host         {arrays.size_text(least)} at least: {why}")
+    if size:
+        view.say(
+            f"distilling   {arrays.size_text(size)} on {place.type} at least: the model and the "
+            "dense one in float32, gradients and moments"
+        )
     view.starting(report)
     return report
 

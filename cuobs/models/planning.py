@@ -14,7 +14,7 @@ from cuobs import arrays, files, validation
 from cuobs.arrays import DEVICES
 from cuobs.model_choices import SAVE_DTYPES
 from cuobs.models.checkpoints.marker import check_destination
-from cuobs.models.checkpoints.source import Source, find_source, gguf_tensors
+from cuobs.models.checkpoints.source import BYTES, FLOATS, Source, find_source, gguf_tensors
 from cuobs.models.tokens.calibration import (
     POSITIONS,
     check_cut,
@@ -58,26 +58,38 @@ class Run:
 
 def whole_for(run, recipe):
     """What needs the whole model in memory, None where its blocks may stay in their files."""
-    if run.source.gguf is not None:
+    found = next((name for name in ("distill", "rotate") if getattr(recipe, name)), None)
+    if found is None and run.source.gguf is not None:
         return "a GGUF"
-    if any(self_written(spec) is not None for spec in run.calibration):
+    if found is None and any(self_written(spec) is not None for spec in run.calibration):
         return "calibration by windows of the model's own"
-    return next((name for name in ("rotate", "distill") if getattr(recipe, name)), None)
+    return found
+
+
+def whole_text(run, recipe):
+    """What a model that has to be in memory takes there, at least, and why: bytes and a text."""
+    stored, beside = run.source.stored.values(), ""
+    floats = {tensor.dtype for tensor in stored} & set(FLOATS) or {"F32"}
+    # float16 and bfloat16 are held in float32 where there are both.
+    item = max(2 * len(floats & {"F16", "BF16"}), *(BYTES[dtype] for dtype in floats))
+    size = sum(item * math.prod(tensor.shape) for tensor in stored)
+    if run.source.gguf is not None:
+        size = 4 * sum(math.prod(shape) for _, _, shape in gguf_tensors(run.source))
+        beside = ", in float32"
+    if recipe.distill:
+        size, beside = 2 * size, f"{beside}, and the dense one beside it"
+    return size, f"{whole_for(run, recipe)} needs the whole model in memory{beside}"
 
 
 def check_host_memory(run, recipe):
     """Refuse a limit of the host's memory that does not hold a model that has to be there whole."""
-    why = whole_for(run, recipe)
-    if run.host_memory is None or why is None:
+    if run.host_memory is None or whole_for(run, recipe) is None:
         return
-    if run.source.gguf is None:
-        size = sum(tensor.nbytes for tensor in run.source.stored.values())
-    else:
-        size = 4 * sum(math.prod(shape) for _, _, shape in gguf_tensors(run.source))
+    size, why = whole_text(run, recipe)
     if size > run.host_memory:
         raise ValueError(
             f"host_memory: found {arrays.size_text(run.host_memory)}, expected at least "
-            f"{arrays.size_text(size)}, since {why} needs the whole model in memory"
+            f"{arrays.size_text(size)}, since {why}"
         )
 
 

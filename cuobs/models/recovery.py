@@ -7,19 +7,36 @@ import numpy as np
 
 from cuobs.arrays import size_text
 from cuobs.models.checkpoints.source import BLOCKS
-from cuobs.models.distilling.distillation import check_fits, distill
+from cuobs.models.distilling.distillation import check_fits, distill, size_of_both
 from cuobs.models.evaluate import agreement
 from cuobs.models.structure import find_blocks, linears
 
 STATE = "distillation.safetensors"
 
 
-def check_room(model, recipe, device):
-    """Refuse, before it is pruned, a model that a device has no room to distil."""
+def check_room(model, recipe, device, limit=None):
+    """Refuse, before it is pruned, a model that a device has no room to distil.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        May be on the meta device.
+    recipe : ModelRecipe
+    device : torch.device
+    limit : int, optional
+        Bytes of the host's memory that may be used.
+
+    Returns
+    -------
+    int
+        Bytes that it takes in one process, at least.
+    """
     prefix, blocks = find_blocks(model)
     modules = linears(blocks).items()
     learning = (m for name, m in modules if recipe.of(f"{prefix}.{name}") is not None)
-    check_fits(model, sum(m.weight.numel() for m in learning), device)
+    count = sum(m.weight.numel() for m in learning)
+    check_fits(model, count, device, limit)
+    return size_of_both(model, count)
 
 
 def recover(

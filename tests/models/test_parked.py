@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import make_model, make_source, make_tokens
 
+from cuobs.arrays import size_text
 from cuobs.models import (
     agreement,
     by_block,
@@ -389,8 +390,9 @@ def test_a_limit_of_the_hosts_memory_that_can_not_be_kept(tmp_path, calibration,
         ({"calibration": "self"}, "windows of the model's own needs"),
     ):  # fmt: skip
         arguments = {"calibration": calibration, "host_memory": "1KB", **option}
-        with pytest.raises(ValueError, match=f"host_memory: found 1000 bytes.*{why} the whole"):
-            prune_folder(source, tmp_path / "out", device="cpu", **arguments)
+        for dry_run in (False, True):
+            with pytest.raises(ValueError, match=f"host_memory: found 1000 bytes.*{why} the whole"):
+                prune_folder(source, tmp_path / "out", device="cpu", dry_run=dry_run, **arguments)
     with pytest.raises(ValueError, match="host_memory: found 'much', expected bytes"):
         prune_folder(source, tmp_path / "out", calibration, host_memory="much")
     with pytest.raises(ValueError, match="host_memory: found 1000 bytes, expected at least"):
@@ -398,6 +400,38 @@ def test_a_limit_of_the_hosts_memory_that_can_not_be_kept(tmp_path, calibration,
             source, tmp_path / "out", calibration, host_memory="1KB", dry_run=True, device="cpu"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_the_whole_model_says_how_much_that_is(tmp_path, calibration):
+    """By the headers: weights in the dtype that holds all, and for distillation by the model."""
+    half = make_model("llama").half()
+    half.lm_head = half.lm_head.bfloat16()
+    source, out = tmp_path / "source", tmp_path / "out"
+    half.save_pretrained(source)
+    numbers = sum(parameter.numel() for parameter in half.parameters())
+    learning = sum(p.numel() for n, p in half.named_parameters() if "_proj" in n)
+    for options, least, beside in (
+        ({"rotate": True}, 4 * numbers, ""), ({"distill": 1}, 8 * numbers, ", and the dense one"),
+    ):  # fmt: skip
+        lines = []
+        arguments = {"device": "cpu", "dry_run": True, **options}
+        prune_folder(source, out, calibration, say=lines.append, **arguments)
+        (name,) = options
+        (line,) = (line for line in lines if line.startswith("host "))
+        assert line.split(None, 1)[1].startswith(
+            f"{size_text(least)} at least: {name} needs the whole model in memory{beside}"
+        )
+        with pytest.raises(ValueError, match=f"expected at least .*since {name} needs"):
+            prune_folder(source, out, calibration, host_memory=least - 1, **arguments)
+    both = 8 * numbers + 12 * learning
+    assert any(line.startswith(f"distilling   {size_text(both)} on cpu") for line in lines)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="distill: found a model that takes .* of host_memory"):
+            prune_folder(
+                source, out, calibration, host_memory=both - 1,
+                **{**arguments, "dry_run": dry_run},
+            )  # fmt: skip
+    assert not out.exists()
 
 
 def test_windows_in_groups_give_the_same(tmp_path, monkeypatch):

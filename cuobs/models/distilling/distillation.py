@@ -180,7 +180,12 @@ def check_arguments(passes, rate, step_windows, seed):
         raise ValueError(f"rate: found {rate!r}, expected a positive number")
 
 
-def check_fits(model, learning, device):
+def size_of_both(model, learning):
+    """Bytes of a model and the dense one, in float32, and of gradients and two moments."""
+    return 12 * learning + 8 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_fits(model, learning, device, limit=None):
     """Refuse a model that distillation has no room for, however few windows run at once.
 
     Parameters
@@ -189,6 +194,8 @@ def check_fits(model, learning, device):
     learning : int
         Weights that learn.
     device : torch.device
+    limit : int, optional
+        Bytes of the host's memory that may be used, where that is the device.
 
     Returns
     -------
@@ -200,17 +207,18 @@ def check_fits(model, learning, device):
     ValueError
         The model and the dense one, in float32, gradients and two moments take more than there is.
     """
-    ranks, room = current(), memory.whole(device)
-    every = sum(parameter.numel() for parameter in model.parameters())
-    needed = 12 * learning + 8 * every
+    ranks, room, whose = current(), memory.whole(device), "a device"
+    if limit is not None and device.type == "cpu":
+        room, whose = limit, "host_memory"
+    needed = size_of_both(model, learning)
     if needed <= room:
         return False
-    least = 20 * learning // ranks.size + 8 * (every - learning)
+    least = 20 * learning // ranks.size + needed - 20 * learning
     if ranks.size == 1 or least > room:
         raise ValueError(
             f"distill: found a model that takes {arrays.size_text(least)} with the dense one, its "
             f"gradients and moments, for each of {ranks.size} processes, expected one for the "
-            f"{arrays.size_text(room)} of a device, or more processes"
+            f"{arrays.size_text(room)} of {whose}, or more processes"
         )
     return True
 
