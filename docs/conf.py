@@ -4,7 +4,7 @@ import cuobs
 
 project = "cuobs"
 author = "The cuobs developers"
-copyright = "The cuobs developers"  # noqa: A001
+copyright = "The cuobs developers"
 version = release = cuobs.__version__
 
 extensions = [

@@ -24,7 +24,7 @@ def test_first_scopes(xp, rng, dtype):
     for size in 1, 5, 36, 37:
         found = host(true_obs_ops.first_scopes(xp.asarray(key), xp.asarray(scopes), size))
         for m in range(6):
-            order = sorted(range(37), key=lambda k: (key[m, k], scopes[m, k]))  # noqa: B023
+            order = sorted(range(37), key=lambda k: (key[m, k], scopes[m, k]))
             assert found[m].tolist() == sorted(order[:size])
 
 

@@ -96,7 +96,7 @@ class Call(NamedTuple):
     y: torch.Tensor
 
 
-class staying_double(TorchFunctionMode):  # noqa: N801 - a context manager
+class staying_double(TorchFunctionMode):
     """Modules that widen half precision to float32 narrow float64 to it: here they don't."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
