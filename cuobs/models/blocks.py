@@ -66,6 +66,15 @@ def _first_line(error):
     return str(error).partition("\n")[0]
 
 
+def not_finite(place):
+    """The error of a model whose activations are no numbers, and where."""
+    return ValueError(
+        f"model: found activations that are NaN or infinite {place}, expected finite ones; where "
+        "they overflow float16, a copy of the model in bfloat16 may hold them: "
+        "model.bfloat16().save_pretrained(FOLDER)"
+    )
+
+
 def not_by_window(reason):
     """The error of a block for which `windows_of` does not give a window's own arguments."""
     return ValueError(

@@ -415,6 +415,37 @@ def test_half_precision(dtype):
     assert distance(logits(model, tokens).float(), dense) < 5 * rounding
 
 
+def test_a_hessian_that_is_not_positive_definite_is_damped_more():
+    """One window of 23 tokens for 64 columns, no damping; and inputs that are nothing but zeros."""
+    for damp, dead in ((0, False), (1e-30, False), (0.01, True)):
+        model, tokens = make_model("llama"), tokens_of(1)
+        if dead:
+            model.model.layers[0].mlp.up_proj.weight.data.zero_()
+        dense = logits(model, tokens)
+        found = rotate(model, tokens, "2:4", steps=4, rate=1e-2, damp=damp)
+        assert 0 < found.after < found.before < 0.5
+        assert distance(logits(model, tokens), dense) < 1e-4
+
+
+def test_what_is_no_number_is_refused():
+    model, tokens = make_model("llama"), tokens_of()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinite behind model.layers.1, expected finite"):
+        rotate(model, tokens)
+    # What overflows float16 alone is found where the model runs in it.
+    model = make_model("llama").half()
+    model.model.layers[1].input_layernorm.weight.data.fill_(6e4)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"NaN or infinite in model.layers.1, .* bfloat16"):
+        rotate(model, tokens)
+    assert same(weights_of(model), before)
+    model = make_model("llama").half()
+    model.model.norm.weight.data.fill_(3e3)
+    model.lm_head.weight.data.mul_(100)
+    with pytest.raises(ValueError, match="rotate: found logits that differ by nan of their norm"):
+        rotate(model, tokens, steps=1)
+
+
 def test_padding_enters_no_sum():
     tokens = tokens_of()
     mask = torch.ones_like(tokens)

@@ -16,6 +16,7 @@ import torch
 
 from cuobs import arrays
 from cuobs.arrays import tensor_view
+from cuobs.models.blocks import not_finite
 from cuobs.ops.gram import add_cross_gram, add_gram
 from cuobs.ops.products import gemm
 
@@ -83,11 +84,7 @@ class Moments:
     def check_finite(self, name):
         """Refuse activations that are not finite, before a linear of this name."""
         if not bool(torch.isfinite(self.hessian.diagonal()).all()):
-            raise ValueError(
-                f"model: found activations that are NaN or infinite before {name}, expected finite "
-                "ones; where they overflow float16, a copy of the model in bfloat16 may hold them: "
-                "model.bfloat16().save_pretrained(FOLDER)"
-            )
+            raise not_finite(f"before {name}")
 
 
 def pulls(weights, moments, dense_share, residual_shares, dtype, rows=None):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cuobs.models.blocks import run, run_until
+from cuobs.models.blocks import not_finite, run, run_until
 from cuobs.models.structure import is_linear, linears
 
 # Relative errors in float64 below this are rounding.
@@ -165,6 +165,8 @@ def read_block(block, hidden, call, where):
         Another basis of the stream would be another function.
     """
     calls, out = trace(block, lambda: run(block, hidden, call))
+    if not bool(out.isfinite().all()):
+        raise not_finite(f"behind {where}")
     called = [c.name for c in calls]
     for name in linears(block):
         if called.count(name) != 1:

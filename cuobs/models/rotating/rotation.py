@@ -104,7 +104,9 @@ def rotate(
     ------
     ValueError
         Another basis would be another function (LayerNorm, a norm behind the linears, a scale that
-        does not commute), with the reason; the model is then as it was.
+        does not commute), with the reason, or its activations are not finite; the model is then as
+        it was. Or the folded weights are more than its dtype holds, so that its logits are others,
+        with the deviation; then they are folded already.
 
     References
     ----------

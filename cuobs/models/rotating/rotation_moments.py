@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cuobs.models import memory
-from cuobs.models.blocks import capture, evaluating, run, windows_of
+from cuobs.models.blocks import capture, evaluating, not_finite, run, windows_of
 from cuobs.models.ranks import Ranks, current
 from cuobs.models.rotating.folding import fold_block
 from cuobs.models.structure import linears, oriented
@@ -85,6 +85,8 @@ def gather(model, stream, tokens, mask, counted, patterns, device, recipe):
             fold_block(block, part)
             whole = recipe.compensated or recipe.permute
             sums = _sums(block, part, hidden, own, counts, room, ranks, whole=whole)
+            if not all(bool(total.isfinite().all()) for total in sums.values()):
+                raise not_finite(f"in {stream.prefix}.{index}")
             found.append(_measured(block, part, sums, device, recipe))
             if recipe.permute:
                 where = f"{stream.prefix}.{index}"
@@ -187,9 +189,16 @@ def _dealt(moments, part, sums, where, patterns, damp):
 
 
 def _damped_inverse(H, damp):
+    """(H + λI)⁻¹; where that is not positive definite, λ grows tenfold."""
     H = H.double()
-    H.diagonal().add_(damp * H.diagonal().mean())
-    return torch.cholesky_inverse(torch.linalg.cholesky(H)).float()
+    mean, before = H.diagonal().mean(), 0.0
+    mean = torch.where(mean > 0, mean, 1.0)  # inputs that are nothing but zeros
+    while True:
+        H.diagonal().add_((damp - before) * mean)
+        factor, failed = torch.linalg.cholesky_ex(H)
+        if not failed:
+            return torch.cholesky_inverse(factor).float()
+        before, damp = damp, max(10 * damp, 1e-4)
 
 
 def compiled(pattern, shape):
