@@ -15,9 +15,7 @@ class Kept:
         self._ids = {id(weight) for weight in weights.values()}
         self._pruned = {name: ~masks[name].to(weight.device) for name, weight in weights.items()}
         self._handles = [
-            weight.register_hook(self._masked(name))
-            for name, weight in weights.items()
-            if weight.requires_grad
+            _on_gradient(weight, self._masked(name)) for name, weight in weights.items()
         ]
         if optimizer is None:
             self._handles.append(register_optimizer_step_post_hook(self._stepped))
@@ -65,6 +63,16 @@ class Kept:
         if self._pruned[name].device != like.device:
             self._pruned[name] = self._pruned[name].to(like.device)
         return self._pruned[name]
+
+
+def _on_gradient(weight, hook):
+    """Register a hook on a parameter's gradient, one that is to learn only later too."""
+    learns = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        return weight.register_hook(hook)
+    finally:
+        weight.requires_grad_(learns)
 
 
 class _AfterStep:

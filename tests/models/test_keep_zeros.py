@@ -191,6 +191,19 @@ def test_moments_of_eight_bits(given):
     assert not any(map(torch.equal, zeros_of(model), before))
 
 
+def test_weights_that_begin_to_learn_later():
+    model, x = make_layers()
+    before = zeros_of(model.requires_grad_(False))
+    with keep_zeros(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        model[2].requires_grad_(True)
+        model(x).square().sum().backward()
+        assert model[0].weight.grad is None
+        assert model[2].weight.grad.any() and not model[2].weight.grad[before[1]].any()
+    model(x).square().sum().backward()
+    assert model[2].weight.grad[before[1]].any()
+
+
 def test_afterwards_nothing_is_held():
     model, x = make_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
