@@ -194,6 +194,8 @@ def pruned_weights(model):
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
             continue
+        if not module.weight.is_floating_point():
+            continue  # codes of a quantised weight, where 0 is no zero
         mask = module.weight.detach() != 0
         if bool(mask.any()) and not bool(mask.all()):
             key = f"{name}.weight" if name else "weight"
@@ -202,14 +204,20 @@ def pruned_weights(model):
 
 
 def masked_weights(model, masks):
-    """The weights that masks name, and the masks by the weights' names."""
+    """The weights that masks name, and the masks, by the weights' names and in their order."""
+    if not isinstance(masks, dict):
+        raise TypeError(
+            f"masks: found {type(masks).__name__}, expected a dict of them by the names of modules"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights, found = {}, {}
-    for name, mask in masks.items():
+    for name, mask in sorted(masks.items()):
         key = name if name in parameters else f"{name}.weight"
         if key not in parameters:
             raise ValueError(f"masks: found {name!r}, expected names of the model's modules")
         mask, weight = torch.as_tensor(mask), parameters[key]
+        if not weight.is_floating_point():
+            raise TypeError(f"masks: found {weight.dtype} in {key}, expected floating point")
         if mask.dtype != torch.bool:
             raise TypeError(f"masks: found {mask.dtype} for {name}, expected bool (True = kept)")
         if mask.shape != weight.shape:

@@ -1,6 +1,9 @@
 """Distillation with the masks fixed."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +355,32 @@ def test_memory_is_predicted_before_the_first_step():
     assert report.memory_peak > 0 and report.seconds > 0
 
 
+def test_the_peak_is_about_what_is_predicted():
+    """In a process of its own: what others have left behind is in its peak too."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    predicted, peak, before = map(int, found.stdout.split())
+    assert peak - before < predicted - before < 2 * (peak - before)
+
+
+PEAK = """
+import copy
+from small_models import make_model, make_tokens, prune_all
+from cuobs.models import distill, memory
+from cuobs.models.structure import linears
+
+dense = make_model("llama", hidden_size=256, intermediate_size=1024, vocab_size=16384,
+                   max_position_embeddings=256)
+model = prune_all(copy.deepcopy(dense))
+masks = {name: m.weight != 0 for name, m in linears(model).items() if "layers" in name}
+before = memory.resident()
+report = distill(model, dense, masks, make_tokens(9, 256), passes=1)
+print(report.memory_predicted, report.memory_peak, before)
+"""
+
+
 def test_bad_arguments():
     dense = make_model("llama")
     model, masks = make_pruned(dense)
@@ -368,12 +397,24 @@ def test_bad_arguments():
         ({"masks": {"nothing": masks[name]}}, "masks: found 'nothing'"),
         ({"masks": {name: masks[name][:1]}}, "masks: found shape"),
         ({"dense": other}, "dense: found a vocabulary of 98, expected that of the model: 97"),
+        ({"dense": model}, "dense: found the model itself, expected a copy"),
+        ({"model": copy.deepcopy(dense)}, r"model: found \d+ elements of .* expected the pruned"),
     ):
         before = weights_of(model)
         with pytest.raises(ValueError, match=match):
             distill(**{"model": model, "dense": dense, "masks": masks, "tokens": make_tokens(),
                        **changes})  # fmt: skip
         assert same(before, weights_of(model))
+    for changes, match in (
+        ({"dense": None}, "dense: found NoneType, expected a torch.nn.Module"),
+        ({"masks": [masks[name]]}, "masks: found list, expected a dict"),
+        ({"masks": {name: masks[name].float()}}, "masks: found torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            distill(**{"model": model, "dense": dense, "masks": masks, "tokens": make_tokens(),
+                       **changes})  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="state: found no folder .*nowhere, expected one"):
+        distill(model, dense, masks, make_tokens(), state="nowhere/state.safetensors")
 
 
 @pytest.mark.gpu

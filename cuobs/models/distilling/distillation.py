@@ -84,7 +84,8 @@ def distill(
     dense : torch.nn.Module
         The same vocabulary. Both lie on ``device`` meanwhile.
     masks : dict of tensor of bool
-        By the name of a linear, in the form of its weight, True = kept. Only these weights learn.
+        By the name of a linear, in the form of its weight, True = kept, where the model is zero
+        otherwise. Only these weights learn.
     tokens : array of int, shape (windows, length)
         None at all change nothing.
     attention_mask : array of bool or int, shape (windows, length), optional
@@ -126,8 +127,10 @@ def distill(
         An argument is wrong, or the state is that of another run.
     """
     check_arguments(passes, rate, step_windows, seed)
+    _check_models(model, dense)
     # By name, so that a run that goes on finds the same order.
-    weights, masks = masked_weights(model, dict(sorted(masks.items())))
+    weights, masks = masked_weights(model, masks)
+    _check_pruned(weights, masks)
     settings = {"passes": passes, "rate": rate, "seed": seed, "step_windows": step_windows}
     report = DistillationReport(settings)
     if not passes or not len(tokens) or not weights:
@@ -178,6 +181,26 @@ def check_arguments(passes, rate, step_windows, seed):
     validation.integer("seed", seed, low=0)
     if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
         raise ValueError(f"rate: found {rate!r}, expected a positive number")
+
+
+def _check_models(model, dense):
+    """Refuse what is no model, and one that is to be its own goal."""
+    for name, module in (("model", model), ("dense", dense)):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"{name}: found {type(module).__name__}, expected a torch.nn.Module")
+    if model is dense:
+        raise ValueError("dense: found the model itself, expected a copy from before it was pruned")
+
+
+def _check_pruned(weights, masks):
+    """Refuse weights that are not zero where a mask says so: what learns is what is kept."""
+    for name, weight in weights.items():
+        pruned = weight.detach().masked_fill(masks[name].to(weight.device), 0)
+        if bool(pruned.any()):
+            raise ValueError(
+                f"model: found {int((pruned != 0).sum())} elements of {name} that are not zero "
+                "where its mask prunes them, expected the pruned model"
+            )
 
 
 def size_of_both(model, learning):

@@ -23,7 +23,7 @@ def plan(pair, step_windows, checkpointing):
         return _plan_of_slices(pair)
     learning = sum(weight.numel() for weight in pair.weights)
     length = pair.tokens.shape[1]
-    chunk = 24 * CHUNK[pair.device.type]
+    chunk = 24 * min(CHUNK[pair.device.type], step_windows * length * _vocabulary(pair))
     if pair.device.type == "cuda":
         memory.give_back()
         free = torch.cuda.mem_get_info(pair.device)[0]
@@ -59,6 +59,13 @@ def _plan_of_slices(pair):
     else:
         total += memory.resident()
     return memory.Room(1), True, int(total)
+
+
+@torch.no_grad()
+def _vocabulary(pair):
+    """Logits of a token."""
+    hidden = pair.hidden(pair.pruned, pair.tokens[:1, :1])
+    return pair.pruned.logits(hidden).shape[1]
 
 
 def _bytes_of_a_window(pair):

@@ -21,6 +21,9 @@ class State:
     def begin(self, identity, resume):
         """Note what decides the result, and refuse a file that holds something else."""
         self._identity = json.loads(json.dumps(identity))
+        folder = os.path.dirname(os.path.abspath(self._path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"state: found no folder {folder}, expected one to write to")
         if not os.path.exists(self._path):
             return
         if not resume:
