@@ -54,7 +54,9 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
         say(line)
     report = report_of(recipe, layers, windows, batch, device, protocol)
     report.protocol |= count_tokens(windows, layers, blocks)
-    work = work_from_shapes(model, blocks, windows, batch, recipe, device, in_files)
+    work = work_from_shapes(
+        model, blocks, windows, batch, recipe, device, layers, in_files
+    )
     check_host(work, device, host_memory)
     place = place_of_states(work, device, host_memory)
     held = hold(work, device, host_memory, place == "device")

@@ -27,11 +27,13 @@ from cuobs.models.checkpoints.names import match
 from cuobs.models.checkpoints.source import find_source
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
 from cuobs.models.pruning import prune
+from cuobs.models.pruning.layers import choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     place_of_states,
     predict,
     predict_host,
+    seconds_a_block,
     states_of,
     work_from_shapes,
 )
@@ -347,12 +349,37 @@ def test_states_on_the_host_are_taken_out_as_copies(home, tmp_path, calibration,
     assert written(tmp_path / "out") == written(tmp_path / "in")
 
 
+def shaped(model, windows, recipe, device):
+    """What pruning a model takes by its shapes, four windows at once."""
+    prefix, blocks = find_blocks(model)
+    layers = choose_layers(model, prefix, blocks, recipe)
+    return work_from_shapes(model, blocks, windows, 4, recipe, device, layers, True)
+
+
+def test_what_is_skipped_in_all_blocks_takes_no_memory_to_prune(tmp_path):
+    model = load_model(make_source(tmp_path / "source"))
+    windows = check_windows(model, make_tokens(64), None, True)
+    works = [
+        shaped(model, windows, read_arguments({"skip": skip}), CPU)
+        for skip in ([], ["*mlp*"], ["*.layers.[12].mlp.*"], ["*.up_proj"])
+    ]
+    assert [work.pruned for work in works] == [
+        [32, 64, 128, 32], [32, 64, 0, 0], [32, 64, 128, 32], [32, 64, 64, 32]
+    ]  # fmt: skip
+    whole, *others = works
+    assert all(work.groups == whole.groups and work.stages == whole.stages for work in others)
+    least = [predict(work, CPU) for work in works]
+    assert least[1] < least[3] <= least[0] == least[2]
+    seconds = [seconds_a_block(work, 0, 1e9) for work in works]
+    assert seconds[1] < seconds[3] < seconds[0] == seconds[2]
+
+
 def test_hidden_states_go_to_a_scratch_file_beyond_a_limit(tmp_path):
     source = make_source(tmp_path / "source")
     model = load_model(source)
     windows = check_windows(model, make_tokens(64), None, True)
     recipe = read_arguments({"method": "sparsegpt"})
-    work = work_from_shapes(model, find_blocks(model)[1], windows, 4, recipe, CPU, True)
+    work = shaped(model, windows, recipe, CPU)
     whole = predict(work, CPU)
     assert whole - predict(work, CPU, states=False) == 2 * 64 * 24 * 32 * 4
     assert {place_of_states(work, CPU, limit) for limit in (None, whole)} == {"device"}
@@ -366,7 +393,7 @@ def test_hidden_states_that_do_not_fit_a_gpu_go_to_the_host(tmp_path, monkeypatc
     model = load_model(make_source(tmp_path / "source"))
     windows = check_windows(model, make_tokens(64), None, True)
     recipe, gpu = read_arguments({"method": "sparsegpt"}), torch.device("cuda")
-    work = work_from_shapes(model, find_blocks(model)[1], windows, 4, recipe, gpu, True)
+    work = shaped(model, windows, recipe, gpu)
     whole, on_host = predict(work, gpu), predict_host(work, gpu)
     assert on_host - predict_host(work, gpu, states=False) == states_of(work)
     assert whole - predict(work, gpu, states=False) == states_of(work) * 60 // 64

@@ -74,6 +74,8 @@ class Work:
         Bytes that the host holds all the time, see `host_bytes`.
     processes : int
         That share the rows.
+    pruned : list of int
+        Rows of each group that are pruned in some block; by default all.
     """
 
     groups: list
@@ -91,6 +93,14 @@ class Work:
     tune: int
     host: int = 0
     processes: int = 1
+    pruned: list = ()
+
+    @property
+    def pruned_groups(self):
+        """Columns, rows that are pruned and `Stage` of the groups of which some are."""
+        pruned = self.pruned or [rows for _, rows in self.groups]
+        rows = zip(self.groups, pruned, self.stages, strict=False)
+        return [(K, some, stage) for (K, _), some, stage in rows if some]
 
     @property
     def batches(self):
@@ -197,7 +207,7 @@ def _phases(work, device, held):
     streams = 2 if work.mixed else 1
     # Until the first group is pruned, the block before is on its way back from a GPU.
     leaving = work.block * (device.type == "cuda")
-    for (K, rows), stage in zip(work.groups, work.stages, strict=False):
+    for K, rows, stage in work.pruned_groups:
         # Forwards that wait: all that are held, or those of one batch.
         waiting = min(max(held, 1) * work.batch, work.windows) * stage.waits * streams
         sums = 4 * K * K * streams + (4 * K * work.width if work.mixed else 0)
@@ -258,9 +268,9 @@ def measure_stages(passing, device):
     return found
 
 
-def work_of(model, blocks, windows, batch, recipe, device):
+def work_of(model, blocks, windows, batch, recipe, device, layers):
     """What pruning will take, in numbers; a window is run through the first block to see."""
-    block = blocks[0]
+    block, own = blocks[0], {inner for _, inner in layers.recipes}
     shown = [(t[:1], None if m is None else m[:1]) for t, m in windows.batches(batch)[:1]]
     entry = capture(model, blocks, shown, device)
     home = home_of(block)
@@ -268,8 +278,8 @@ def work_of(model, blocks, windows, batch, recipe, device):
         streams = Streams.begin(entry.hidden, entry.calls, [None], False, memory.Room(1))
         plan = probe(block, *streams.first_window(0))
         modules = linears(block)
-        shapes = [[oriented(modules[name]).shape for name in g.names] for g in plan.groups]
-        groups, stages = [_group(some) for some in shapes], None
+        groups = [[(name, oriented(modules[name]).shape) for name in g.names] for g in plan.groups]
+        stages = None
         if device.type == "cuda":
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
@@ -277,27 +287,28 @@ def work_of(model, blocks, windows, batch, recipe, device):
     host = host_bytes(model, windows, parked(block) is not None)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     here = host if device.type == "cpu" else size * (home.type == device.type)
-    return _work(block, groups, stages, windows, batch, recipe, width, element, here, host)
+    return _work(block, groups, own, stages, windows, batch, recipe, width, element, here, host)
 
 
-def work_from_shapes(model, blocks, windows, batch, recipe, device, in_files):
+def work_from_shapes(model, blocks, windows, batch, recipe, device, layers, in_files):
     """The same by shapes alone, of a model in the host's memory, or to be; see `host_bytes`.
 
     Linears one after the other that take as many columns are a group, which ends with one that
     gives as many outputs as the hidden states have.
     """
     width = model.get_input_embeddings().weight.shape[1]
-    shapes = [[]]
-    for module in linears(blocks[0]).values():
+    groups, last = [], (0, 0)
+    for inner, module in linears(blocks[0]).items():
         shape = oriented(module).shape
-        if shapes[-1] and (shapes[-1][-1][1] != shape[1] or shapes[-1][-1][0] == width):
-            shapes.append([])
-        shapes[-1].append(shape)
+        if last[1] != shape[1] or last[0] == width:
+            groups.append([])
+        groups[-1].append((inner, shape))
+        last = shape
     element = next(blocks.parameters()).element_size()
-    groups = [_group(some) for some in shapes]
+    own = {inner for _, inner in layers.recipes}
     host = host_bytes(model, windows, in_files)
     here = host if device.type == "cpu" else 0
-    return _work(blocks[0], groups, None, windows, batch, recipe, width, element, here, host)
+    return _work(blocks[0], groups, own, None, windows, batch, recipe, width, element, here, host)
 
 
 def host_bytes(model, windows, in_files):
@@ -320,13 +331,10 @@ def host_bytes(model, windows, in_files):
     return max(memory.resident(), LIBRARIES + size)
 
 
-def _group(shapes):
-    """Columns and rows in all of linears that share their inputs."""
-    return shapes[0][1], sum(rows for rows, _ in shapes)
-
-
-def _work(block, groups, stages, windows, batch, recipe, width, element, model, host):
+def _work(block, named, own, stages, windows, batch, recipe, width, element, model, host):
+    """A `Work` from the names and shapes of the linears that share inputs, and who is pruned."""
     count, length = windows.tokens.shape
+    groups = [(some[0][1][1], sum(rows for _, (rows, _) in some)) for some in named]
     return Work(
         groups, stages or stages_of(groups, length, width, element), count, length, width, batch,
         element,
@@ -338,6 +346,7 @@ def _work(block, groups, stages, windows, batch, recipe, width, element, model, 
         tune=STEP_WINDOWS if recipe.tune else 0,
         host=host,
         processes=current().size if recipe.config.recipe.by_row else 1,
+        pruned=[sum(rows for name, (rows, _) in some if name in own) for some in named],
     )  # fmt: skip
 
 
@@ -361,7 +370,7 @@ def seconds_a_block(work, held, rate):
     again = 2 - held / work.batches
     operations = 2 * weights * tokens * streams * again
     cubes, products = methods()[work.method].operations
-    for K, rows in work.groups:
+    for K, rows, _ in work.pruned_groups:
         operations += tokens * K * K * (3 if work.mixed else 1)
         operations += cubes * K**3 + products * rows * K**2
     operations += work.tune and 12 * weights * tokens

@@ -188,7 +188,8 @@ def prune_model(
         checkpoint.check(checkpoint_folder, identity)
     in_files = parked(blocks[0]) is not None
     check_host(
-        work_from_shapes(model, blocks, mine, batch, recipe, device, in_files), device, host_memory
+        work_from_shapes(model, blocks, mine, batch, recipe, device, layers, in_files),
+        device, host_memory,
     )
     warming = _warm(recipe, blocks, device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
@@ -199,7 +200,7 @@ def prune_model(
             checkpoint.begin(checkpoint_folder, identity, resume)
         ranks.agree(None)  # the folder is there
         warming.finish()
-        work = work_of(model, blocks, mine, batch, recipe, device)
+        work = work_of(model, blocks, mine, batch, recipe, device, layers)
         place = place_of_states(work, device, host_memory)
         held = hold(work, device, host_memory, place == "device")
         report.memory_predicted = predict(work, device, held, place == "device")
