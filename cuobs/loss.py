@@ -95,14 +95,14 @@ def output_energy(D, H):
 
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
-    energy = 0.0
+    energy = 0.0  # on a GPU, which is waited for at the end
     for a, b in strips(len(H), BLOCKS):
         part = D[:, a:b]
         product = matmul(part, 0.5 * H[a:b, a:b])
         if a:
             gemm(D[:, :a], H[:a, a:b], product, beta=1)
-        energy += 2 * float((product * part).sum(dtype="float64"))
-    return energy
+        energy = energy + 2 * (product * part).sum(dtype="float64")
+    return float(energy)
 
 
 def loss_bytes(size):

@@ -16,8 +16,9 @@ from cuobs.ops.products import gemm
 
 # Order up to which a matrix is factored in one piece, where others are by rows.
 LEAF = 4096
-# Strips that products with a triangle are made in, each without the zeros beside it.
-STRIPS = 4
+# Strips that products with a triangle are made in at most, each without the zeros beside it, and of
+# what order a GPU is busy with one for longer than it takes to launch it.
+STRIPS, STRIP = 4, 2048
 # Orders between which the CPU factors a matrix by one thread.
 ONE_THREAD = (256, 4096)
 
@@ -272,15 +273,18 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
     array, shape (K, K)
     """
     _, U = factor_by_rows(A, by_rows, precision, factor=False, inverted=True)
+    # Tensor cores are quickest where both operands are summed over along rows.
+    lower = namespace(A).ascontiguousarray(U.T)
+    del U
 
     def gram(rows):
-        out = namespace(U).zeros((rows.stop - rows.start, len(U)), U.dtype)
+        out = namespace(A).zeros((rows.stop - rows.start, len(lower)), lower.dtype)
         for a, b in _strips(rows):
             into = out[a - rows.start : b - rows.start, a:]
-            gemm(U[:b, a:b].T, U[:b, a:], into, precision=precision)
+            gemm(lower[a:b, :b], lower[a:, :b].T, into, precision=precision)
         return out
 
-    out = by_rows(gram, len(U))
+    out = by_rows(gram, len(lower))
     mirror_upper(out)
     return out
 
@@ -302,23 +306,33 @@ def factor_by_rows(A, by_rows, precision="fp32", factor=True, inverted=False):
     R : array, shape (K, K), or None
     U : array, shape (K, K), or None
     """
-    K = len(A)
+    noted = []
+    R, U = _factor_by_rows(A, by_rows, precision, factor, inverted, noted)
+    for info in noted:  # a GPU is not waited for before all is launched
+        check_factored(info)
+    return R, U
+
+
+def _factor_by_rows(A, by_rows, precision, factor, inverted, noted):
+    K, xp = len(A), namespace(A)
     if K <= LEAF:
-        R = reversed_cholesky(A)
+        noted.append(xp.zeros(1, np.int32))
+        R = reversed_cholesky(A, noted[-1])
         return R if factor else None, upper_inverse(R, precision) if inverted else None
     m = K // 2
-    R22, U22 = factor_by_rows(A[m:, m:], by_rows, precision, factor, inverted=True)
+    R22, U22 = _factor_by_rows(A[m:, m:], by_rows, precision, factor, True, noted)
     R12 = by_rows(lambda rows: _times_lower(A[rows, m:], U22, precision), m)
-    R11, U11 = factor_by_rows(
+    R11, U11 = _factor_by_rows(
         by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m),
-        by_rows, precision, factor, inverted,
+        by_rows, precision, factor, inverted, noted,
     )  # fmt: skip
     R = _upper(R11, R12, R22) if factor else None
     if not inverted:
         return R, None
+    lower = xp.ascontiguousarray(U22.T)
 
     def corner(rows):
-        return _times_lower(_lower_times(U22, R12.T, rows, precision), U11, precision)
+        return _times_lower(_lower_times(lower, R12.T, rows, precision), U11, precision)
 
     U12 = -by_rows(corner, K - m).T
     return R, _upper(U11, U12, U22)
@@ -327,22 +341,23 @@ def factor_by_rows(A, by_rows, precision="fp32", factor=True, inverted=False):
 def _times_lower(A, U, precision):
     """A Uᵀ of an upper triangular U, without most of its zeros."""
     out = namespace(A).empty((len(A), len(U)), A.dtype)
-    for a, b in strips(len(U), STRIPS):
+    for a, b in strips(len(U), STRIPS, STRIP):
         gemm(A[:, a:], U[a:b, a:].T, out[:, a:b], precision=precision, exact=True)
     return out
 
 
-def _lower_times(U, B, rows, precision):
-    """Rows of Uᵀ B of an upper triangular U, likewise."""
+def _lower_times(L, B, rows, precision):
+    """Rows of L B of a lower triangular L, likewise."""
     out = namespace(B).empty((rows.stop - rows.start, B.shape[1]), B.dtype)
     for a, b in _strips(rows):
         into = out[a - rows.start : b - rows.start]
-        gemm(U[:b, a:b].T, B[:b], into, precision=precision, exact=True)
+        gemm(L[a:b, :b], B[:b], into, precision=precision, exact=True)
     return out
 
 
 def _strips(rows):
-    return [(rows.start + a, rows.start + b) for a, b in strips(rows.stop - rows.start, STRIPS)]
+    count = rows.stop - rows.start
+    return [(rows.start + a, rows.start + b) for a, b in strips(count, STRIPS, STRIP)]
 
 
 def _exact(A, B, precision):
