@@ -4,7 +4,18 @@ import layers
 import numpy as np
 import pytest
 from layers import host
-from op_cases import EVERY, PATTERNS, SHAPE, SINGLE, by_scope, compiled, layout_of, near
+from op_cases import (
+    EVERY,
+    PATTERNS,
+    SHAPE,
+    SINGLE,
+    TOLERANCE,
+    by_scope,
+    compiled,
+    layout_of,
+    near,
+    near_largest,
+)
 
 import cuobs
 from cuobs import arrays
@@ -105,8 +116,10 @@ def test_ridge_right_side_by_a_kernel(cp, rng, shape, out, dtype):
     kind = "float16" if out == "half" else dtype
     found = on_gpu[4] if out == "product" else cp.empty(shape, kind)
     admm_ops.ridge_right_side(*on_gpu, 0.3, found)
-    rounded = 1e-3 if out == "half" else 0.0
-    near(found, expected, dtype, single=1e-6 + rounded, double=1e-14 + rounded)
+    if out == "half":
+        near_largest(found, expected, TOLERANCE["float16"])
+    else:
+        near(found, expected, dtype, single=1e-6, double=1e-14)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from torch import nn
 
 from cuobs.models.pruning.resident import Resident
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_blocks_come_back_changed(blocks, device):
     with Resident(blocks, torch.device(device)) as source:
         for index in range(len(blocks)):
             for parameter in source.load(index).parameters():
-                assert parameter.device.type == device
+                assert parameter.device == torch.device(device)
                 parameter += 1
                 seen[id(parameter)] += 1
             source.store()
@@ -62,7 +62,7 @@ def test_nothing_is_left_behind(blocks, device, breaks):
     assert all(p.device.type == "cpu" for p in blocks.parameters())
     assert not any(p.any() for p in blocks[:2].parameters())
     last = dict(zip(map(id, blocks.parameters()), before, strict=True))
-    if device == "cuda":  # where a copy was changed, and not stored
+    if device != "cpu":  # where a copy was changed, and not stored
         assert torch.equal(blocks[2][0].weight, last[id(blocks[2][0].weight)])
 
 
