@@ -1,8 +1,10 @@
 """Packed weights beside cuBLAS and PyTorch's 2:4, and a model of 8B shape, on one GPU.
 
     python -m perf.packed [--only {tables,model}] [--out FOLDER]
+    python -m perf.packed --show FOLDER/packed.json
 
-Prints the tables of perf/RESULTS.rst; ``packed.json`` and ``packed.png`` go to FOLDER. Ratios are
+Prints the tables of perf/RESULTS.rst; ``packed.json``, from which they are printed again without a
+device, and ``packed.png`` go to FOLDER. Ratios are
 to cuBLAS on the dense weight, in CUDA graphs, four weights in turn, see
 `cuobs.models.packed.timing`.
 """
@@ -20,14 +22,12 @@ import torch
 
 import cuobs
 from cuobs.models.packed.generation import generation
-from cuobs.models.packed.timing import picture, speedup
+from cuobs.models.packed.timing import TORCH, Timing, picture, speedup
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096", "28672x8192", "8192x28672")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of the patterns beside 2:4.
 SOME_TOKENS = (1, 64, 256, 2048)
-# Blocks of the model: a compiler takes each for itself, and takes a second or two.
-BLOCKS = 8
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -40,7 +40,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=".")
     parser.add_argument("--only", choices=("tables", "model"))
+    parser.add_argument("--show", metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.show:
+        show(arguments.show)
+        return
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
     if arguments.only != "model":
         tables(arguments.out)
@@ -53,24 +57,44 @@ def tables(out):
     others = tuple(name for name in cuobs.patterns() if name != "2:4")
     compile_all({"2:4": (("float16", "bfloat16"), TOKENS)}
                 | {name: (("float16",), SOME_TOKENS) for name in others})  # fmt: skip
-    found = {}
-    for dtype, patterns, tokens in (("float16", ("2:4",), TOKENS), ("bfloat16", ("2:4",), TOKENS),
-                                    ("float16", others, SOME_TOKENS)):  # fmt: skip
+    found, path = {"device": torch.cuda.get_device_name()}, os.path.join(out, "packed.json")
+    for dtype, patterns, tokens in (("float16", ("2:4",), TOKENS), ("float16", others, SOME_TOKENS),
+                                    ("bfloat16", ("2:4",), TOKENS)):  # fmt: skip
         title = f"{dtype}, {', '.join(patterns)}"
         found[title] = []
         for shape in SHAPES:
             began = time.perf_counter()
-            found[title] += speedup(shape, tokens, dtype, patterns, search=False)
+            found[title] += map(asdict, speedup(shape, tokens, dtype, patterns, search=False))
             print(f"{title}, {shape}: {time.perf_counter() - began:.0f} s", flush=True)
-        table(found[title], title)
-        spread(found[title], patterns)
-        # What is measured is kept, should the time run out.
-        picture(found["float16, 2:4"], os.path.join(out, "packed.png"), force=True)
-        with open(os.path.join(out, "packed.json"), "w") as file:
-            json.dump({
-                "device": torch.cuda.get_device_name(),
-                **{title: [asdict(t) for t in timings] for title, timings in found.items()},
-            }, file, indent=1)  # fmt: skip
+            # What is measured is kept, should the time run out.
+            with open(path, "w") as file:
+                json.dump(found, file, indent=1)
+    picture([Timing(**t) for t in found["float16, 2:4"]], os.path.join(out, "packed.png"),
+            force=True)  # fmt: skip
+    show(path)
+
+
+def show(path):
+    """Print what was measured: 2:4 in both dtypes side by side, then other patterns."""
+    with open(path) as file:
+        found = json.load(file)
+    print(found.pop("device"))
+    runs = {title: [Timing(**t) for t in timings] for title, timings in found.items()}
+    by_patterns = {}
+    for title, timings in runs.items():
+        dtype, patterns = title.split(", ", 1)
+        by_patterns.setdefault(patterns, {})[dtype] = timings
+    for patterns, by_dtype in by_patterns.items():
+        columns = [
+            (name if dtype == "float16" else f"{dtype}: {name}", timings, name)
+            for dtype, timings in by_dtype.items() for name in dict.fromkeys(
+                n for t in timings for n in (*t.bounds, TORCH) if n != TORCH or patterns == "2:4")
+        ]  # fmt: skip
+        table(next(iter(by_dtype.values())), columns)
+        for dtype, timings in by_dtype.items():
+            spread(timings, patterns.split(", "), dtype)
+            for n, why in dict.fromkeys(i for t in timings for i in t.faults.items()):
+                print(f"does not run  {dtype}, {n}: {why}")
 
 
 def compile_all(plan):
@@ -97,50 +121,49 @@ def compile_all(plan):
     print(f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def table(timings, title):
-    """A table in reStructuredText."""
-    names = list(dict.fromkeys(n for t in timings for n in (*t.seconds, *t.faults)))
-    widths = [13, 6, 9, *(max(6, len(name)) for name in names)]
+def table(dense, columns):
+    """A table in reStructuredText: of each column, its title, its timings and what they time."""
+    widths = [13, 6, 8, *(max(4, len(title)) for title, _, _ in columns)]
     rule = "  ".join("=" * w for w in widths)
 
     def row(*cells):
         print("  ".join(f"{cell:<{w}}" for cell, w in zip(cells, widths, strict=True)).rstrip())
 
-    print(f"\n{title}: times as fast as cuBLAS\n\n{rule}")
-    row("weight", "tokens", "dense µs", *names)
+    print(f"\n{rule}")
+    row("weight", "tokens", "dense µs", *(title for title, _, _ in columns))
     print(rule)
-    for t in timings:
-        gains = (f"{t.gain(name):.2f}" if t.gain(name) else "-" for name in names)
-        row(f"{t.rows} x {t.columns}", t.tokens, f"{1e6 * t.dense:.1f}", *gains)
+    for n, t in enumerate(dense):
+        gains = [t.gain(name) for _, timings, name in columns for t in timings[n : n + 1]]
+        row(f"{t.rows} × {t.columns}", t.tokens, f"{1e6 * t.dense:.1f}",
+            *("-" if gain is None else f"{gain:.2f}" for gain in gains),
+            *[""] * (len(columns) - len(gains)))  # fmt: skip
     print(rule + "\n", flush=True)
-    for fault in dict.fromkeys(f"{n}: {why}" for t in timings for n, why in t.faults.items()):
-        print(f"does not run  {fault}")
 
 
-def spread(timings, patterns):
+def spread(timings, names, dtype):
     """The least and the largest gain over the large shapes, for each number of tokens."""
-    for name in patterns:
+    for name in names:
         parts = []
         for tokens in dict.fromkeys(t.tokens for t in timings):
             gains = [t.gain(name) for t in timings
                      if t.tokens == tokens and t.rows != t.columns and t.gain(name)]  # fmt: skip
             if gains:
                 parts.append(f"{tokens}: {min(gains):.2f} to {max(gains):.2f}")
-        print(f"{name}, large shapes, tokens: gain  {', '.join(parts)}", flush=True)
+        print(f"{dtype}, {name}, large shapes, tokens: gain  {', '.join(parts)}", flush=True)
 
 
 def end_to_end():
-    """Blocks of an 8B Llama with random weights, 2:4 in bfloat16, one sequence."""
+    """An 8B Llama with random weights, 2:4 in bfloat16, one sequence."""
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "config.json"), "w") as file:
-            json.dump(LLAMA | {"num_hidden_layers": BLOCKS}, file)
-        for compiled in (False, True):
-            row, = generation(folder, "2:4", (1,), dtype="bfloat16", compiled=compiled)
-            how = "compiled" if compiled else "as they are"
-            print(f"{BLOCKS} blocks, {how}: {row.dense:.1f} tokens/s dense, {row.packed:.1f} "
-                  f"packed, {row.gain:.2f} times as fast; weights "
-                  f"{row.dense_bytes / 2**30:.2f} and {row.packed_bytes / 2**30:.2f} GiB",
-                  flush=True)  # fmt: skip
+            json.dump(LLAMA, file)
+        began = time.perf_counter()
+        for row in generation(folder, "2:4", (1,), dtype="bfloat16", compiled=(False, True)):
+            how = "compiled" if row.compiled else "as they are"
+            print(f"blocks {how}: {row.dense:.1f} tokens/s dense, {row.packed:.1f} packed, "
+                  f"{row.gain:.2f} times as fast")  # fmt: skip
+        print(f"weights {row.dense_bytes / 2**30:.2f} and {row.packed_bytes / 2**30:.2f} GiB; "
+              f"measured in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import torch
 from small_models import make_model, make_source
 
 import cuobs
-from cuobs.models.packed.generation import Decoder, generation
+from cuobs.models.packed.generation import Decoder, _compiled, generation
 from cuobs.models.packed.timing import Timing, keep_largest, layer_shapes, picture, speedup, verdict
+from cuobs.models.structure import find_blocks
 from cuobs.pattern import parse
 
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -88,6 +89,31 @@ def test_decoding_gives_what_the_model_gives(family):
     for _ in range(6):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(torch.cat(written, 1), ids[:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_alike_blocks_are_compiled_once(family, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    model = make_model(family, num_hidden_layers=3)
+    blocks = find_blocks(model)[1]
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compiler(f, backend=counter, **given))
+    plain, compiled = Decoder(model, 2, 16), Decoder(model, 2, 16)
+    compiled.step()
+    with _compiled(blocks):
+        for _ in range(3):
+            compiled.step()
+    for _ in range(4):
+        plain.step()
+    assert counter.frame_count == 1
+    assert torch.equal(compiled.token, plain.token)
+    for a, b in zip(compiled.cache.layers, plain.cache.layers, strict=True):
+        assert a.cumulative_length == 4
+        torch.testing.assert_close(a.keys, b.keys)
+    assert [block.self_attn.layer_idx for block in blocks] == [0, 1, 2]
+    assert all(block._compiled_call_impl is None for block in blocks)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ One step of decoding, with a cache of fixed size, is recorded as a CUDA graph an
 """
 
 import contextlib
+import copy
 import inspect
 import os
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Generation:
         Tokens a second, of all sequences together.
     dense_bytes, packed_bytes : int
         Of the weights, embeddings among them.
+    compiled : bool
+        Whether the blocks were.
     """
 
     sequences: int
@@ -43,6 +46,7 @@ class Generation:
     packed: float
     dense_bytes: int
     packed_bytes: int
+    compiled: bool = False
 
     @property
     def gain(self):
@@ -67,8 +71,9 @@ def generation(
     new_tokens : int
         Steps that are timed.
     dtype : {"float16", "bfloat16"}
-    compiled : bool
-        Compile the blocks with `torch.compile`, dense and packed, before they are recorded.
+    compiled : bool or sequence of bool
+        Compile the blocks with `torch.compile`, dense and packed, before they are recorded; of
+        several, each.
     say : callable, optional
         Called with lines of text.
 
@@ -85,15 +90,17 @@ def generation(
             "out for the time")  # fmt: skip
     length = PROMPT + new_tokens + 8
     dense_bytes = _bytes(model)
-    blocks = find_blocks(model)[1] if compiled else ()
-    measure = partial(_tokens_a_second, model, length, new_tokens, blocks)
-    dense = [measure(n) for n in sequences]
+    blocks = find_blocks(model)[1]
+    runs = [(c, n) for c in ([compiled] if isinstance(compiled, bool) else compiled)
+            for n in sequences]  # fmt: skip
+    measure = partial(_tokens_a_second, model, length, new_tokens)
+    dense = [measure(blocks if c else (), n) for c, n in runs]
     pack_model(model, pattern)
     torch.cuda.empty_cache()
-    packed = [measure(n) for n in sequences]
+    packed = [measure(blocks if c else (), n) for c, n in runs]
     return [
-        Generation(n, a, b, dense_bytes, _bytes(model))
-        for n, a, b in zip(sequences, dense, packed, strict=True)
+        Generation(n, a, b, dense_bytes, _bytes(model), c)
+        for (c, n), a, b in zip(runs, dense, packed, strict=True)
     ]
 
 
@@ -171,35 +178,69 @@ class Decoder:
 
 @contextlib.contextmanager
 def _compiled(blocks):
-    """Compile blocks as they run here: each for itself, since each knows its number."""
+    """Compile blocks as they run here, once for all that are alike.
+
+    The number of a block would be compiled into it. So each is told that it is the first, and given
+    a cache that begins with its own layer.
+    """
     if not blocks:
         yield
         return
     from torch._dynamo import config
 
     torch.compiler.reset()
-    for block in blocks:
-        block.compile(dynamic=False)
-    # Beyond the limit a block would go on as it is, and only a warning would say so.
-    with config.patch(recompile_limit=len(blocks) + config.recompile_limit):
-        yield
+    shared = torch.compile(lambda block, *args, **given: block._call_impl(*args, **given),
+                           dynamic=False)  # fmt: skip
+    numbers = {module: module.layer_idx for block in blocks for module in block.modules()
+               if hasattr(module, "layer_idx")}  # fmt: skip
+    for module in numbers:
+        module.layer_idx = 0
+    for index, block in enumerate(blocks):
+        block._compiled_call_impl = partial(_as_the_first, shared, block, index)
+    try:
+        # Beyond the limit a block would go on as it is, and only a warning would say so.
+        with config.patch(recompile_limit=len(blocks) + config.recompile_limit):
+            yield
+    finally:
+        for module, number in numbers.items():
+            module.layer_idx = number
+        for block in blocks:
+            del block._compiled_call_impl
+
+
+def _as_the_first(shared, block, index, *args, **given):
+    """Call what blocks share for one of them, with its own part of the cache."""
+    from transformers import Cache
+
+    return shared(block, *args, **{
+        name: _own_part(value, index) if isinstance(value, Cache) else value
+        for name, value in given.items()
+    })  # fmt: skip
+
+
+def _own_part(cache, index):
+    part = copy.copy(cache)
+    part.layers = cache.layers[index : index + 1]
+    for tensor in vars(part.layers[0]).values():
+        # A compiled block would insist on this one tensor.
+        getattr(tensor, "__dict__", {}).pop("_dynamo_static_input_type", None)
+    return part
 
 
 def _tokens_a_second(model, length, new_tokens, compiled, sequences):
     """Of a model whose ``compiled`` blocks are compiled first."""
     decoder = Decoder(model, sequences, length)
-    # The cache is made, and kernels of packed weights are chosen.
-    with torch.compiler.set_stance("force_eager"):
-        decoder.step()
+    decoder.step()  # the cache is made, and kernels of packed weights are chosen
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), _compiled(compiled):
-        for _ in range(PROMPT // 4):
-            decoder.step()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decoder.step()
+    with _compiled(compiled):
+        with torch.cuda.stream(stream):
+            for _ in range(PROMPT // 4):
+                decoder.step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            decoder.step()
     for _ in range(2):
         graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
