@@ -246,7 +246,8 @@ def _multiply_by_kernel(kernels, x, values, index, bias, layout):
         rows, _ = kernels.tables(layout, number)
         inputs = arranged(x, layout)
 
-        def run(way):
+        def run(way, weight):
+            values, index = weight
             if way.kernel == "unpack":
                 return _unpack_and_multiply(kernels, x, values, index, bias, layout, way.splits)
             size = kernels.room_bytes(layout, way, len(x))
@@ -258,7 +259,7 @@ def _multiply_by_kernel(kernels, x, values, index, bias, layout):
             ), _stream(kernels))  # fmt: skip
             return out
 
-        return run(_way(layout, dtype, x, number, run))
+        return run(_way(layout, dtype, x, (values, index), run), (values, index))
 
 
 def _unpack_and_multiply(kernels, x, values, index, bias, layout, count):
@@ -285,17 +286,37 @@ def _unpack_and_multiply(kernels, x, values, index, bias, layout, count):
     return out
 
 
-def _way(layout, dtype, x, number, run):
+def _way(layout, dtype, x, weight, run):
     """The way for so many tokens; nothing is measured while a graph is captured."""
-    from cuobs.ops.cuda.packed_ways import chosen, known
+    from cuobs.ops.cuda.packed_ways import Trial, chosen, known, turns
 
+    number = x.device.index
     way = known(layout, dtype, len(x), number)
     if way is not None:
         return way
     if torch.cuda.is_current_stream_capturing():
         return chosen(layout, dtype, len(x), number)
+
+    def trial():
+        copies = turns(sum(part.nbytes for part in weight)) - 1
+        copied = [tuple(part.clone() for part in weight) for _ in range(copies)]
+        return Trial(run, [weight, *copied], _record)
+
     with stream_of(x):
-        return chosen(layout, dtype, len(x), number, run)
+        return chosen(layout, dtype, len(x), number, trial)
+
+
+def _record(function):
+    """What a function enqueues, as a graph that keeps its memory to itself."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    return graph.replay
 
 
 def arranged(x, layout):

@@ -181,6 +181,42 @@ def test_captured_in_a_graph(tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_ways_are_timed_in_graphs(tokens, tmp_path, monkeypatch):
+    """While another stream goes on, and also where no graph can be captured."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    from cuobs.ops.cuda import packed_ways
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed, W, b = module(M=272, K=1056, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(tokens, 1056, device="cuda").bfloat16()
+    taken = []
+    for name in ("_graph_seconds", "_event_seconds"):
+        own = getattr(packed_ways, name)
+        monkeypatch.setattr(packed_ways, name, lambda trial, way, products, name=name, own=own:
+                            (own(trial, way, products), taken.append(name))[0])  # fmt: skip
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        busy = torch.randn(2048, 2048, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy / 50
+    packed_ways._known.cache_clear()
+    close(packed(x), x, W, b, 1e-2)
+    assert set(taken) == {"_graph_seconds"}
+
+    def refuse(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(packed_module, "_record", refuse)
+    packed_ways._known.cache_clear()
+    (tmp_path / "cuobs").rename(tmp_path / "elsewhere")
+    close(packed(x), x, W, b, 1e-2)
+    assert set(taken) == {"_graph_seconds", "_event_seconds"}
+    packed_ways._known.cache_clear()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wider_dtypes_captured_in_a_graph(dtype):
     """They are unpacked by a kernel, two bytes at a time."""

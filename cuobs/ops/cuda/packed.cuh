@@ -11,8 +11,9 @@
 //   ROWS, CELLS, SCOPES, BITS, LOADS, WORDS, WORD_TILES   see `Tiling`; ROWS of a scope
 //   COLUMNS   of a lane in a tile, a multiple of 8
 //   MASKS     of a scope
-//   SELECTORS words of selectors for each mask, TABLE {word, mask by mask}: a selector of
-//             __byte_perm(two values, 0, selector) in each half of a word
+//   SELECTORS words of selectors for each mask, the first USED of them, so that a mask begins where
+//             all can be read together; TABLE {word, mask by mask}: a selector of
+//             permute(two values, selector) in each half of a word
 //   FIRST     {first step of each scope, and their number}
 //   STEPS     {pair of columns it goes to, register it comes from, selector}, step by step
 //   ORDER     {where the pairs of columns of a lane lie among its inputs}
@@ -61,6 +62,31 @@ __device__ __forceinline__ void fill_table(unsigned* table) {
     for (int i = threadIdx.x; i < MASKS * SELECTORS; i += blockDim.x) table[i] = TABLE_OF_MASK[i];
 }
 
+// Bytes of a word, or of zeros from 4 on, by the four lowest digits of a selector. __byte_perm would
+// first clear what its digits may not have, and these never do.
+__device__ __forceinline__ unsigned permute(const unsigned word, const unsigned selector) {
+    unsigned result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(word), "r"(selector));
+    return result;
+}
+
+// The selectors of a mask, in as few loads as there may be.
+__device__ __forceinline__ void load_selectors(const unsigned* table, const unsigned mask,
+                                               unsigned (&selector)[USED]) {
+    const unsigned* mine = table + mask * SELECTORS;
+#pragma unroll
+    for (int k = 0; k + 4 <= USED; k += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(mine + k);
+        selector[k] = four.x, selector[k + 1] = four.y;
+        selector[k + 2] = four.z, selector[k + 3] = four.w;
+    }
+    if constexpr (USED % 4 >= 2) {
+        const uint2 both = *reinterpret_cast<const uint2*>(mine + USED / 4 * 4);
+        selector[USED / 4 * 4] = both.x, selector[USED / 4 * 4 + 1] = both.y;
+    }
+    if constexpr (USED % 2) selector[USED - 1] = mine[USED - 1];
+}
+
 // The values of a lane as its rows are, two columns in a register.
 __device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v)[4 * LOADS],
                                        const unsigned (&word)[WORDS], const int shift,
@@ -72,15 +98,14 @@ __device__ __forceinline__ void expand(const unsigned* table, const unsigned (&v
         constexpr int q = decltype(place)::value / SCOPES, s = decltype(place)::value % SCOPES;
         constexpr int bit = decltype(place)::value * BITS;
         const unsigned mask = word[bit / 32] >> (bit % 32 + shift) & ((1u << BITS) - 1);
-        unsigned selector[SELECTORS];
-#pragma unroll
-        for (int k = 0; k < SELECTORS; k++) selector[k] = table[mask * SELECTORS + k];
+        unsigned selector[USED];
+        load_selectors(table, mask, selector);
         auto take = [&](auto step) {
             constexpr int steps[] = STEPS;
             constexpr int k = 3 * decltype(step)::value;
             constexpr int to = q * ROWS * PAIRS + steps[k], from = q * REGISTERS + steps[k + 1];
             constexpr int which = steps[k + 2];
-            a[to] |= __byte_perm(v[from], 0, selector[which / 2] >> which % 2 * 16);
+            a[to] |= permute(v[from], selector[which / 2] >> which % 2 * 16);
         };
         for_each<first[s], first[s + 1]>(take);
     };

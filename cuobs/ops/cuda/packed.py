@@ -1,17 +1,18 @@
 """Products with packed weights on a GPU: the kernels of `packed.cu`, launched."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cupy
 import numpy as np
 
-from cuobs.ops.cuda import loader, packed_hopper
+from cuobs.ops.cuda import early, loader, packed_hopper
 from cuobs.ops.cuda.packed_layout import columns_of, expands, order, rows_of
 from cuobs.ops.cuda.packed_ways import (
     FEW,
     UNPACK,
+    Trial,
     Way,
     chosen,
     compiled,
@@ -19,6 +20,7 @@ from cuobs.ops.cuda.packed_ways import (
     device,
     entry,
     shared_bytes,
+    turns,
 )
 from cuobs.ops.packed import LANE_ROWS, tiling
 
@@ -51,7 +53,8 @@ def packed_matmul(values, index, layout, X, bias=None):
     bias = None if bias is None else cupy.ascontiguousarray(bias)
     rows, _ = tables(layout, number)
 
-    def run(way):
+    def run(way, weight):
+        values, index = weight
         if way.kernel == "unpack":
             cupy.matmul(X, unpack(values, index, layout).T, out=out)
             if bias is not None:
@@ -63,8 +66,34 @@ def packed_matmul(values, index, layout, X, bias=None):
             0 if bias is None else bias.data.ptr, out.data.ptr, room.data.ptr, rows, tokens,
         ), _current())  # fmt: skip
 
-    run(chosen(layout, dtype, tokens, number, run))
+    def trial():
+        copies = turns(values.nbytes + index.nbytes) - 1
+        weights = [(values, index), *((values.copy(), index.copy()) for _ in range(copies))]
+        return Trial(run, weights, _record)
+
+    # While the caller captures a graph nothing can be measured.
+    capturing = cupy.cuda.get_current_stream().is_capturing()
+    run(chosen(layout, dtype, tokens, number, None if capturing else trial), (values, index))
     return out
+
+
+def _record(function):
+    """What a function enqueues, as a graph that keeps its memory to itself."""
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    stream.wait_event(cupy.cuda.get_current_stream().record())
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        function()  # nothing is allocated while it is captured
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+        try:
+            function()
+        finally:
+            graph = stream.end_capture()
+    stream.synchronize()
+
+    def replay(pool=pool):
+        graph.launch(cupy.cuda.get_current_stream())
+
+    return replay
 
 
 def arranged(X, layout):
@@ -126,7 +155,7 @@ def _function(layout, dtype, way, name, number):
     else:
         found = loader.kernel(SOURCE, name, **macros)
     shared = shared_bytes(layout, way)
-    if shared > loader.USUAL_SHARED and name != "add":
+    if shared > loader.USUAL_SHARED and name == entry(way):
         found.max_dynamic_shared_size_bytes = shared
     return found
 
@@ -166,17 +195,19 @@ class Operands(NamedTuple):
 
 
 def room_bytes(layout, way, tokens):
-    """Bytes that a way needs beside its operands: the sums of its splits."""
+    """Bytes that a way needs beside its operands: sums of its splits, inputs in another order."""
+    if way.kernel == "sparse":
+        return packed_hopper.room_bytes(layout, tokens)
     shared = way.kernel == "many" and way.splits > 1
     return 4 * way.splits * tokens * layout.shape[0] if shared else 0
 
 
 def multiply(layout, dtype, way, operands, stream):
     """Launch the kernels of a way that is not "unpack"."""
-    kernel = function(layout, dtype, compiled(way), entry(way))
+    named, number = partial(function, layout, dtype, compiled(way)), cupy.cuda.runtime.getDevice()
     if way.kernel in packed_hopper.KERNELS:
-        processors = device(cupy.cuda.runtime.getDevice()).processors
-        packed_hopper.multiply(kernel, layout, way, operands, processors, stream)
+        processors = device(number).processors
+        packed_hopper.multiply(named, layout, way, operands, processors, number, stream)
         return
     form = tiling(layout)
     o = operands
@@ -189,9 +220,13 @@ def multiply(layout, dtype, way, operands, stream):
     if way.kernel != "few":
         args.append(np.uint64(o.room))
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
-    kernel.kernel(grid, (32 * way.warps, 1, 1), tuple(args), shared_bytes(layout, way), stream)
+    kernel, block, shared = named(entry(way)), (32 * way.warps, 1, 1), shared_bytes(layout, way)
+    if way.early:
+        early.launch(kernel, grid, block, args, shared, stream, number)
+    else:
+        kernel.kernel(grid, block, tuple(args), shared, stream)
     if way.splits > 1:
-        function(layout, dtype, compiled(way), "add").kernel(
+        named("add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
             (np.uint64(o.room), np.uint64(o.bias), np.uint64(o.out), np.int32(M),
              np.int32(o.tokens), np.int32(way.splits)), 0, stream,

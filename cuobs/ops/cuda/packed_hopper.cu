@@ -5,28 +5,38 @@
 //   product(values_map, index_map, inputs_map, bias, rows, out, M, tokens, tile_rows, column_tiles)
 //     Two warpgroups multiply 64 rows each. Another warp brings operands in:
 //     SPARSE    The weight stays packed, wgmma.sp takes it as it is: a tile's values are its rows
-//               of 32 kept values, and a lane's index word becomes the word of places that it wants.
-//     otherwise further warps expand tiles into dense rows of 64 columns.
+//               of 32 kept values, a lane's index word becomes the word of places that it wants.
+//               Where values are not IN_PLACE, a lane first puts its own in order.
+//     otherwise each warp expands the tile of its own rows into dense rows of 64 columns, while
+//               the tensor cores still multiply the stage before.
 //     A cluster of SHARING blocks of neighbouring rows shares its inputs, each block brings a part
 //     of them to all; a cluster of SPLITS blocks shares the columns, and adds up at the end.
+//
+//   arrange(X, out, count)
+//     Inputs with the even columns of each 8 before the odd ones, where SPLIT; count pieces of 8.
 //
 //   maps    of values, index words and inputs as `packed_hopper.maps` describes them
 //
 // Others, and the macros of a layout: packed.cuh. Here the rows of a tile are 16 neighbours and the
-// columns of a lane a multiple of 16. PLACES {two words: byte m has the two places that mask m
-// keeps, two bits each}; EXPANDERS warps, AHEAD tiles of columns on their way to them.
+// columns of a lane a multiple of 16. AHEAD tiles of columns on their way to be expanded; RESIDENT
+// blocks that a multiprocessor is to hold. Of what is SPARSE:
+//   PLACES       {two words: byte m has the two places that mask m keeps, two bits each}
+//   SPREAD       which of a lane's four fours of columns each scope has: 0 one, 1 two neighbours,
+//                for which PLACES has them twice, 2 every other
+//   VALUE_ORDER  {where each of a lane's values in a row is taken from}
 
 #include "packed.cuh"
 
 constexpr int TOKENS = 8 * GROUPS, BLOCK_ROWS = 128, CONSUMERS = 8 /* warps */;
-constexpr int THREADS = 32 * (CONSUMERS + 1 + EXPANDERS);
+constexpr int THREADS = 32 * (CONSUMERS + 1);
 constexpr int FOLDS = COLUMNS / 16;  // of 64 columns in a stage
-// Bytes of the packed tiles of a block's rows and of their index words; of a stage: inputs, the
-// weight as it is multiplied and, of what stays packed, the words.
+// Bytes of the packed tiles of a block's rows and of their index words; of a stage: inputs and the
+// weight that stays packed; of dense rows, of which there are three: one is written, and two may
+// still be multiplied.
 constexpr int VALUES = 8 * LOADS * 512, INDEX = 8 * WORDS * 128;
 constexpr int STAGE_X = FOLDS * TOKENS * 128;
-constexpr int STAGE_W = SPARSE ? VALUES : BLOCK_ROWS * FOLDS * 128;
-constexpr int STAGE = STAGE_X + STAGE_W + (SPARSE ? INDEX : 0);
+constexpr int STAGE = STAGE_X + (SPARSE ? VALUES + INDEX : 0);
+constexpr int DENSE = BLOCK_ROWS * FOLDS * 128, DENSE_SLOTS = 3;
 constexpr int CLUSTER = SHARING * SPLITS;
 // Row clusters that are multiplied by all tokens before the next ones: both operands stay in L2.
 constexpr int BAND = 16 / SHARING;
@@ -96,9 +106,15 @@ __device__ __forceinline__ unsigned long long operand(const unsigned from, const
            (unsigned long long)(row_bytes / 2) << 32 | (row_bytes == 128 ? 1ull : 2ull) << 62;
 }
 
-// Two bits for each value of a lane's 8 scopes, as wgmma.sp reads them, from 8 masks of 4 bits.
-__device__ __forceinline__ unsigned places_of(const unsigned word) {
+// Two bits for each value of a lane's rows, as wgmma.sp reads them, from 8 masks of 4 bits, or from
+// the 4 masks of one of two tiles.
+__device__ __forceinline__ unsigned places_of(const unsigned word, const int tile) {
     constexpr unsigned places[2] = PLACES;
+    if constexpr (SPREAD) {
+        unsigned codes = __byte_perm(places[0], places[1], word >> tile % 2 * 16);
+        if constexpr (SPREAD == 2) codes = __byte_perm(codes | codes >> 4, 0, 0x2200);
+        return codes;
+    }
     unsigned low = __byte_perm(places[0], places[1], word);
     unsigned high = __byte_perm(places[0], places[1], word >> 16);
     low |= low >> 4, high |= high >> 4;
@@ -185,7 +201,7 @@ struct Block {
     int rank, begin, end;       // in its cluster; of the columns' tiles
     int clusters, parts, first, step;  // of the result: row clusters, parts, those of this block
     int token_blocks;
-    unsigned base, tiles, full, empty, coming, read;
+    unsigned base, dense, tiles, full, empty, coming, read;
 
     __device__ __forceinline__ Block(const int tile_rows, const int column_tiles,
                                      const int tokens) {
@@ -272,8 +288,9 @@ __device__ __forceinline__ void leave(const float (&sum)[GROUPS][4], char* sums)
 __device__ __forceinline__ void add_up(const unsigned sums, const int rank, const REAL* bias,
                                        REAL* out, const int M, const int tokens,
                                        const int row_block, const int first_token) {
-    for (int e = threadIdx.x; e < TOKENS / SPLITS * 32; e += THREADS) {
-        const int mine = rank * (TOKENS / SPLITS) + e / 32, token = first_token + mine;
+    const int begin = TOKENS * rank / SPLITS, end = TOKENS * (rank + 1) / SPLITS;
+    for (int e = threadIdx.x; e < (end - begin) * 32; e += THREADS) {
+        const int mine = begin + e / 32, token = first_token + mine;
         const int row = row_block * BLOCK_ROWS + e % 32 * 4;
         if (token >= tokens || row >= M) continue;
         float total[4];
@@ -293,7 +310,30 @@ __device__ __forceinline__ void add_up(const unsigned sums, const int rank, cons
     }
 }
 
-#if !SPARSE
+#if SPARSE
+// Put a lane's 8 values in each of two rows in order. They are 16 bytes of 64, swizzled.
+__device__ __forceinline__ void reorder(const unsigned tile) {
+    constexpr int from[8] = VALUE_ORDER;
+    const int lane = threadIdx.x % 32;
+    const unsigned mine = tile + lane / 4 * 64 + ((lane % 4) ^ (lane / 8 % 4)) * 16;
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+        unsigned v[4], w[4];
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                     : "r"(mine + q * 512) : "memory");
+        auto pick = [&](auto pair) {
+            constexpr int i = decltype(pair)::value, a = from[2 * i], b = from[2 * i + 1];
+            constexpr unsigned halves = (a % 2 ? 0x32 : 0x10) | (b % 2 ? 0x7600 : 0x5400);
+            w[i] = __byte_perm(v[a / 2], v[b / 2], halves);
+        };
+        for_each<0, 4>(pick);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :: "r"(mine + q * 512), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                     : "memory");
+    }
+}
+#else
 // A lane's part of a tile.
 struct Tile {
     unsigned v[4 * LOADS], w[WORDS];
@@ -346,10 +386,11 @@ __device__ __forceinline__ void bring_in(const Block& block, const Map& values_m
         const unsigned stage = block.base + place.slot * STAGE;
         const unsigned barrier = block.full + place.slot * 8;
         wait_for(block.empty + place.slot * 8, place.parity ^ 1);
-        expect(barrier, SPARSE ? STAGE : STAGE_X);
+        expect(barrier, STAGE);
         if constexpr (SPARSE) {
             copy_tiles(stage + STAGE_X, values_map, part.row_block * 8, j, barrier);
-            copy_tiles(stage + STAGE_X + STAGE_W, index_map, part.row_block * 8, j, barrier);
+            copy_tiles(stage + STAGE_X + VALUES, index_map, part.row_block * 8, j / WORD_TILES,
+                       barrier);
         }
         const int share = SHARING > 1 ? block.rank * (TOKENS / SHARING) : 0;
 #pragma unroll
@@ -370,7 +411,8 @@ __device__ __forceinline__ void bring_in(const Block& block, const Map& values_m
     };
     for (int n = block.first; n < block.parts; n += block.step) {
         const Part part(n, block);
-        constexpr int LEAD = SPARSE ? 0 : AHEAD - 1;
+        // A tile is asked for as soon as another is used, which is two stages before its own.
+        constexpr int LEAD = SPARSE ? 0 : AHEAD - 2;
         for (int j = block.begin - LEAD; j < block.end; j++) {
             if (!SPARSE && j + LEAD < block.end) bring_tiles(part, j + LEAD);
             if (j >= block.begin) bring(part, j);
@@ -379,44 +421,40 @@ __device__ __forceinline__ void bring_in(const Block& block, const Map& values_m
 }
 
 #if !SPARSE
-// Expand the tiles of each stage, 8 below each other, dealt out to EXPANDERS warps. They touch no
-// memory but shared, since a fence waits for all that is under way.
-__device__ __forceinline__ void expand_tiles(const Block& block, const int expander,
-                                             const unsigned* table, const int* rows) {
-    constexpr int MOST = (8 + EXPANDERS - 1) / EXPANDERS;
+// Expand a warp's own tile of each stage, one stage before it is multiplied. The next is in
+// registers by then. No memory is touched but shared: a fence waits for all that is under way.
+struct Expander {
+    const Block& block;
+    const unsigned* table;
+    const int first;  // row
     int row[SLOTS];
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++)
-        row[slot] = row_of(rows, 0, slot, threadIdx.x % 32 / 4);
-    Place<STAGES> place;
     Place<AHEAD> held;
-    for (int n = block.first; n < block.parts; n += block.step) {
-        int i = expander;
-        for (int j = block.begin; j < block.end; j++, place.advance(), held.advance()) {
-            const unsigned from = block.tiles + held.slot * (VALUES + INDEX);
-            Tile tile[MOST];
-            wait_for(block.coming + held.slot * 8, held.parity);
+    Place<DENSE_SLOTS> place;
+    Tile tile;
+
+    __device__ __forceinline__ Expander(const Block& block, const unsigned* table, const int* rows,
+                                        const int warp)
+        : block(block), table(table), first(warp * 16) {
 #pragma unroll
-            for (int k = 0; k < MOST; k++)
-                if (i + k * EXPANDERS < 8)
-                    tile[k].load(from + (i + k * EXPANDERS) * LOADS * 512,
-                                 from + VALUES + (i + k * EXPANDERS) * WORDS * 128);
-            wait_for(block.empty + place.slot * 8, place.parity ^ 1);
-#pragma unroll
-            for (int k = 0; k < MOST; k++)
-                if (i + k * EXPANDERS < 8)
-                    tile[k].expand_to(block.base + place.slot * STAGE + STAGE_X, table, j,
-                                      (i + k * EXPANDERS) * 16, row);
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            // Every lane has its part of the tiles by now, too: their place is free.
-            __syncwarp();
-            const int done = (8 - i + EXPANDERS - 1) / EXPANDERS;
-            arrive(block.full + place.slot * 8, done);
-            arrive(block.read + held.slot * 8, done);
-            i += done * EXPANDERS - 8;
-        }
+        for (int slot = 0; slot < SLOTS; slot++)
+            row[slot] = row_of(rows, 0, slot, threadIdx.x % 32 / 4);
     }
-}
+
+    __device__ __forceinline__ void load() {
+        const unsigned from = block.tiles + held.slot * (VALUES + INDEX);
+        wait_for(block.coming + held.slot * 8, held.parity);
+        tile.load(from + first / 16 * LOADS * 512, from + VALUES + first / 16 * WORDS * 128);
+    }
+
+    // A tile's place is free once every lane has used its part: a copy may overtake a load.
+    __device__ __forceinline__ void expand(const int j) {
+        tile.expand_to(block.dense + place.slot * DENSE, table, j, first, row);
+        place.advance();
+        __syncwarp();
+        arrive(block.read + held.slot * 8);
+        held.advance();
+    }
+};
 #endif
 
 // Multiply the stages of a part as they come: 64 rows by each of two warpgroups. What they have
@@ -425,6 +463,7 @@ struct Multiplier {
     const Block& block;
     const int warp;
     Place<STAGES> place;
+    Place<DENSE_SLOTS> dense;
     int before = 0;
 
     __device__ __forceinline__ void release() {
@@ -435,16 +474,18 @@ struct Multiplier {
         }
     }
 
-    // Add a stage's product; ``old`` where there are sums already. A stage before is free then.
-    __device__ __forceinline__ void add(float (&sum)[GROUPS][4], const bool old, unsigned& places) {
-        wait_for(block.full + place.slot * 8, place.parity);
+    // Add a stage's product; ``old`` where there are sums already.
+    __device__ __forceinline__ void add(float (&sum)[GROUPS][4], const bool old,
+                                        const unsigned places) {
+        // The rows of a warpgroup are written, and what they replaced was multiplied before.
+        if (!SPARSE || !IN_PLACE) asm volatile("bar.sync %0, 128;" :: "r"(3 + warp / 4) : "memory");
+        if (!SPARSE) wait_for(block.full + place.slot * 8, place.parity);
         const unsigned stage = block.base + place.slot * STAGE;
-        const unsigned weight = stage + STAGE_X + warp / 4 * 64 * (SPARSE ? 64 : 128);
 #if SPARSE
-        unsigned word;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word)
-                     : "r"(stage + STAGE_X + STAGE_W + (warp * 32 + threadIdx.x % 32) * 4));
-        places = places_of(word);
+        const unsigned weight = stage + STAGE_X + warp / 4 * 64 * 64;
+#else
+        const unsigned weight = block.dense + dense.slot * DENSE + warp / 4 * 64 * 128;
+        dense.advance();
 #endif
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         auto multiply_step = [&](auto index) {
@@ -458,54 +499,100 @@ struct Multiplier {
         };
         for_each<0, SPARSE ? 2 : 4 * FOLDS>(multiply_step);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    // Let go of the stage before the last one, if there is one.
+    __device__ __forceinline__ void settle(const bool old) {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (old) release();
         before = place.slot;
         place.advance();
     }
 
+    __device__ __forceinline__ void finish() {
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        release();
+    }
+
+#if SPARSE
+    // Wait for the next stage; put its values in order while the last is multiplied.
+    __device__ __forceinline__ unsigned prepare(const int j) {
+        wait_for(block.full + place.slot * 8, place.parity);
+        const unsigned weight = block.base + place.slot * STAGE + STAGE_X;
+        unsigned word;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word)
+                     : "r"(weight + VALUES + (warp * 32 + threadIdx.x % 32) * 4));
+        if constexpr (!IN_PLACE) {
+            reorder(weight + warp * 1024);
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        }
+        return places_of(word, j);
+    }
+
     __device__ __forceinline__ void part(float (&sum)[GROUPS][4]) {
         // Two words in turn: a product that is under way still reads its own.
         unsigned even = 0, odd = 0;
         for (int j = block.begin; j < block.end; j += 2) {
+            even = prepare(j);
             add(sum, j > block.begin, even);
-            if (j + 1 < block.end) add(sum, true, odd);
+            settle(j > block.begin);
+            if (j + 1 < block.end) {
+                odd = prepare(j + 1);
+                add(sum, true, odd);
+                settle(true);
+            }
         }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        release();
+        finish();
     }
+#else
+    __device__ __forceinline__ void part(float (&sum)[GROUPS][4], Expander& expander) {
+        expander.load();
+        expander.expand(block.begin);
+        if (block.begin + 1 < block.end) expander.load();
+        for (int j = block.begin; j < block.end; j++) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            add(sum, j > block.begin, 0);
+            if (j + 1 < block.end) expander.expand(j + 1);
+            if (j + 2 < block.end) expander.load();
+            settle(j > block.begin);
+        }
+        finish();
+    }
+#endif
 };
 
 __device__ __forceinline__ void start_barriers(const Block& block) {
     if (!threadIdx.x) {
 #pragma unroll
         for (int s = 0; s < STAGES; s++) {
-            start_barrier(block.full + s * 8, SPARSE ? 1 : 1 + 8);
+            start_barrier(block.full + s * 8, 1);
             start_barrier(block.empty + s * 8, CONSUMERS * SHARING);
         }
 #pragma unroll
         for (int s = 0; s < AHEAD; s++) {
             start_barrier(block.coming + s * 8, 1);
-            start_barrier(block.read + s * 8, 8);
+            start_barrier(block.read + s * 8, CONSUMERS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) __cluster_dims__(CLUSTER, 1, 1)
     product(const __grid_constant__ Map values_map, const __grid_constant__ Map index_map,
             const __grid_constant__ Map inputs_map, const REAL* bias, const int* rows, REAL* out,
             const int M, const int tokens, const int tile_rows, const int column_tiles) {
     extern __shared__ char stages[];
     __shared__ alignas(16) char staging[SPLITS == 1 ? 2 * 32 * 144 : 16];
-    __shared__ unsigned table[SPARSE ? 1 : MASKS * SELECTORS];
+    __shared__ alignas(16) unsigned table[SPARSE ? 1 : MASKS * SELECTORS];
     __shared__ unsigned long long full[STAGES], empty[STAGES], coming[AHEAD], read[AHEAD];
+    asm volatile("griddepcontrol.launch_dependents;");
     // The same for all lanes, as the compiler sees from this.
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const unsigned start = unsigned(__cvta_generic_to_shared(stages));
     Block block(tile_rows, column_tiles, tokens);
-    block.base = (start + 1023) & ~1023u, block.tiles = block.base + STAGES * STAGE;
+    block.base = (start + 1023) & ~1023u, block.dense = block.base + STAGES * STAGE;
+    block.tiles = block.dense + DENSE_SLOTS * DENSE;
     block.full = unsigned(__cvta_generic_to_shared(full));
     block.empty = unsigned(__cvta_generic_to_shared(empty));
     block.coming = unsigned(__cvta_generic_to_shared(coming));
@@ -514,18 +601,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     if (!SPARSE) fill_table(table);
     __syncthreads();
     if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
+    // The kernel before may not be done yet.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 
     if (warp == CONSUMERS) {
         bring_in(block, values_map, index_map, inputs_map);
-    } else if (warp > CONSUMERS) {
-#if !SPARSE
-        expand_tiles(block, warp - CONSUMERS - 1, table, rows);
-#endif
     } else {
+#if !SPARSE
+        Expander expander(block, table, rows, warp);
+#endif
         Multiplier multiplier{block, warp};
         for (int n = block.first; n < block.parts; n += block.step) {
             float sum[GROUPS][4];
+#if SPARSE
             multiplier.part(sum);
+#else
+            multiplier.part(sum, expander);
+#endif
             const Part part(n, block);
             if constexpr (SPLITS == 1) {
                 write(sum, staging, bias, out, M, tokens, part.row_block, part.first_token);
@@ -544,3 +636,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     }
     if (CLUSTER > 1) WAIT_FOR_CLUSTER("relaxed");
 }
+
+#if SPLIT
+extern "C" __global__ void arrange(const uint4* X, uint4* out, const long long count) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const uint4 x = X[i];
+    out[i] = make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                        __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
+}
+#endif

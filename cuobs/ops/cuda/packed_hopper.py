@@ -5,7 +5,6 @@ driver writes them.
 """
 
 import ctypes
-import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -13,15 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuobs.ops.cuda import loader
+from cuobs.ops.cuda import early, loader
 from cuobs.ops.cuda.packed_layout import columns_of, layout_defines, order, rows_of
 from cuobs.ops.packed import kept_places, tiling
 
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNELS = ("sparse", "expanded")
 BLOCK_ROWS, TILE_ROWS, FOLD = 128, 16, 64
-# Warps of a block that multiply.
-CONSUMERS = 8
+# Of a block: 8 warps multiply, another brings everything in.
+THREADS = 32 * (8 + 1)
+# Of what is expanded: places of dense rows, and tiles under way at most.
+DENSE_SLOTS, MOST_AHEAD = 3, 12
 # Bytes of shared memory beside the stages: the result on its way out, tables and barriers.
 OTHER_SHARED = 2 * 32 * 144 + 256
 # Tensor maps: 2 and 4 bytes an element; no swizzling, within 64 or 128 bytes; two lines at a time.
@@ -46,53 +47,131 @@ def kernel_of(layout):
     expected = np.arange(len(tiles))[:, None] * TILE_ROWS + tiles[0]
     if order(layout) is None or not np.array_equal(np.where(expected < M, expected, -1), tiles):
         return None
-    plain = r == 1 and c == 4 and form.values == 2 and np.array_equal(rows_of(layout)[:M], range(M))
-    return "sparse" if plain and order(layout) == tuple(range(8)) else "expanded"
+    return "sparse" if fit(layout) else "expanded"
 
 
-def places(layout):
-    """Two words: byte m has the two places that mask m keeps, two bits each."""
-    pairs = kept_places(layout).astype(np.uint64)
-    word = sum(int(a | b << np.uint64(2)) << 8 * m for m, (a, b) in enumerate(pairs))
-    return [word & 0xFFFFFFFF, word >> 32]
+class Fit(NamedTuple):
+    """How a layout keeps two of each four columns, once columns and values are put in order.
+
+    Attributes
+    ----------
+    split : bool
+        Whether the even columns of each 8 come before the odd ones.
+    values : tuple of 8 int
+        Where each of a lane's values in a row is taken from.
+    scopes : tuple of 4 int
+        The scope of each four columns of a lane.
+    codes : list of int
+        The two places of each mask, the same for all fours of a scope, two bits each.
+    """
+
+    split: bool
+    values: tuple
+    scopes: tuple
+    codes: list
+
+
+EVEN_FIRST = (0, 2, 4, 6, 1, 3, 5, 7)
+# What `Fit.scopes` may be: by the kernel's SPREAD.
+SPREADS = ((0, 1, 2, 3), (0, 0, 1, 1), (0, 1, 0, 1))
+
+
+@lru_cache(maxsize=256)
+def fit(layout):
+    """The `Fit` of a layout, or None: 2:4, and patterns that are 2:4 in another order."""
+    form = tiling(layout)
+    c, M = layout.columns, layout.shape[0]
+    plain = layout.rows == 1 and form.bits == 4 and c * form.scopes == 16
+    if not plain or order(layout) is None or form.values * form.scopes != 8:
+        return None
+    if not np.array_equal(rows_of(layout)[:M], range(M)):
+        return None
+    found = (_fit(layout, split) for split in (False, True))
+    return next((f for f in found if f and f.scopes in SPREADS), None)
+
+
+def _fit(layout, split):
+    c, form = layout.columns, tiling(layout)
+    # The place of each natural column of a lane in its packed order, in the order of the product.
+    pairs = np.argsort(order(layout))
+    natural = [2 * int(pairs[n // 2]) + n % 2 for n in range(16)]
+    fours = [natural[n // 8 * 8 + EVEN_FIRST[n % 8]] if split else natural[n] for n in range(16)]
+    values, scopes, codes = [], [], None
+    for four in np.reshape(fours, (4, 4)):
+        if len({place // c for place in four}) > 1:
+            return None
+        scopes.append(int(four[0]) // c)
+        kept = [[n for n, place in enumerate(four) if place % c in mask]
+                for mask in kept_places(layout)]  # fmt: skip
+        if any(len(two) != 2 for two in kept):
+            return None
+        ranks = {tuple(mask.tolist().index(four[n] % c) for n in two)
+                 for two, mask in zip(kept, kept_places(layout), strict=True)}  # fmt: skip
+        mine = [a | b << 2 for a, b in kept]
+        if len(ranks) > 1 or codes not in (None, mine):
+            return None
+        codes = mine
+        values += [scopes[-1] * form.values + rank for rank in ranks.pop()]
+    return Fit(split, tuple(values), tuple(scopes), codes)
+
+
+def sparse_defines(layout):
+    """The macros that say how a layout is read by sparse tensor cores."""
+    found = fit(layout)
+    spread = SPREADS.index(found.scopes)
+    both = 0x11 if spread == 1 else 1
+    word = sum(code * both << 8 * mask for mask, code in enumerate(found.codes))
+    return {
+        "PLACES": [word & 0xFFFFFFFF, word >> 32], "SPREAD": spread, "SPLIT": found.split,
+        "VALUE_ORDER": found.values, "IN_PLACE": found.values == tuple(range(8)),
+    }  # fmt: skip
+
+
+NOT_SPARSE = {"PLACES": [0, 0], "SPREAD": 0, "SPLIT": 0, "VALUE_ORDER": range(8), "IN_PLACE": 0}
+
+
+def folds(layout):
+    """Rows of 64 columns in a stage."""
+    return layout.columns * tiling(layout).scopes // 16
+
+
+def tile_bytes(layout):
+    """Bytes of the tiles of a block's rows, values and index words."""
+    form = tiling(layout)
+    return BLOCK_ROWS // TILE_ROWS * (512 * form.loads + 128 * form.words)
 
 
 def stage_bytes(layout, way):
-    """Bytes of a stage: inputs, the weight and, where it stays packed, its index words."""
-    folds = layout.columns * tiling(layout).scopes // 16
-    inputs = folds * 8 * way.groups * 128
-    return inputs + BLOCK_ROWS * 64 + 1024 if way.kernel == "sparse" else (
-        inputs + folds * BLOCK_ROWS * 128
-    )
+    """Bytes of a stage: inputs and the weight, where it stays packed."""
+    inputs = folds(layout) * 8 * way.groups * 128
+    return inputs + tile_bytes(layout) if way.kernel == "sparse" else inputs
 
 
 def shared_bytes(layout, way):
     """Dynamic shared memory; what is used of it begins on 1024 bytes."""
-    form = tiling(layout)
     sums = 8 * way.groups * (BLOCK_ROWS + 4) * 4 if way.splits > 1 else 0
-    # Of what is expanded, tiles as they lie in memory.
-    tiles = ahead(way) * BLOCK_ROWS // TILE_ROWS * (512 * form.loads + 128 * form.words)
-    used = way.depth * stage_bytes(layout, way) + (tiles if way.kernel == "expanded" else 0)
+    used = way.depth * stage_bytes(layout, way)
+    if way.kernel == "expanded":
+        used += DENSE_SLOTS * folds(layout) * BLOCK_ROWS * 128
+        used += ahead(layout, way) * tile_bytes(layout)
     return max(used, sums) + 1024
 
 
-def expanders(way):
-    """Warps that expand tiles: fewer where the sums take most of the registers."""
-    return 0 if way.kernel == "sparse" else 3 if way.groups > 16 else 8
-
-
-def ahead(way):
-    """Tiles of columns on their way to those that expand: fewer where a stage is large."""
-    return 2 if way.groups > 16 else 4
+def ahead(layout, way):
+    """Tiles of columns on their way to be expanded: fewer where a stage is large, or two blocks."""
+    if way.kernel == "sparse":
+        return 1
+    room = 40 if way.groups > 16 else 96 if way.resident == 1 else 28
+    return max(2, min(MOST_AHEAD, room * 1024 // tile_bytes(layout)))
 
 
 def defines(layout, dtype, way):
     """The macros of a way."""
     sparse = way.kernel == "sparse"
     return layout_defines(layout, dtype) | {
-        "SPARSE": sparse, "PLACES": places(layout) if sparse else [0, 0], "GROUPS": way.groups,
-        "STAGES": way.depth, "SHARING": way.sharing, "SPLITS": way.splits,
-        "AHEAD": ahead(way), "EXPANDERS": expanders(way),
+        "SPARSE": sparse, "GROUPS": way.groups, "STAGES": way.depth, "SHARING": way.sharing,
+        "SPLITS": way.splits, "AHEAD": ahead(layout, way), "RESIDENT": way.resident,
+        **(sparse_defines(layout) if sparse else NOT_SPARSE),
     }  # fmt: skip
 
 
@@ -125,9 +204,9 @@ def _binary(options):
 
 
 class TensorMap(NamedTuple):
-    """A tensor map, as a launch takes it, and the memory that it lies in."""
+    """The address of a tensor map, and the memory that it lies in."""
 
-    argument: object
+    address: int
     memory: object
 
 
@@ -147,24 +226,17 @@ def tensor_map(address, element, sizes, strides, box, swizzle):
         Bytes along all axes but the innermost, multiples of 16.
     swizzle : {PLAIN, SWIZZLE_64, SWIZZLE_128}
     """
-    from cupy.cuda.function import CPointer
-
     memory = ctypes.create_string_buffer(128 + 64)
     aligned = -(-ctypes.addressof(memory) // 64) * 64
     rank = len(sizes)
     wide, narrow = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
-    fault = _driver().cuTensorMapEncodeTiled(
+    fault = early.driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(aligned), element, rank, ctypes.c_void_p(address), wide(*sizes),
         wide(*strides), narrow(*box), narrow(*(1,) * rank), 0, swizzle, PROMOTE_256, 0,
     )  # fmt: skip
     if fault:
         raise RuntimeError(f"cuTensorMapEncodeTiled: found error {fault}, expected none")
-    return TensorMap(CPointer(aligned), memory)
-
-
-@lru_cache(maxsize=1)
-def _driver():
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    return TensorMap(aligned, memory)
 
 
 def maps(layout, way, operands):
@@ -172,7 +244,7 @@ def maps(layout, way, operands):
     form = tiling(layout)
     o, width = operands, len(columns_of(layout))
     inputs = tensor_map(
-        o.inputs, UINT16, (width, o.tokens), (2 * width,),
+        o.room if arranges(layout) else o.inputs, UINT16, (width, o.tokens), (2 * width,),
         (FOLD, 8 * way.groups // way.sharing), SWIZZLE_128,
     )  # fmt: skip
     # What stays packed is multiplied as rows of 32 values; what is expanded is read load by load.
@@ -199,21 +271,36 @@ def grid_blocks(layout, way, tokens, processors):
     rows = -(-tiling(layout).row_tiles * TILE_ROWS // BLOCK_ROWS)
     clusters = -(-rows // way.sharing) * -(-tokens // (8 * way.groups))
     if way.splits == 1:
-        clusters = min(clusters, max(1, processors // way.sharing))
+        clusters = min(clusters, max(1, way.resident * processors // way.sharing))
     return clusters * way.sharing * way.splits
 
 
-def multiply(kernel, layout, way, operands, processors, stream):
-    """Launch the product of a way."""
+def arranges(layout):
+    """Whether inputs are put in another order first."""
+    return kernel_of(layout) == "sparse" and fit(layout).split
+
+
+def room_bytes(layout, tokens):
+    """Bytes of inputs in another order."""
+    return 2 * tokens * len(columns_of(layout)) if arranges(layout) else 0
+
+
+def multiply(function, layout, way, operands, processors, number, stream):
+    """Launch the product of a way on a device; ``function`` gives its kernels by their names."""
     form, o = tiling(layout), operands
-    found = maps(layout, way, o)
-    args = [m.argument for m in found]
+    if arranges(layout):
+        pieces = room_bytes(layout, o.tokens) // 16
+        args = np.uint64(o.inputs), np.uint64(o.room), np.int64(pieces)
+        grid = -(-pieces // THREADS), 1, 1
+        early.launch(function("arrange"), grid, (THREADS, 1, 1), args, 0, stream, number)
+    args = list(maps(layout, way, o))
     args += [np.uint64(a) for a in (o.bias, o.rows, o.out)]
     args += [np.int32(n) for n in (layout.shape[0], o.tokens, form.row_tiles, form.column_tiles)]
     blocks = grid_blocks(layout, way, o.tokens, processors)
-    threads = 32 * (CONSUMERS + 1 + expanders(way))
-    shared = shared_bytes(layout, way)
-    kernel.kernel((blocks, 1, 1), (threads, 1, 1), tuple(args), shared, stream)
+    early.launch(
+        function("product"), (blocks, 1, 1), (THREADS, 1, 1), args, shared_bytes(layout, way),
+        stream, number,
+    )  # fmt: skip
 
 
 def variants():

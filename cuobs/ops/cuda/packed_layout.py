@@ -28,7 +28,9 @@ class Expansion(NamedTuple):
     Attributes
     ----------
     table : ndarray of uint32, shape (masks, words)
-        Selectors of ``__byte_perm(two values, 0, selector)``, two in a word.
+        Selectors of ``permute(two values, selector)``, two in a word. Words beyond those of
+        ``used`` are 0: 2, or 4 and a multiple, are read together.
+    used : int
     first : list of int
         The first step of each scope, and the number of all.
     steps : list of (int, int, int)
@@ -36,6 +38,7 @@ class Expansion(NamedTuple):
     """
 
     table: np.ndarray
+    used: int
     first: list
     steps: list
 
@@ -64,10 +67,11 @@ def expansion(layout):
             words = tuple(sum(_half(v) << 8 * i for i, v in enumerate(m)) for m in chosen)
             steps.append((pair, register, selectors.setdefault(words, len(selectors))))
     first.append(len(steps))
-    table = np.zeros((len(places), -(-len(selectors) // 2)), np.uint32)
+    used = -(-len(selectors) // 2)
+    table = np.zeros((len(places), used if used <= 2 else -(-used // 4) * 4), np.uint32)
     for words, n in selectors.items():
         table[:, n // 2] |= np.array(words, np.uint32) << np.uint32(n % 2 * 16)
-    return Expansion(table, first, steps)
+    return Expansion(table, used, first, steps)
 
 
 def _half(value):
@@ -132,6 +136,7 @@ def layout_defines(layout, dtype):
         "ROWS": r, "CELLS": form.cells, "SCOPES": form.scopes, "BITS": form.bits,
         "LOADS": form.loads, "WORDS": form.words, "WORD_TILES": form.word_tiles,
         "COLUMNS": width, "MASKS": len(steps.table), "SELECTORS": steps.table.shape[1],
+        "USED": steps.used,
         "TABLE": steps.table.ravel(), "FIRST": steps.first,
         "STEPS": np.array(steps.steps).ravel(), "ORDER": pairs, "PLACE": np.argsort(pairs),
     }  # fmt: skip

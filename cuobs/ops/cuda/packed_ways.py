@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ class Way(NamedTuple):
         multiplied while it is in the cache.
     sharing : int
         Blocks of neighbouring rows that bring in their inputs together.
+    early : bool
+        Whether "few" may begin before the kernel before it is done; those of Hopper always may.
     """
 
     kernel: str
@@ -63,6 +66,7 @@ class Way(NamedTuple):
     ahead: bool = False
     splits: int = 1
     sharing: int = 1
+    early: bool = False
 
 
 UNPACK = Way("unpack")
@@ -74,6 +78,9 @@ FEW = {
     4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
 }
 SLICES = (1, 2, 4, 8)
+# Blocks of a cluster that share columns. Of some numbers not as many clusters fit as there are
+# processors for, since these lie in groups of a few sizes.
+SPLITS = (8, 6, 4, 3, 2, 1)
 MIN_STAGES, MAX_STAGES = 3, 9
 
 
@@ -103,6 +110,8 @@ def ways(layout, tokens, device):
     groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 32)
     room = device.shared - 4 * MAX_TABLE
     found = [way for way in FEW.get(groups, ()) if shared_bytes(layout, way) <= room]
+    if device.capability == 90:
+        found += [way._replace(early=True) for way in found]
     if groups >= 4:
         found += _hopper_ways(layout, groups, tokens, device) or _many_ways(
             layout, groups, tokens, device
@@ -149,18 +158,28 @@ def _hopper_ways(layout, groups, tokens, device):
     found = []
     for size in dict.fromkeys((groups, max(4, groups // 2))):
         blocks = rows * -(-tokens // (8 * size))
-        most = min(5 * device.processors // 4 // blocks, form.column_tiles)
-        if splits := [n for n in (8, 4, 2, 1) if n <= most][:2]:
-            found += [Way(kernel, size, splits=n) for n in splits]
+        splits = _splits(form, blocks, device.processors)
+        found += [Way(kernel, size, splits=n) for n in splits]
         if splits in ([], [1]):
             found += [Way(kernel, size, sharing=n) for n in (2, 4, 1) if n <= rows]
+        # Two blocks of few tokens have room beside each other; one would often wait for itself.
+        if size == groups <= 8:
+            splits = _splits(form, blocks, 2 * device.processors)
+            found += [Way(kernel, size, splits=n, resident=2) for n in splits]
     deep = [deepest(layout, way, device) for way in dict.fromkeys(found)]
     return [way for way in deep if way.depth >= MIN_STAGES]
 
 
+def _splits(form, blocks, room):
+    """Into how many parts the columns may be split where there is room for so many blocks."""
+    most = min(5 * room // 4 // blocks, form.column_tiles)
+    return [n for n in SPLITS if n <= most][:3]
+
+
 def deepest(layout, way, device):
     """A way of Hopper's with as many stages as a multiprocessor's shared memory has room for."""
-    room = device.shared - packed_hopper.OTHER_SHARED
+    # What a block may have, and a kilobyte that it takes beside that.
+    room = (device.shared + 1024) // way.resident - 1024 - packed_hopper.OTHER_SHARED
     if way.kernel == "expanded":
         room -= 4 * expansion(layout).table.size
     beside = packed_hopper.shared_bytes(layout, way._replace(depth=0, splits=1))
@@ -191,7 +210,7 @@ def entry(way):
 
 def compiled(way):
     """A way as it is compiled: some kernels know their splits by the size of the grid."""
-    return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1)
+    return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1, early=False)
 
 
 def defines(layout, dtype, way):
@@ -228,8 +247,8 @@ def chosen(layout, dtype, tokens, number, trial=None):
     number : int
         Of the device.
     trial : callable, optional
-        Enqueues a product by a given way on CuPy's current stream. Without it nothing is measured,
-        and what was measured before, or the first way that there is, is taken.
+        Gives a `Trial` of the product. Without it nothing is measured, and what was measured
+        before, or the first way that there is, is taken.
     """
     tokens = _class(tokens)
     known = _known(layout, dtype, tokens, number)
@@ -242,7 +261,7 @@ def chosen(layout, dtype, tokens, number, trial=None):
         return found[0]
     else:
         known.append(_recall(layout, dtype, tokens, number, found) or
-                     _measure(layout, dtype, tokens, number, found, trial))
+                     _measure(layout, dtype, tokens, number, found, trial()))
     return known[0]
 
 
@@ -284,9 +303,45 @@ def _recall(layout, dtype, tokens, number, found):
     return next((way for way in found if list(way) == stored), None)
 
 
+class Trial(NamedTuple):
+    """A product that can be measured.
+
+    Attributes
+    ----------
+    run : callable
+        Enqueues it, by a way and with a weight, on the current stream.
+    weights : list
+        Copies of the weight, which take turns, as those of a model do: see `turns`.
+    record : callable
+        Captures what a function enqueues as a CUDA graph; gives what replays it on the current
+        stream. RuntimeError or NotImplementedError where that can't be done.
+    """
+
+    run: Callable
+    weights: list
+    record: Callable
+
+
+# Products in a graph, at least, of few and of many tokens; replays; how near to the fastest a way
+# has to be to be timed again.
+PRODUCTS = 8, 2
+REPLAYS, NEAR = 5, 1.05
+
+
+def turns(size):
+    """Weights of so many bytes that take turns, so that none finds itself in the L2 cache."""
+    return max(1, min(16, -(-3 * _cache_bytes() // size)))
+
+
+def _cache_bytes():
+    from cupy.cuda import runtime
+
+    return runtime.getDeviceProperties(runtime.getDevice())["l2CacheSize"]
+
+
 def _measure(layout, dtype, tokens, number, found, trial):
     """The fastest way, kept in the file where that can be written."""
-    best = found[int(np.argmin([_seconds(trial, way) for way in found]))]
+    best = _fastest(trial, found, PRODUCTS[tokens > 256])
     path = cache_path()
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -295,21 +350,60 @@ def _measure(layout, dtype, tokens, number, found, trial):
     return best
 
 
-def _seconds(trial, way, repeats=15):
-    """The median time of a product, with nothing of it in the L2 cache."""
+def _fastest(trial, found, products):
+    """The fastest way; those that come near to it are timed twice, and count by their better."""
+
+    def timed(seconds):
+        first = {way: seconds(trial, way, products) for way in found}
+        near = [way for way in found if first[way] <= NEAR * min(first.values())]
+        if len(near) == 1:
+            return near[0]
+        return min(near, key=lambda way: min(first[way], seconds(trial, way, products)))
+
+    try:
+        return timed(_graph_seconds)
+    except (RuntimeError, NotImplementedError):  # no graph can be captured here
+        return timed(_event_seconds)
+
+
+def _graph_seconds(trial, way, products):
+    """The time of a product in a CUDA graph, with weights in turn."""
+    rounds = -(-products // len(trial.weights))
+    trial.run(way, trial.weights[0])
+
+    def enqueue():
+        for _ in range(rounds):
+            for weight in trial.weights:
+                trial.run(way, weight)
+
+    replay = trial.record(enqueue)
+    replay()
+    return _median(lambda: None, replay, REPLAYS) / (rounds * len(trial.weights))
+
+
+def _event_seconds(trial, way, products):
+    """The time of a product by itself, with nothing of it in the L2 cache."""
     import cupy
 
-    trial(way)
-    size = 2 * cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
+    trial.run(way, trial.weights[0])
+    size = 2 * _cache_bytes()
     other = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
     stream = cupy.cuda.get_current_stream()
+    # Empties the cache, and gives the host the time to launch what is timed.
+    return _median(lambda: other.memset_async(0, size, stream),
+                   lambda: trial.run(way, trial.weights[0]), 3 * REPLAYS)  # fmt: skip
+
+
+def _median(prepare, enqueue, repeats):
+    """The median time of what is enqueued on the current stream, each time after something else."""
+    import cupy
+
     times = []
     for _ in range(repeats):
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        # Empties the cache, and gives the host the time to launch what is timed.
-        other.memset_async(0, size, stream)
+        prepare()
         start.record()
-        trial(way)
+        enqueue()
         end.record()
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end))
