@@ -335,8 +335,11 @@ def test_ways_that_come_near_are_timed_twice(monkeypatch):
 
 def test_weights_that_take_turns(monkeypatch):
     monkeypatch.setattr(packed_ways, "_cache_bytes", lambda: 50)
+    monkeypatch.setattr(packed_ways, "_free_bytes", lambda: 10**6)
     assert [packed_ways.turns(size) for size in (1, 10, 50, 51, 149, 150, 1000)] == [
         16, 15, 3, 3, 2, 1, 1]  # fmt: skip
+    monkeypatch.setattr(packed_ways, "_free_bytes", lambda: 45)
+    assert [packed_ways.turns(size) for size in (1, 10, 50)] == [16, 3, 1]
 
 
 @pytest.fixture

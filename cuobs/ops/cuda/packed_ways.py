@@ -329,8 +329,17 @@ REPLAYS, NEAR = 5, 1.05
 
 
 def turns(size):
-    """Weights of so many bytes that take turns, so that none finds itself in the L2 cache."""
-    return max(1, min(16, -(-3 * _cache_bytes() // size)))
+    """Weights of so many bytes that take turns, so that none finds itself in the L2 cache.
+
+    Fewer where their copies would take more than half of the memory that is free.
+    """
+    return max(1, min(16, -(-3 * _cache_bytes() // size), 1 + _free_bytes() // 2 // size))
+
+
+def _free_bytes():
+    from cupy.cuda import runtime
+
+    return runtime.memGetInfo()[0]
 
 
 def _cache_bytes():
