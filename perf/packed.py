@@ -27,7 +27,7 @@ from cuobs.models.packed.timing import TORCH, Timing, picture, speedup
 SHAPES = ("14336x4096", "4096x14336", "4096x4096", "28672x8192", "8192x28672")
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of the patterns beside 2:4.
-SOME_TOKENS = (1, 64, 256, 2048)
+SOME_TOKENS = (1, 64, 256, 1024, 2048)
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
