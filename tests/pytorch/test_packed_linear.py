@@ -262,6 +262,46 @@ def test_slices_of_rows(count):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "block16-row8"])
+@pytest.mark.parametrize("tokens", [1, 12, 40, 200])
+def test_what_the_kernel_before_writes_is_read(pattern, tokens):
+    """A product may begin while the last one ends: its inputs, its weight, both in graphs too."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    first, W, _ = module(pattern, 1024, 1024, torch.float16, "cuda", bias=False)
+    second, other = copy.deepcopy(first), copy.deepcopy(first)
+    other.weight = values = first.weight.flip(0).contiguous()
+    V = other.unpack()
+
+    def chain(x):
+        y = x
+        for _ in range(2):
+            y = first(first(y)) / 512
+        second.weight.zero_()
+        second.weight.copy_(values)
+        return second(y)
+
+    def expected(x):
+        y = x.double()
+        for _ in range(2):
+            y = (y @ W.double().T).half().double() @ W.double().T / 512
+        return y @ V.double().T
+
+    x = torch.randn(tokens, 1024, device="cuda").half()
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(5):
+        x.copy_(torch.randn_like(x))
+        second.weight.zero_()
+        graph.replay()
+        for found in (out, chain(x)):
+            error = (found.double() - expected(x)).norm() / expected(x).norm()
+            assert error < 5e-3, float(error)
+
+
+@pytest.mark.gpu
 def test_two_streams_at_once():
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
