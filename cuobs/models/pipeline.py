@@ -101,6 +101,8 @@ class _Job:
         The windows of each text that is measured.
     shards : dict of str to dict of str to Entry
         The files of weights that are written block by block, see `_lay_out`.
+    warming : Warming
+        What compiles meanwhile.
     peak : int
         Bytes at the peak before the first block.
     """
@@ -116,6 +118,7 @@ class _Job:
     mask: object
     texts: dict
     shards: dict
+    warming: object
     peak: int = 0
 
     def measure(self, stage, told=True):
@@ -160,9 +163,10 @@ def _open(run, view, options, ranks):
     mixture, mask, texts = ranks.agree(found)
     for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
-    warming.finish()
     shards = _lay_out(run, recipe)
-    return _Job(run, view, ranks, recipe, place, model, names, mixture, mask, texts, shards)
+    return _Job(
+        run, view, ranks, recipe, place, model, names, mixture, mask, texts, shards, warming
+    )
 
 
 def _prune(run, view, options, ranks, began):
@@ -177,6 +181,7 @@ def _prune(run, view, options, ranks, began):
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
             keep_masks=job.recipe.distill > 0, dtypes=dtypes, places=_places(job),
+            warming=job.warming,
             device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
             on_block=partial(_on_block, job), **{**options, "distill": 0},

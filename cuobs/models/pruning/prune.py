@@ -66,6 +66,7 @@ def prune_model(
     keep_masks: bool = False,
     dtypes: dict | None = None,
     places: dict | None = None,
+    warming: Any = None,
     starting: Callable | None = None,
     rotating: Callable | None = None,
     on_block: Callable | None = None,
@@ -103,6 +104,8 @@ def prune_model(
         Where finished weights are written, by their names in the model, see
         `cuobs.models.checkpoints.checkpoint.save_block`; the files are there once ``starting`` was
         called.
+    warming : Warming, optional
+        Of this recipe, begun before.
     starting : callable, optional
         Called when all is checked, with a `ModelReport` that holds no blocks yet: what will be
         done, and the memory that it is predicted to take.
@@ -191,7 +194,7 @@ def prune_model(
         work_from_shapes(model, blocks, mine, batch, recipe, device, layers, in_files),
         device, host_memory,
     )
-    warming = _warm(recipe, blocks, device)
+    begun = warming or _warm(recipe, blocks, device)
     with plain_torch(), evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
@@ -199,7 +202,9 @@ def prune_model(
             identity["model"] = checkpoint.fingerprint(model, blocks)
             checkpoint.begin(checkpoint_folder, identity, resume)
         ranks.agree(None)  # the folder is there
-        warming.finish()
+        begun.finish()
+        if warming is not None:  # by the shapes in files, which may lie there transposed
+            _warm(recipe, blocks, device).finish()
         work = work_of(model, blocks, mine, batch, recipe, device, layers)
         place = place_of_states(work, device, host_memory)
         held = hold(work, device, host_memory, place == "device")
