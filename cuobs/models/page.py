@@ -111,8 +111,9 @@ def _tiles(report):
     tiles += [
         (f"{report.sparsity:.2%}", "of the weights in the blocks are zero"),
         (
-            time_text(report.seconds),
-            f"on {report.settings.get('device', '?')}, {size_text(report.memory_peak)} at most",
+            time_text(report.whole_seconds or report.seconds),
+            f"on {report.settings.get('device', '?')}, "
+            f"{size_text(report.whole_peak or report.memory_peak)} at most",
         ),
     ]
     inner = "".join(f"<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>"
@@ -303,6 +304,8 @@ def _protocol(report):
             yield name, ", ".join(values)
     if report.rotation:
         yield from report.rotation.summary()
+    if report.distillation:
+        yield from report.distillation.summary()
 
 
 def _plain(value):

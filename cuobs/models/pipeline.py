@@ -28,6 +28,7 @@ from cuobs.models.checkpoints.source import (
     SHARDS,
     some,
 )
+from cuobs.models.distilling.distillation import split_windows
 from cuobs.models.evaluate import agreement, perplexity
 from cuobs.models.packed.packing import pack_changed
 from cuobs.models.parked import park
@@ -389,6 +390,8 @@ def _read_all(run, model, distill, place, view, kind=WindowReader):
         run.calibration, run.distill_calibration, reader, samples=run.samples,
         length=run.sequence_length, distill=distill,
     )  # fmt: skip
+    if distill:
+        split_windows(len(mixture.distilling))
     length = mixture.pruning.shape[1]
     texts = {
         name: reader.read(spec, None, length)

@@ -199,6 +199,8 @@ def check_sources(source, specs, samples, length):
     """Refuse sources of windows that can't be, or of several lengths; the length, if known."""
     if not specs:
         raise ValueError("calibration: found none, expected a text, tokens.npz:key or self:1024")
+    if twice := [spec for spec in specs if specs.count(spec) > 1]:
+        raise ValueError(f"calibration: found {twice[0]} twice, expected each source once")
     asked = length
     for spec in sorted(specs, key=is_tokens, reverse=True):  # their length is that of all
         if self_written(spec) is not None:

@@ -194,14 +194,16 @@ class DistillationReport:
 
     def summary(self) -> list:
         """Rows of a table: names and values."""
+        cost = ("", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most")
+        return [("distillation", self.text()), *([cost] if self.divergence else [])]
+
+    def text(self):
+        """What it gave, in words."""
         if not self.divergence:
-            return [("distillation", "nothing to learn from")]
+            return "nothing to learn from"
         before, after = self.divergence[0], self.divergence[self.kept]
         kept = f"pass {self.kept} of {self.settings['passes']}" if self.kept else "none of it kept"
-        return [
-            ("distillation", f"KL {before:.4f} before, {after:.4f} after ({kept})"),
-            ("", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
-        ]
+        return f"KL {before:.4f} before, {after:.4f} after ({kept})"
 
 
 class Agreement(NamedTuple):

@@ -43,6 +43,22 @@ def test_from_a_folder_to_one_that_is_distilled(tmp_path):
     assert re.search(r"KL 0\.\d+, the same likeliest token in \d+\.\d%", found.output)
 
 
+def test_steps_that_do_harm_are_taken_back_and_it_says_so(tmp_path):
+    source, dst = make_source(tmp_path / "source"), tmp_path / "out"
+    np.savez(tmp_path / "tokens.npz", text=make_tokens(16))
+    text = f"{tmp_path}/tokens.npz:text"
+    found = run("prune-model", source, dst, "--calibration", text, "--distill", 1,
+                "--distill-rate", 50, "--eval", text, "--device", "cpu")  # fmt: skip
+    assert found.exit_code == 0, found.output
+    before, after = re.search(
+        r"lost and won .* ([\d.]+) pruned, ([\d.]+) dist", found.output
+    ).groups()
+    assert before == after and "(none of it kept)" in found.output
+    assert "distillation did not help: the pruned weights stay as they were" in found.output
+    assert "to try next   a lower --distill-rate" in found.output
+    assert "(none of it kept) |" in (dst / "README.md").read_text()
+
+
 def test_what_is_refused_before_weights_are_read(tmp_path):
     source = make_source(tmp_path / "source")
     np.savez(tmp_path / "tokens.npz", text=make_tokens(16))
@@ -53,6 +69,10 @@ def test_what_is_refused_before_weights_are_read(tmp_path):
         (["--calibration", text, "--distill", -1], "distill: found -1"),
         (["--calibration", text, "--distill", 1, "--distill-rate", 0], "distill_rate: found 0"),
         (["--calibration", text, "--distill", 1, "--distill-calibration", "no.txt"], "no.txt"),
+        (["--calibration", text, "--calibration", text], "npz:text twice, expected each source"),
+        (["--calibration", text, "--distill", 1, "--distill-calibration", text], "text twice"),
+        (["--calibration", text, "--distill", 1, "--samples", 1], "expected 2 at least: one is"),
+        (["--calibration", text, "--distill", 1, "--samples", 1, "--dry-run"], "2 at least"),
     ):
         found = run("prune-model", source, dst, *args)
         assert found.exit_code == 2 and match in found.output, found.output

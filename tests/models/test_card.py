@@ -7,7 +7,7 @@ from small_models import make_source, make_tokens
 
 from cuobs.models import ModelReport, prune_folder
 from cuobs.models.checkpoints.card import MARK, model_card, stored_otherwise
-from cuobs.models.report import BlockReport, LayerReport
+from cuobs.models.report import BlockReport, DistillationReport, LayerReport
 
 ORIGINAL = """---
 license: apache-2.0
@@ -59,6 +59,22 @@ def test_below_the_original():
     ):  # fmt: skip
         assert text in body, text
     assert "/home/me" not in body
+
+
+def test_what_a_distilled_model_says():
+    done = DistillationReport({"passes": 3}, 9, 1, 4, divergence=[0.5, 0.2, 0.3], kept=1)
+    found = report(distillation=done, perplexity_pruned={"t": 15.0})
+    found.protocol["calibration"] = {"/home/me/a.txt": 3, "self:7": 7}
+    body = model_card(found)
+    for text in (
+        "| distilled | KL 0.5000 before, 0.2000 after (pass 1 of 3) |",
+        "windows of 24 tokens: 3 of a.txt, 7 of self:7, pruned by 3 of them |",
+        "| text | dense | pruned | distilled | windows |",
+        "| t | 10.00 | 15.00 | 12.35 | 4 of 24 tokens |",
+    ):
+        assert text in body, text
+    done.kept = 0
+    assert "| distilled | KL 0.5000 before, 0.5000 after (none of it kept) |" in model_card(found)
 
 
 def test_once_however_often():

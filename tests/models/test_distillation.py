@@ -14,7 +14,7 @@ from torch import nn
 from cuobs import arrays
 from cuobs.models import distill, memory
 from cuobs.models.distilling import logits
-from cuobs.models.distilling.distillation import _order, _Pair, set_aside
+from cuobs.models.distilling.distillation import _order, _Pair, split_windows
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import Cut
 from cuobs.models.memory import Room
@@ -59,7 +59,7 @@ def test_divergence_falls_and_masks_hold(family):
         model, dense, masks, tokens, passes=3, rate=3e-3,
         on_pass=lambda report: told.append(report.divergence[-1]),
     )  # fmt: skip
-    _, aside = set_aside(64)
+    _, aside = split_windows(64)
     assert report.aside == 2 == len(aside) and report.windows == 62
     assert report.steps == 3 * 8 and len(report.divergence) == 4 and told == report.divergence
     assert report.divergence[report.kept] == min(report.divergence) < report.divergence[0]
@@ -153,7 +153,7 @@ def test_padding_enters_no_sum():
         model, masks = make_pruned(dense)
         report = distill(model, dense, masks, ids, attention_mask=mask, passes=2, rate=1e-3)
         found.append((report.divergence, weights_of(model)))
-    _, aside = set_aside(16)
+    _, aside = split_windows(16)
     start = kl(make_pruned(dense)[0], dense, tokens[aside], mask[aside])
     assert found[0][0][0] == pytest.approx(start, rel=1e-5)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -257,7 +257,7 @@ def test_half_precision_learns_in_float32_and_stays_as_it_is(dtype):
     assert all(t.dtype == dtype for t in after.values())
     assert all(torch.equal(after[name], tensor) for name, tensor in others.items())
     # What is measured is the model as it is stored, not the weights that learned.
-    _, aside = set_aside(64)
+    _, aside = split_windows(64)
     wide = copy.deepcopy(model).float(), copy.deepcopy(dense).float()
     assert report.divergence[report.kept] == pytest.approx(
         kl(*wide, make_tokens(64)[aside]), rel=1e-4
@@ -428,7 +428,7 @@ def test_on_a_gpu_in_bfloat16_it_ends_where_float32_does():
     assert next(model.parameters()).device.type == "cpu"
     for name, mask in masks.items():
         assert torch.equal(model.get_submodule(name).weight != 0, mask)
-    _, aside = set_aside(64)
+    _, aside = split_windows(64)
     assert report.divergence[report.kept] == pytest.approx(
         kl(model, dense, tokens[aside]), rel=0.05
     )

@@ -13,7 +13,7 @@ from small_models import make_source, make_tokens
 
 from cuobs.models import ModelReport
 from cuobs.models.page import report_page
-from cuobs.models.report import BlockReport, LayerReport, read_report
+from cuobs.models.report import BlockReport, DistillationReport, LayerReport, read_report
 
 EVIL = "<script>alert('x')</script>&\"'"
 
@@ -90,8 +90,11 @@ def test_distilled_models_and_agreement():
     report = make_report()
     report.perplexity_pruned = {"t": 14.25}
     report.agreement = {"t": {"divergence": 0.1234, "same_top": 0.875}}
+    report.distillation = DistillationReport({"passes": 3}, 9, 1, 4, [0.5, 0.25, 0.3, 0.28], 1)
+    report.whole_seconds, report.whole_peak = 120.0, 3 * 2**30
     text = " ".join(parse(report_page(report, "x")).text)
-    for part in ("distilled", "14.25", "0.1234", "87.5%"):
+    for part in ("distilled", "14.25", "0.1234", "87.5%", "2.0 minutes", "3.00 GiB at most",
+                 "KL 0.5000 before, 0.2500 after (pass 1 of 3)"):  # fmt: skip
         assert part in text
 
 

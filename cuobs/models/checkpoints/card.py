@@ -80,17 +80,13 @@ def _part(report, model_class, packed):
     settings, protocol = report.settings, report.protocol
     pattern = parse(settings["pattern_view"])
     losses = [row.loss for row in report.layers if row.loss is not None]
-    sources = protocol.get("calibration", "tokens")
-    sources = [sources] if isinstance(sources, str) else sources
-    calibration = ", ".join(os.path.basename(source) for source in sources)
     rows = {
         "base model": os.path.basename(str(protocol.get("source", "")).rstrip("/")),
         "pattern": f"{settings['pattern']}: {pattern.keeps}",
         "method": f"{settings['method']}, damping {settings['damp']:g}",
         "target": target_text(settings),
         "tuning": f"{settings['tune']} passes" if settings.get("tune") else "none",
-        "calibration": f"{calibration}: {protocol['windows']} windows of {protocol['length']} "
-        "tokens",
+        "calibration": _calibration(protocol),
         "pruned": f"{len(losses)} of {len(report.layers)} linear layers in the blocks, "
         f"{report.sparsity:.2%} of their weights are zero",
         "output error of a layer": f"{sum(losses) / len(losses):.2%} mean, {max(losses):.2%} "
@@ -98,24 +94,43 @@ def _part(report, model_class, packed):
     }
     if report.rotation is not None:
         rows["rotated"] = "before it was pruned"
+    if report.distillation is not None:
+        rows["distilled"] = report.distillation.text()
     yield from (MARK, "", "## Pruned by cuobs", "")
     yield from _table(("", ""), rows.items())
     yield ""
     if report.perplexity:
         yield from ("### Perplexity", "")
-        yield from _table(
-            ("text", "dense", "pruned", "windows"),
-            [
-                (name, f"{dense:.2f}", f"{after:.2f}", _windows(protocol, name))
-                for name, (dense, after) in report.perplexity.items()
-            ],
-        )
+        yield from _perplexities(report)
         yield from ("", PERPLEXITY, "")
     yield from ("### How to run it", "", "```python", *_imports(model_class, packed), "")
     yield from (f'model = {model_class}.from_pretrained("PATH", dtype="auto")', "```", "")
     like = "" if str(protocol.get("source")).endswith(".gguf") else LIKE_THE_BASE
     yield PACKED if packed else DENSE.format(like=like)
     yield f"(cuobs {cuobs.__version__})"
+
+
+def _calibration(protocol):
+    """What the model was pruned by, and what else it was distilled by."""
+    sources, windows, length = (
+        protocol.get(key, "tokens") for key in ("calibration", "windows", "length")
+    )
+    if isinstance(sources, str):
+        return f"{os.path.basename(sources)}: {windows} windows of {length} tokens"
+    each = ", ".join(f"{count} of {os.path.basename(name)}" for name, count in sources.items())
+    alone = "" if sum(sources.values()) == windows else f", pruned by {windows} of them"
+    return f"windows of {length} tokens: {each}{alone}"
+
+
+def _perplexities(report):
+    between = report.perplexity_pruned
+    header = ("text", "dense", "pruned", *(["distilled"] if between else []), "windows")
+    rows = []
+    for name, (dense, after) in report.perplexity.items():
+        values = (dense, *([between[name]] if between else []), after)
+        found = (f"{value:.2f}" for value in values)
+        rows.append((name, *found, _windows(report.protocol, name)))
+    return _table(header, rows)
 
 
 def _imports(model_class, packed):

@@ -136,7 +136,7 @@ def distill(
     if not passes or not len(tokens) or not weights:
         return report
     tokens, mask, times = _check_tokens(model, tokens, attention_mask, times)
-    learned, aside = set_aside(len(tokens))
+    learned, aside = split_windows(len(tokens))
     steps = [_order(learned, times, step_windows, [seed, number]) for number in range(passes)]
     report.windows, report.aside = len(learned), len(aside)
     report.steps = sum(map(len, steps))
@@ -256,7 +256,7 @@ def _shared_out(model, dense, weights, masks, device, held):
     return dict(zip(names, slices, strict=True)), masks, split
 
 
-def set_aside(windows):
+def split_windows(windows):
     """Which windows are learned from, and which are kept aside, evenly among them.
 
     Returns

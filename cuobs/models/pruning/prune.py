@@ -19,6 +19,7 @@ from cuobs.models import ranks as processes
 from cuobs.models.blocks import capture, evaluating, plain_torch
 from cuobs.models.checkpoints import checkpoint
 from cuobs.models.checkpoints.source import BLOCKS
+from cuobs.models.distilling.distillation import split_windows
 from cuobs.models.parked import parked
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
@@ -180,6 +181,8 @@ def prune_model(
         raise ValueError("resume: found no checkpoint_folder, expected that of the unfinished run")
     ranks = processes.current()
     windows = check_windows(model, tokens, attention_mask, recipe.drop_first_token)
+    if recipe.distill:
+        split_windows(len(windows.tokens))
     mine = share_windows(windows, ranks)
     blocks, layers = _choose(model, recipe, device)
     dense = copy.deepcopy(model) if recipe.distill else None
