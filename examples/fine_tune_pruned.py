@@ -23,8 +23,10 @@ WINDOWS, LENGTH = 32, 64
 
 
 def main():
+    if len(sys.argv) not in (1, 3) or os.path.exists(sys.argv[-1]) and len(sys.argv) == 3:
+        sys.exit("expected nothing, or a checkpoint's folder and a new one")
     with tempfile.TemporaryDirectory() as work:
-        src, dst = sys.argv[1:3] or (make_tiny(f"{work}/dense"), f"{work}/tuned")
+        src, dst = sys.argv[1:] or (make_tiny(f"{work}/dense"), f"{work}/tuned")
         # What the model writes itself stands for a text here.
         tokens = models.write_calibration(src, f"{work}/own.npz", WINDOWS, LENGTH)
         pruned = f"{work}/pruned"

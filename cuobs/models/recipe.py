@@ -128,6 +128,8 @@ class ModelRecipe:
         }
 
 
+# Beyond the dense model's outputs there is nothing to aim at.
+LARGEST_SHARES = {"dense_share": 1, "residual_share": 2}
 # Keys of a `ModelRecipe` beside its config.
 KEYS = tuple(f.name for f in dataclasses.fields(ModelRecipe) if f.name != "config")
 
@@ -218,8 +220,9 @@ def _shares(target, dense_share, residual_share):
             pair = tuple(float(v) for v in pair)
         except (TypeError, ValueError):
             pair = ()
-        if len(pair) != 2 or not all(0 <= v <= 2 for v in pair):
-            raise ValueError(f"{name}: found {value!r}, expected a share from 0 to 2, or two")
+        most = LARGEST_SHARES[name]
+        if len(pair) != 2 or not all(0 <= v <= most for v in pair):
+            raise ValueError(f"{name}: found {value!r}, expected a share from 0 to {most}, or two")
         pairs.append(pair)
     return pairs
 

@@ -82,6 +82,9 @@ def test_a_calibration_that_the_model_writes():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="self:0: found 0"):
         self_written("self:0")
+    for spec in ("self:", "self:x", "self:-1", "self:1.5"):
+        with pytest.raises(ValueError, match=f"{spec}: found '{spec[5:]}', expected a number of"):
+            self_written(spec)
 
 
 def test_bad_arguments():

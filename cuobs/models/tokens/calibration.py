@@ -29,10 +29,14 @@ def self_written(spec):
     -------
     int, or None where it names something else
     """
-    match = re.fullmatch(r"self(?::(\d+))?", os.fspath(spec))
+    match = re.fullmatch(r"self(?::(.*))?", os.fspath(spec))
     if not match:
         return None
-    return SELF_WINDOWS if match[1] is None else validation.integer(spec, int(match[1]))
+    if match[1] is None:
+        return SELF_WINDOWS
+    if not re.fullmatch(r"\d+", match[1], re.ASCII):
+        raise ValueError(f"{spec}: found {match[1]!r}, expected a number of windows, as self:1024")
+    return validation.integer(spec, int(match[1]))
 
 
 def listed(specs):
