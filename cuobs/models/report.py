@@ -197,7 +197,7 @@ class DistillationReport:
         cost = ("", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most")
         return [("distillation", self.text()), *([cost] if self.divergence else [])]
 
-    def text(self):
+    def text(self) -> str:
         """What it gave, in words."""
         if not self.divergence:
             return "nothing to learn from"
