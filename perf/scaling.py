@@ -3,13 +3,15 @@
     python -m perf.scaling
 
 For a Llama of 8B shape, admm with the target mixed, 2:4, 128 windows of 2048 tokens: the seconds of
-one GPU come from ``python -m perf.whole_model`` on an H200, those of N are
+one GPU, and how much of each step is left on two, come from ``torchrun --nproc-per-node 2 -m
+perf.whole_model --alone`` on H200, those of N are
 
     T(N) = windows / N + rows / N + leaves + products / N + each + links(N)
 
 where windows are forwards and sums, rows what pruning does with rows of weights, leaves and
 products what it takes to factor and invert the largest Hessian together (one GPU does it in one
-piece), and each what every process does for itself. Sums cross the links by an all-reduce,
+piece), and each what does not divide: finding groups, small factors, passes over Hessians,
+launches and small products of row solves. Sums cross the links by an all-reduce,
 2 (N - 1) / N of their bytes a GPU; rows and factors are gathered, (N - 1) / N of theirs.
 """
 
@@ -19,14 +21,16 @@ from typing import NamedTuple
 GROUPS = ((4096, 6144, False), (4096, 4096, True), (4096, 28672, False), (14336, 4096, True))
 WIDTH = 4096
 # Seconds of one GPU, by step.
-WINDOWS, ROWS, EACH = 0.887, 0.810, 0.170
+WINDOWS, ROWS, EACH = 0.916, 0.692, 0.236
 # Those of factoring the largest Hessian once and inverting it INVERSES times, in one piece; and in
-# pieces of at most LEAF columns and by products, from what an order of 4096 and such products take.
+# pieces of at most LEAF columns and by products, from what an order of 4096 takes and from two GPUs.
 INVERSES, LEAF = 4, 4096
-WHOLE, LEAVES, PRODUCTS = 0.285, 0.049, 0.181
+WHOLE, LEAVES, PRODUCTS = 0.275, 0.053, 0.290
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
-# between hosts; bytes a second from a GPU into its host's links and into those between hosts.
-STEPS, LATENCY, RATE = 165, (9e-5, 2e-4), (3.2e11, 5e10)
+# between hosts; bytes a second that a sum and a gather move into a GPU from its host's links, and
+# what an adapter moves between hosts.
+STEPS, LATENCY = 165, (1.04e-4, 2e-4)
+SUMS, GATHERS, ADAPTER = 3.15e11, 2.2e11, 5e10
 GPUS_OF_A_HOST = 8
 
 
@@ -73,11 +77,11 @@ def bytes_of_factor(K, leaf, inverted=True):
     return 4 * m * (m * (corners > 1) + (K - m) * (corners - 1)) + halves
 
 
-def rate(case):
-    """Bytes a second that an all-reduce or a gather moves into each GPU."""
+def rate(case, within):
+    """Bytes a second that move into each GPU, of which so many could within a host."""
     if case.gpus <= GPUS_OF_A_HOST:
-        return RATE[0]
-    return min(RATE[0], case.adapters * RATE[1])
+        return within
+    return min(within, case.adapters * ADAPTER)
 
 
 def seconds(case):
@@ -89,10 +93,10 @@ def seconds(case):
         "forwards and sums": WINDOWS / n,
         "rows": ROWS / n,
         "factors": WHOLE if apart else LEAVES + PRODUCTS / n,
-        "each for itself": EACH,
-        "links: sums": 2 * others * bytes_of_sums() / rate(case),
-        "links: rows": others * bytes_of_rows() / rate(case),
-        "links: factors": 0.0 if apart else others * bytes_of_factors() / rate(case),
+        "not divided": EACH,
+        "links: sums": 2 * others * bytes_of_sums() / rate(case, SUMS),
+        "links: rows": others * bytes_of_rows() / rate(case, GATHERS),
+        "links: factors": 0.0 if apart else others * bytes_of_factors() / rate(case, GATHERS),
         "links: numbers": latency,
     }
 

@@ -54,8 +54,8 @@ def test_time_goes_where_the_formula_says():
         scaling.WINDOWS + scaling.ROWS + scaling.EACH + scaling.WHOLE
     )
     left = {name: s for name, s in many.items() if not name.startswith("links") and s > 1e-6}
-    assert left == pytest.approx({"factors": scaling.LEAVES, "each for itself": scaling.EACH})
-    links = 2 * scaling.bytes_of_sums() / min(scaling.RATE[0], 8 * scaling.RATE[1])
+    assert left == pytest.approx({"factors": scaling.LEAVES, "not divided": scaling.EACH})
+    links = 2 * scaling.bytes_of_sums() / min(scaling.SUMS, 8 * scaling.ADAPTER)
     assert many["links: sums"] == pytest.approx(links)
 
 
