@@ -109,7 +109,7 @@ class Ranks:
 
 
 def _named(new, old):
-    """What PyTorch calls by a new name since 2.12."""
+    """What newer releases of PyTorch call by another name."""
     return getattr(distributed, new, None) or getattr(distributed, old)
 
 
