@@ -23,7 +23,7 @@ WIDTH = 4096
 # Seconds of one GPU, by step.
 WINDOWS, ROWS, EACH = 0.916, 0.692, 0.236
 # Those of factoring the largest Hessian once and inverting it INVERSES times, in one piece; and in
-# pieces of at most LEAF columns and by products, from what an order of 4096 takes and from two GPUs.
+# pieces of at most LEAF columns and by products: what an order of 4096 takes, and from two GPUs.
 INVERSES, LEAF = 4, 4096
 WHOLE, LEAVES, PRODUCTS = 0.275, 0.053, 0.290
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
