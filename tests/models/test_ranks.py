@@ -367,12 +367,12 @@ def test_weights_are_shared_out_where_they_do_not_fit(tmp_path, monkeypatch):
 def test_a_model_that_slices_do_not_fit_either_is_refused(tmp_path, monkeypatch):
     def two():
         monkeypatch.setattr(memory, "whole", lambda device: 1000)
-        with joined("cpu"), pytest.raises(ValueError, match="for each of 2 processes, expected "):
+        with joined("cpu"), pytest.raises(ValueError, match="in each of 2 processes, expected "):
             learn()
 
     assert together(tmp_path, two).returncode == 0
     monkeypatch.setattr(memory, "whole", lambda device: 1000)
-    with pytest.raises(ValueError, match="for each of 1 processes, expected .* more processes"):
+    with pytest.raises(ValueError, match="and moments, expected one for the 1000 .*; processes"):
         learn()
 
 

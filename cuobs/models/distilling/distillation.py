@@ -230,18 +230,19 @@ def check_fits(model, learning, device, limit=None):
     ValueError
         The model and the dense one, in float32, gradients and two moments take more than there is.
     """
-    ranks, room, whose = current(), memory.whole(device), "a device"
+    size, room, whose = current().size, memory.whole(device), "a device"
     if limit is not None and device.type == "cpu":
-        room, whose = limit, "host_memory"
+        size, room, whose = 1, limit, "host_memory"  # nothing is shared out for that
     needed = size_of_both(model, learning)
     if needed <= room:
         return False
-    least = 20 * learning // ranks.size + needed - 20 * learning
-    if ranks.size == 1 or least > room:
+    least = needed - 20 * learning + 20 * learning // size
+    if size == 1 or least > room:
+        each = f", in each of {size} processes" if size > 1 else ""
         raise ValueError(
             f"distill: found a model that takes {arrays.size_text(least)} with the dense one, its "
-            f"gradients and moments, for each of {ranks.size} processes, expected one for the "
-            f"{arrays.size_text(room)} of {whose}, or more processes"
+            f"gradients and moments{each}, expected one for the {arrays.size_text(room)} of "
+            f"{whose}; processes on devices of their own share out what learns"
         )
     return True
 
@@ -251,7 +252,8 @@ def _shared_out(model, dense, weights, masks, device, held):
     names, ranks = list(weights), current()
     slices, split = held.enter_context(sharded(model, names, ranks, device))
     there = dict(dense.named_parameters())
-    held.enter_context(sharded(dense, [n for n in names if n in there], ranks, device))
+    there = [name for name in names if name in there]
+    held.enter_context(sharded(dense, there, ranks, device, learns=False))
     masks = {name: split.own(mask) for name, mask in masks.items()}
     return dict(zip(names, slices, strict=True)), masks, split
 

@@ -60,18 +60,19 @@ class _Gathered(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def sharded(model, names, ranks, device):
+def sharded(model, names, ranks, device, learns=True):
     """Hold a slice of each named weight meanwhile, in place of the whole.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Whose modules gather their weights when they run. Where this ends well, they have those of
-        the slices, in the memory and the dtype that they had; else their own.
+        Whose modules gather their weights when they run, and have their own again afterwards.
     names : list of str
         Of weights of linears that are shared with no other module.
     ranks : Ranks
     device : torch.device
+    learns : bool
+        Whether, where this ends well, their own are changed to what has become of the slices.
 
     Yields
     ------
@@ -90,7 +91,7 @@ def sharded(model, names, ranks, device):
         module.forward = partial(_run, module, run, own, split, number)
     try:
         yield slices, split
-        for number, (weight, own) in enumerate(zip(weights, slices, strict=True)):
+        for number, (weight, own) in enumerate(zip(weights, slices, strict=True) if learns else ()):
             weight.data.copy_(split.whole(number, own.detach()))
     finally:
         for module, weight, forward in zip(modules, weights, forwards, strict=True):
