@@ -16,15 +16,18 @@ PATTERNS = (
 )
 
 
+@cache
 def random_layer(M, K, seed=0, dead=(), tokens=None):
-    """W (M, K) and H (K, K) of correlated inputs whose columns differ in scale."""
+    """W (M, K) and H (K, K) of correlated inputs whose columns differ in scale; not to be written."""
     rng = np.random.default_rng([seed, M, K])
     tokens = tokens or 4 * K
     rank = max(1, K // 6)
     shared = rng.standard_normal((tokens, rank)) @ rng.standard_normal((rank, K))
     X = (rng.standard_normal((tokens, K)) + 0.7 * shared) * np.exp(0.5 * rng.standard_normal(K))
     X[:, list(dead)] = 0
-    return rng.standard_normal((M, K)), X.T @ X
+    W, H = rng.standard_normal((M, K)), X.T @ X
+    W.flags.writeable = H.flags.writeable = False
+    return W, H
 
 
 @cache
@@ -37,8 +40,7 @@ def layer(pattern, M=None):
     K = {"block16-row8": 112, "2:3": 99}.get(pattern, 96)
     W, H = random_layer(M, K, dead=(1, 10, 11, *range(32, 48)))
     target, Hl = oracles.damped(W, H)
-    for a in (W, H, target, Hl):
-        a.flags.writeable = False
+    target.flags.writeable = Hl.flags.writeable = False
     return W, H, target, Hl, oracles.scopes(pattern, M, K)
 
 

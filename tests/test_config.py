@@ -139,6 +139,6 @@ def test_a_file_that_was_written_reads_as_it_was(tmp_path_factory, keys, how, la
         for glob, changes in layers.items()
     }
     config = Config(cuobs.Recipe().replace(**keys), cuobs.Settings(**how), layers, skip, whole)
-    path = tmp_path_factory.mktemp("toml") / "recipe.toml"
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(to_toml(config), encoding="utf-8", newline="")
     assert load_config(path) == config

@@ -6,10 +6,10 @@ import oracles
 import pytest
 from layers import TILE, prune
 
-# Two to four scopes of columns by three groups of rows; by eight for block16-row8.
-SHAPES = {"2:4": (3, 16), "4:8": (3, 24), "coupled-2:4": (3, 32), TILE: (6, 8),
-          "block16-row8": (16, 48)}
-LAYERS = {pattern: 20 if M < 16 else 8 for pattern, (M, _) in SHAPES.items()}
+# Two to four scopes of columns by six groups of rows; by sixteen for block16-row8.
+SHAPES = {"2:4": (6, 16), "4:8": (6, 24), "coupled-2:4": (6, 32), TILE: (12, 8),
+          "block16-row8": (32, 48)}
+LAYERS = {pattern: 10 if M < 16 else 4 for pattern, (M, _) in SHAPES.items()}
 METHODS = [
     ("magnitude", {}), ("wanda", {}), ("obs-local", {}), ("obs-full", {}),
     ("obs-split", {"splits": 2}), ("obs-interleaved", {"splits": 4}), ("sparsegpt", {}),
