@@ -1,5 +1,6 @@
 """Fixtures: the array namespaces, and the example layer."""
 
+import gc
 import os
 import signal
 import zlib
@@ -105,8 +106,28 @@ def source(tmp_path):
 
 
 def pytest_configure(config):
+    share_cores()
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+
+
+def share_cores():
+    """Each worker of pytest-xdist keeps to its own cores.
+
+    Threads of small products that wander between cores wait for each other longer than they
+    compute. What workers do is tested by options, whatever the number of cores.
+    """
+    worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        mine = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(count)]
+        if mine:
+            os.sched_setaffinity(0, mine)
+
+
+def pytest_collection_finish():
+    """What was imported is there to stay: no search for garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
