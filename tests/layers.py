@@ -18,7 +18,7 @@ PATTERNS = (
 
 @cache
 def random_layer(M, K, seed=0, dead=(), tokens=None):
-    """W (M, K) and H (K, K) of correlated inputs whose columns differ in scale; not to be written."""
+    """W (M, K) and H (K, K) of correlated inputs whose columns differ in scale, both read-only."""
     rng = np.random.default_rng([seed, M, K])
     tokens = tokens or 4 * K
     rank = max(1, K // 6)

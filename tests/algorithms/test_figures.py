@@ -174,9 +174,10 @@ def test_figure(xp, layer, pattern, method, rows, options, loss):
     ("admm", {}), ("sparsegpt", {"refine": "exact"}), ("true-obs", {"group": 40}),
 ])
 def test_tensor_cores_do_not_move_the_loss(xp, layer, method, options):
-    """Not even where the sizes of rows differ by far."""
+    """Not even where the sizes of rows differ by far. The CPU has none: a few rows will do."""
     W, H = layer
-    W = W[:96] * 2.0 ** np.random.default_rng(0).integers(-6, 7, (96, 1))
+    rows = 12 if xp is np else 96
+    W = W[:rows] * 2.0 ** np.random.default_rng(0).integers(-6, 7, (rows, 1))
     fp32, tensor = (
         prune(xp, W, H, "float32", method=method, precision=precision, **options).loss
         for precision in ("fp32", "tensor")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import cuobs
 
@@ -59,8 +60,9 @@ def commands(block):
 
 
 def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
-    pytest.importorskip("cuobs_cli", reason="the command line is not installed")
+    cli = pytest.importorskip("cuobs_cli", reason="the command line is not installed")
     monkeypatch.chdir(tmp_path)
+    methods = dict(cuobs.methods())
     rng = np.random.default_rng(0)
     W, X = rng.standard_normal((8, 32)).astype("float32"), rng.standard_normal((128, 32))
     np.save("W.npy", W)
@@ -68,12 +70,14 @@ def test_it_is_a_plugin_of_the_command_line(tmp_path, monkeypatch):
     Path("activation.py").write_text(recipe("method"))
 
     def run(*words, code=0):
-        done = subprocess.run([sys.executable, "-m", "cuobs", *words], capture_output=True,
-                              text=True)  # fmt: skip
-        assert done.returncode == code, done.stderr
+        monkeypatch.setattr(RECIPE, "_METHODS", dict(methods))  # plugins go again
+        done = CliRunner().invoke(cli.main, words)
+        assert done.exit_code == code, done.output
         return done
 
     listed, pruned, compared = commands("it is a plugin of the command line")
+    subprocess.run([sys.executable, "-m", "cuobs", *pruned], check=True)
+    Path("W-pruned.npy").unlink()
     said = run(*listed).stdout
     assert re.search(r"^activation +weakest inputs, no compensation$", said, re.MULTILINE)
     assert re.search(r"^ +--power  \[default: 2.0\]$", said, re.MULTILINE)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cuobs_cli import main
 from small_models import make_model, make_source, make_tokens, prune_all
+from torch.distributed import run as torchrun
 
 from cuobs import problem, verify
 from cuobs.models import distill, load_model, memory, prune_folder, prune_model, rotate_folder
@@ -379,15 +380,17 @@ def test_a_model_that_slices_do_not_fit_either_is_refused(tmp_path, monkeypatch)
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_process_ends_all_and_one_goes_on(place):
     dst = place / "killed"
-    process = start(2, "-m", "cuobs", *command(place, dst))
+    process = forks.start(torchrun.main, [
+        "--standalone", "--nproc-per-node=2", "-m", "cuobs", *command(place, dst)
+    ])  # fmt: skip
     blocks = dst / "cuobs_blocks"
     until = time.monotonic() + 120
     while not (blocks / "00000.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.01)
     children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode
+    process.join(120)
+    assert process.exitcode
     report = prune_folder(
         place / "source", dst, f"{place}/tokens.npz:t", device="cpu", resume=True
     )

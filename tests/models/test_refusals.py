@@ -1,7 +1,7 @@
 """Models that cannot be pruned block by block are refused before any work, with the reason."""
 
 import contextlib
-import copy
+from functools import cache
 
 import pytest
 import torch
@@ -131,6 +131,13 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@cache
+def as_it_is(tune):
+    """A model pruned in torch's own state, and its report."""
+    model = make_model("llama")
+    return model, prune_model(model, make_tokens(), tune=tune, device="cpu")
+
+
 @pytest.mark.parametrize("tune", [0, 1])
 @pytest.mark.parametrize(
     "state",
@@ -145,9 +152,8 @@ def default_dtype(dtype):
     ids=["autocast", "inference", "no_grad", "device", "float64", "bfloat16"],
 )
 def test_torchs_state_changes_nothing_and_is_left_as_it_was(state, tune):
-    plain = make_model("llama")
-    inside = copy.deepcopy(plain)
-    expected = prune_model(plain, make_tokens(), tune=tune, device="cpu")
+    plain, expected = as_it_is(tune)
+    inside = make_model("llama")
     with state():
         grad, mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         cast, place = torch.is_autocast_enabled("cpu"), torch.get_default_device()

@@ -26,6 +26,24 @@ def calibration(tmp_path):
     return f"{tmp_path / 'tokens.npz'}:windows"
 
 
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """The folder of a run that nothing stops, made once for the same options."""
+    made = {}
+
+    def folder(**options):
+        key = str(options)
+        if key not in made:
+            place = tmp_path_factory.mktemp("unstopped")
+            np.savez(place / "tokens.npz", windows=make_tokens(8))
+            made[key] = place / "whole"
+            prune_folder(make_source(place / "source"), made[key],
+                         f"{place / 'tokens.npz'}:windows", **{**OPTIONS, **options})  # fmt: skip
+        return made[key]
+
+    return folder
+
+
 def stop_after(blocks):
     """End a run after so many blocks."""
     def stop(report, _):
@@ -110,20 +128,23 @@ def test_a_finished_block_lies_in_the_files_that_are_to_be(tmp_path, calibration
         ({}, {"distill": 1}), ({"distill": 1}, {}), ({"save_dtype": "float32"}, {}),
     ],
 )  # fmt: skip
-def test_a_run_goes_on_whatever_the_form_of_what_it_writes(first, then, tmp_path, calibration):
+def test_a_run_goes_on_whatever_the_form_of_what_it_writes(
+    first, then, tmp_path, calibration, unstopped
+):
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
-    prune_folder(source, tmp_path / "whole", calibration, **{**OPTIONS, **then})
     with pytest.raises(KeyboardInterrupt):
         prune_folder(source, out, calibration, **{**OPTIONS, **first}, on_block=stop_after(2))
     report = prune_folder(source, out, calibration, **{**OPTIONS, **then}, resume=True)
     assert [block.resumed for block in report.blocks] == [True, True, False]
-    assert same_model(tmp_path / "whole", out)
+    assert same_model(unstopped(**then), out)
     assert not (out / BLOCKS).exists()
 
 
 @pytest.mark.parametrize("at", [0, 4, 8, 9, 13, 17])
 @pytest.mark.parametrize("then", [{}, {"distill": 1}], ids=str)
-def test_stopped_while_files_are_put_in_place(at, then, tmp_path, calibration, monkeypatch):
+def test_stopped_while_files_are_put_in_place(
+    at, then, tmp_path, calibration, monkeypatch, unstopped
+):
     """Nine files: from the blocks to the others of the model, then to where they belong."""
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     replace, moved = os.replace, []
@@ -141,8 +162,7 @@ def test_stopped_while_files_are_put_in_place(at, then, tmp_path, calibration, m
     assert (out / MARKER).exists() and not (out / "config.json").exists()
     report = prune_folder(source, out, calibration, **{**OPTIONS, **then}, resume=True)
     assert all(block.resumed for block in report.blocks)
-    prune_folder(source, tmp_path / "whole", calibration, **{**OPTIONS, **then})
-    assert same_model(tmp_path / "whole", out) and not (out / STAGING).exists()
+    assert same_model(unstopped(**then), out) and not (out / STAGING).exists()
 
 
 @pytest.mark.parametrize("fault", ["short", "gone"])
