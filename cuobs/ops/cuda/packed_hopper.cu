@@ -18,8 +18,9 @@
 //   maps    of values, index words and inputs as `packed_hopper.maps` describes them
 //
 // Others, and the macros of a layout: packed.cuh. Here the rows of a tile are 16 neighbours and the
-// columns of a lane a multiple of 16. AHEAD tiles of columns on their way to be expanded; RESIDENT
-// blocks that a multiprocessor is to hold. Of what is SPARSE:
+// columns of a lane a multiple of 16. BLOCK_ROWS rows a block, multiplied by CONSUMERS warps; places
+// of dense rows, DENSE_SLOTS; AHEAD tiles of columns on their way to be expanded; RESIDENT blocks
+// that a multiprocessor is to hold. Of what is SPARSE:
 //   PLACES       {two words: byte m has the two places that mask m keeps, two bits each}
 //   SPREAD       which of a lane's four fours of columns each scope has: 0 one, 1 two neighbours,
 //                for which PLACES has them twice, 2 every other
@@ -27,16 +28,14 @@
 
 #include "packed.cuh"
 
-constexpr int TOKENS = 8 * GROUPS, BLOCK_ROWS = 128, CONSUMERS = 8 /* warps */;
-constexpr int THREADS = 32 * (CONSUMERS + 1);
+constexpr int TOKENS = 8 * GROUPS, THREADS = 32 * (CONSUMERS + 1);
 constexpr int FOLDS = COLUMNS / 16;  // of 64 columns in a stage
 // Bytes of the packed tiles of a block's rows and of their index words; of a stage: inputs and the
-// weight that stays packed; of dense rows, of which there are three: one is written, and two may
-// still be multiplied.
+// weight that stays packed; of dense rows.
 constexpr int VALUES = 8 * LOADS * 512, INDEX = 8 * WORDS * 128;
 constexpr int STAGE_X = FOLDS * TOKENS * 128;
 constexpr int STAGE = STAGE_X + (SPARSE ? VALUES + INDEX : 0);
-constexpr int DENSE = BLOCK_ROWS * FOLDS * 128, DENSE_SLOTS = 3;
+constexpr int DENSE = BLOCK_ROWS * FOLDS * 128;
 constexpr int CLUSTER = SHARING * SPLITS;
 // Row clusters that are multiplied by all tokens before the next ones: both operands stay in L2.
 constexpr int BAND = 16 / SHARING;

@@ -19,9 +19,11 @@ from cuobs.ops.packed import kept_places, tiling
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNELS = ("sparse", "expanded")
 BLOCK_ROWS, TILE_ROWS, FOLD = 128, 16, 64
-# Of a block: 8 warps multiply, another brings everything in.
-THREADS = 32 * (8 + 1)
-# Of what is expanded: places of dense rows, and tiles under way at most.
+# Of a block: warps that multiply; another brings everything in.
+CONSUMERS = 8
+THREADS = 32 * (CONSUMERS + 1)
+# Of what is expanded: places of dense rows (one is written, two may still be multiplied), and tiles
+# under way at most.
 DENSE_SLOTS, MOST_AHEAD = 3, 12
 # Bytes of shared memory beside the stages: the result on its way out, tables and barriers.
 OTHER_SHARED = 2 * 32 * 144 + 256
@@ -171,6 +173,7 @@ def defines(layout, dtype, way):
     return layout_defines(layout, dtype) | {
         "SPARSE": sparse, "GROUPS": way.groups, "STAGES": way.depth, "SHARING": way.sharing,
         "SPLITS": way.splits, "AHEAD": ahead(layout, way), "RESIDENT": way.resident,
+        "BLOCK_ROWS": BLOCK_ROWS, "CONSUMERS": CONSUMERS, "DENSE_SLOTS": DENSE_SLOTS,
         **(sparse_defines(layout) if sparse else NOT_SPARSE),
     }  # fmt: skip
 
