@@ -192,20 +192,23 @@ def choice_costs(w, C, s):
     there are too many choices to try, the cost of a choice is the sum of its blocks' own.
     """
     if len(s.choices) > FEW:
-        alone = np.stack([removal_cost(w, C, s, [b]) for b in range(s.count)], -1)
+        alone = removal_costs(w, C, s, [(b,) for b in range(s.count)])
         return alone[..., np.array(s.choices)].sum(-1)
-    return np.stack([removal_cost(w, C, s, lost) for lost in s.choices], -1)
+    return removal_costs(w, C, s, s.choices)
 
 
-def removal_cost(w, C, s, lost):
-    """w_P (C_PP)^-1 w_P^T of the blocks `lost`, summed over the rows of the scope."""
-    gone = s.among(np.array(lost))
-    cost = 0.0
+def removal_costs(w, C, s, choices):
+    """w_P (C_PP)^-1 w_P^T of each choice of blocks, summed over the rows of the scope."""
+    gone = s.among(np.array(choices)[:, None, None])
+    cost = np.zeros((*w.shape[:-2], len(choices)))
     for i in range(len(s.blocks)):
-        P = np.flatnonzero(gone[i])
-        wp = w[..., i, P][..., None]
-        C_PP = C[..., i, P[:, None], P]
-        cost = cost + (wp * np.linalg.solve(C_PP, wp)).sum((-2, -1))
+        lost = gone[:, i].sum(1)
+        for n in np.unique(lost):
+            which = np.flatnonzero(lost == n)
+            P = np.nonzero(gone[which, i])[1].reshape(len(which), n)
+            wp = w[..., i, P]
+            C_PP = C[..., i, P[:, :, None], P[:, None, :]]
+            cost[..., which] += (wp * np.linalg.solve(C_PP, wp[..., None])[..., 0]).sum(-1)
     return cost
 
 
