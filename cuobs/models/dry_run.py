@@ -5,7 +5,6 @@ from itertools import groupby
 
 import torch
 
-from cuobs.models.pruning.layers import check_limit, choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
     hold,
@@ -16,8 +15,8 @@ from cuobs.models.pruning.prediction import (
     states_of,
     work_from_shapes,
 )
-from cuobs.models.pruning.prune import count_tokens, report_of
-from cuobs.models.structure import check_plain, find_blocks, linears, oriented
+from cuobs.models.pruning.prune import choose, count_tokens, report_of
+from cuobs.models.structure import linears, oriented
 from cuobs.models.summary import time_text
 
 # Order of the matrices whose product shows how fast a device is, and how often it is taken.
@@ -44,12 +43,7 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
     host_memory : int, optional
         Bytes of the host's memory that may be used.
     """
-    prefix, blocks = find_blocks(model)
-    layers = choose_layers(model, prefix, blocks, recipe)
-    check_limit(layers, blocks, recipe.config.settings, device)
-    for index, inner in layers.recipes:
-        module = linears(blocks[index])[inner]
-        check_plain(f"{prefix}.{index}.{inner}", module, materialised=False)
+    blocks, layers = choose(model, recipe, device, host_memory, empty=True)
     for line in describe(layers, blocks):
         say(line)
     report = report_of(recipe, layers, windows, batch, device, protocol)

@@ -36,6 +36,7 @@ from cuobs.models.planning import View, whole_for, whole_text
 from cuobs.models.pruning.prune import (
     batch_of,
     check_arguments,
+    choose,
     choose_device,
     prune_model,
 )
@@ -145,6 +146,10 @@ def _open(run, view, options, ranks):
     source = run.source
     if run.resume and ranks.leads:
         take_back(run.dst)
+    # A GGUF takes seconds to be read for its config alone.
+    if source.gguf is None or run.host_memory is not None:
+        empty = loading.empty_model(source, run.trust_remote_code)
+        choose(empty, recipe, place, run.host_memory, empty=True)
     warming = None if source.gguf else _warm(source, recipe, place)
     skipped = lambda name: recipe.of(name) is None  # noqa: E731
     if whole_for(run, recipe) is None:
@@ -155,8 +160,6 @@ def _open(run, view, options, ranks):
     warming = warming or _warm(source, recipe, place)  # now that the GGUF is known to be whole
     if recipe.rotate:
         check_all_known(model, source, names)
-    if recipe.distill:
-        check_room(model, recipe, place, run.host_memory)
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
     # Texts are read, and windows of the model's own written, by one for all.
@@ -324,14 +327,14 @@ def plan(run, view, options):
     batch = batch_of(options.get("batch_tokens"), windows, place)
     protocol = _protocol(run, mixture, texts)
     in_files = whole_for(run, recipe) is None
-    size = check_room(model, recipe, place, run.host_memory) if recipe.distill else 0
     report = dry_run.plan(
         model, windows, recipe, place, batch, protocol, view.say, in_files, run.host_memory
     )
     if not in_files:
         least, why = whole_text(run, recipe)
         view.say(f"host         {arrays.size_text(least)} at least: {why}")
-    if size:
+    if recipe.distill:
+        size = check_room(model, recipe, place, run.host_memory)
         view.say(
             f"distilling   {arrays.size_text(size)} on {place.type} at least: the model and the "
             "dense one in float32, gradients and moments"

@@ -500,6 +500,27 @@ def test_a_full_disk_is_known_before_the_first_block(source, tmp_path, calibrati
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"pattern": "3:11"}, "model: found no linear that could be pruned"),
+        ({"skip": "*nothing*"}, "skip: found no linear whose name"),
+        ({"distill": 1, "host_memory": "400KB"}, "distill: found a model.* of host_memory"),
+        ({"layers": {"*.nothing": {"pattern": "4:8"}}}, "layers: found no linear"),
+    ],
+)  # fmt: skip
+def test_what_shapes_tell_is_refused_before_the_model_is_opened(
+    options, sentence, source, tmp_path, calibration, monkeypatch
+):  # fmt: skip
+    def never(*_):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(loading, "load_model", never)
+    with pytest.raises(ValueError, match=sentence):
+        prune_folder(source, tmp_path / "out", calibration, device="cpu", **options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_other_tokens_are_refused_before_weights_are_read(
     dry_run, source, tmp_path, calibration, monkeypatch

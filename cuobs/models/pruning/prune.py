@@ -184,7 +184,7 @@ def prune_model(
     if recipe.distill:
         split_windows(len(windows.tokens))
     mine = share_windows(windows, ranks)
-    blocks, layers = _choose(model, recipe, device)
+    blocks, layers = choose(model, recipe, device, host_memory)
     dense = copy.deepcopy(model) if recipe.distill else None
     batch = batch_of(batch_tokens, windows, device)
     report = report_of(recipe, layers, windows, batch, device, protocol)
@@ -237,16 +237,28 @@ def prune_model(
     return report
 
 
-def _choose(model, recipe, device):
-    """The blocks of a model and its `Layers`, where all that it takes to prune them is there."""
+def choose(model, recipe, device, host_memory=None, empty=False):
+    """The blocks of a model and its `Layers`, where all that it takes to prune them is there.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    recipe : ModelRecipe
+    device : torch.device
+    host_memory : int, optional
+        Bytes of the host's memory that may be used.
+    empty : bool
+        Whether the model has no weights yet.
+    """
     prefix, blocks = find_blocks(model)
     layers = choose_layers(model, prefix, blocks, recipe)
     check_limit(layers, blocks, recipe.config.settings, device)
     if recipe.distill:
-        check_room(model, recipe, device)
+        check_room(model, recipe, device, host_memory)
     for index, inner in layers.recipes:
         block = blocks[index]
-        check_plain(f"{prefix}.{index}.{inner}", linears(block)[inner], parked(block) is None)
+        there = not empty and parked(block) is None
+        check_plain(f"{prefix}.{index}.{inner}", linears(block)[inner], there)
     return blocks, layers
 
 
