@@ -440,6 +440,29 @@ def test_code_of_a_folder_is_not_run(source, tmp_path, calibration, monkeypatch)
     check(source, tmp_path / "out", report)
 
 
+def test_code_of_a_folder_may_name_its_class_as_transformers_does(
+    source, tmp_path, calibration, monkeypatch
+):
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    (source / "own.py").write_text(CODE)
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change_config(source, architectures=["LlamaForCausalLM"], model_type="own", auto_map=auto)
+    refused(source, tmp_path, calibration, "runs code of its own .*--trust-remote-code")
+    refused(source, tmp_path, calibration, "runs code of its own", dry_run=True)
+    assert not ran.exists()
+    report = prune_folder(source, tmp_path / "out", calibration, trust_remote_code=True, **FAST)
+    assert ran.exists()
+    check(source, tmp_path / "out", report)
+    # transformers has this kind of model itself, and takes that where code is not trusted.
+    ran.unlink()
+    change_config(source, model_type="llama")
+    prune_folder(source, tmp_path / "plain", calibration, **FAST)
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_code_of_a_folder_without_an_architecture_is_not_run(
     source, tmp_path, calibration, monkeypatch, dry_run

@@ -136,6 +136,12 @@ def model_class(source, trust_remote_code=False):
     names = source.config.get("architectures") or []
     if source.gguf is not None or not names:
         return transformers.AutoModelForCausalLM
+    if "AutoModelForCausalLM" in (source.config.get("auto_map") or {}):
+        # Own code may call its classes as transformers does: as there, the kind of model decides.
+        if trust_remote_code:
+            return transformers.AutoModelForCausalLM
+        if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise _own_code(source)
     found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         if "auto_map" not in source.config:
