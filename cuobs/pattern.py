@@ -364,7 +364,8 @@ def parse(text):
     if isinstance(text, tuple | list) and len(text) == 2 and all(_is_int(v) for v in text):
         text = f"{text[0]}:{text[1]}"
     if not isinstance(text, str):
-        raise TypeError(f"pattern: found {type(text).__name__}, expected a name or a Pattern")
+        found = type(text).__name__
+        raise TypeError(f"pattern: found {found}, expected a name, (n, m) or a Pattern")
     if text in _NAMED:
         return _NAMED[text]
     if match := _N_M.fullmatch(text):
