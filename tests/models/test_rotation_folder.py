@@ -53,6 +53,21 @@ def test_the_folder_opens_in_plain_transformers(tmp_path, calibration, family, t
     assert (tmp_path / "dst" / "tokenizer.json").exists()
 
 
+def test_what_is_compared_is_what_is_written(tmp_path, calibration):
+    """Written in half precision, the folder differs by more than the model in memory did."""
+    src = make_source(tmp_path / "src", "llama")
+    report = rotate_folder(src, tmp_path / "dst", calibration, steps=2, save_dtype="bfloat16")
+    rotated, dense = open_plainly(tmp_path / "dst"), open_plainly(src)
+    assert rotated.dtype == torch.bfloat16
+    tokens = torch.from_numpy(make_tokens())[:1]
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens).logits.float() for m in (rotated, dense))
+    assert report.deviation == pytest.approx(
+        float((found - expected).norm() / expected.norm()), rel=1e-3
+    )
+    assert 1e-3 < report.deviation < 0.1
+
+
 def test_a_folder_that_does_not_fold_leaves_nothing(tmp_path, calibration):
     src = make_source(tmp_path / "src", "gpt2")
     with pytest.raises(ValueError, match="LayerNorm"):

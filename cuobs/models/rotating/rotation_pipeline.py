@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from functools import partial
 
+import torch
+
 import cuobs
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.destination import changed_tensors, finish
@@ -17,7 +19,7 @@ from cuobs.models.pipeline import (
 )
 from cuobs.models.pruning.prune import choose_device
 from cuobs.models.ranks import joined
-from cuobs.models.rotating.folding import untied_config
+from cuobs.models.rotating.folding import check_logits, logits_of, untied_config
 from cuobs.models.rotating.rotation import rotate
 from cuobs.models.tokens.calibration import load_tokens
 from cuobs.models.tokens.mixture import WindowReader, gather
@@ -41,13 +43,19 @@ def rotate_source(run, pattern, options, say, progress):
             mask = load_tokens(mask, run.samples, tokens.shape[1], kinds="biu")
         for line in mixture.lines(run.seed) if ranks.leads else ():
             say(f"calibration  {line}")
+        shown = torch.as_tensor(tokens[:1])
+        dense = logits_of(model, shown)
         report = rotate(
             model, tokens, pattern, attention_mask=mask, windows=run.samples, device=run.device,
             progress=progress and partial(progress, "rotation"), **options,
         )  # fmt: skip
         if not ranks.leads:
             return None
-        _write(run, model, names, report)
+        save_dtype = written_dtype(run.source, run.save_dtype)
+        if save_dtype is not None:  # what is compared is what is written
+            loading.cast_stored(model, save_dtype)
+            report.deviation = check_logits(model, shown, dense)
+        _write(run, model, names, report, save_dtype)
     return report
 
 
@@ -61,10 +69,8 @@ def _read(run, model, progress):
     return gather(run.calibration, [], reader, samples=run.samples, length=run.sequence_length)
 
 
-def _write(run, model, names, report):
-    source, save_dtype = run.source, written_dtype(run.source, run.save_dtype)
-    if save_dtype is not None:
-        loading.cast_stored(model, save_dtype)
+def _write(run, model, names, report, save_dtype):
+    source = run.source
     if report.untied:
         report.untied = model.get_output_embeddings().weight.nbytes
     if source.gguf is None:
