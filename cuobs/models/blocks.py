@@ -45,7 +45,7 @@ def running_alone(whole=None):
         if whole is not None:
             with taking_windows():
                 whole()
-        raise not_by_window(_first_line(error)) from error
+        raise not_by_window(first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -57,12 +57,12 @@ def taking_windows():
         raise
     except (RuntimeError, IndexError) as error:
         raise ValueError(
-            f"tokens: found windows that the model itself does not run for ({_first_line(error)}), "
+            f"tokens: found windows that the model itself does not run for ({first_line(error)}), "
             "expected others: shorter ones where they are longer than its positions"
         ) from error
 
 
-def _first_line(error):
+def first_line(error):
     return str(error).partition("\n")[0]
 
 

@@ -183,6 +183,16 @@ def test_what_does_not_commute_is_refused():
         folding.examine(model, tokens_of())
 
 
+def test_a_block_that_does_not_run_in_float64_is_refused():
+    def fill(_, args):
+        torch.full((), torch.finfo(args[0].dtype).min)  # in the default dtype, as XGLM's attention
+
+    model = make_model("llama")
+    model.model.layers[1].mlp.register_forward_pre_hook(fill)
+    with pytest.raises(ValueError, match="rotate: found that model.layers.1 does not run in floa"):
+        rotate(model, tokens_of())
+
+
 def test_parts_that_tokens_do_not_pass_are_refused():
     model = make_model("llama")
     model.model.visual = torch.nn.Linear(8, 32)

@@ -144,6 +144,8 @@ def test_pruning_begins_with_it(tmp_path, calibration):
     again = ModelReport.from_json((tmp_path / "rotated" / "cuobs_report.json").read_text())
     assert again.rotation == rotation
     assert written["settings"]["rotate"] and written["settings"]["rotate_steps"] == 10
+    card = (tmp_path / "rotated" / "README.md").read_text()
+    assert "| rotated | before it was pruned; a head of its own adds 12.1 KiB |" in card
     lines = "\n".join(summary(found["rotated"]))
     assert "pruned share" in lines and "head of its own" in lines
     model = open_plainly(tmp_path / "rotated")

@@ -9,6 +9,7 @@ import os
 import re
 
 import cuobs
+from cuobs.arrays import size_text
 from cuobs.models.summary import target_text
 from cuobs.pattern import parse
 
@@ -93,7 +94,9 @@ def _part(report, model_class, packed):
         "largest",
     }
     if report.rotation is not None:
-        rows["rotated"] = "before it was pruned"
+        added = report.rotation.untied
+        own = f"; a head of its own adds {size_text(added)}" if added else ""
+        rows["rotated"] = f"before it was pruned{own}"
     if report.distillation is not None:
         rows["distilled"] = report.distillation.text()
     yield from (MARK, "", "## Pruned by cuobs", "")

@@ -4,6 +4,7 @@ Norm scales go into the linears that read them, then everything that reads or wr
 rotated. All in float64; what a model is made of is told by `cuobs.models.rotating.residual`.
 """
 
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from cuobs.models import memory
-from cuobs.models.blocks import as_dtype, capture, evaluating, run
+from cuobs.models.blocks import as_dtype, capture, evaluating, first_line, run
 from cuobs.models.rotating.residual import (
     Norm,
     explain,
@@ -125,7 +126,7 @@ def examine(model, tokens, device=None):
             where = f"{prefix}.{index}"
             block = copy.deepcopy(block).to(device).double()
             call = as_dtype(call, torch.float64)
-            with staying_double():
+            with staying_double(), _in_float64(where):
                 stream, out = read_block(block, hidden, call, where)
                 _try(block, stream, basis, hidden, call, out, where, generator)
             streams.append(stream)
@@ -135,6 +136,19 @@ def examine(model, tokens, device=None):
         norm, head = _tail(model, outside, hidden, basis)
     _check_nothing_else(model, blocks, (*embeddings, norm.name, head))
     return Stream(prefix, hidden.shape[-1], tuple(streams), embeddings, norm, head)
+
+
+@contextlib.contextmanager
+def _in_float64(where):
+    """Say that a block does not run in float64, where that is so."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what PyTorch's functions raise
+        raise refused(
+            f"that {where} does not run in float64 ({first_line(error)})", "one that does"
+        ) from error
 
 
 def random_basis(batch, size, generator):
