@@ -17,7 +17,7 @@ import pytest
 import torch
 from cuobs_cli import main
 from small_models import make_model, make_source, make_tokens, prune_all
-from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cuobs import problem, verify
 from cuobs.models import distill, load_model, memory, prune_folder, prune_model, rotate_folder
@@ -86,6 +86,17 @@ def start(processes, *what):
         [str(part) for part in command], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+def under_torchrun(function):
+    """Call a function in two processes that torchrun's agent forks and watches."""
+    elastic_launch(
+        LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", run_id="tests",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        ),
+        function,
+    )()  # fmt: skip
 
 
 def finished(process):
@@ -380,9 +391,11 @@ def test_a_model_that_slices_do_not_fit_either_is_refused(tmp_path, monkeypatch)
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_process_ends_all_and_one_goes_on(place):
     dst = place / "killed"
-    process = forks.start(torchrun.main, [
-        "--standalone", "--nproc-per-node=2", "-m", "cuobs", *command(place, dst)
-    ])  # fmt: skip
+
+    def prune():
+        main(command(place, dst))
+
+    process = forks.start(under_torchrun, prune)
     blocks = dst / "cuobs_blocks"
     until = time.monotonic() + 120
     while not (blocks / "00000.safetensors").exists() and time.monotonic() < until:
