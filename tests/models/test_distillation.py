@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from small_models import make_model, make_tokens, same, weights_of
 from torch import nn
 
@@ -341,6 +342,27 @@ def test_any_model_whose_forward_gives_logits():
     assert report.divergence[report.kept] < 0.9 * report.divergence[0]
     for name, mask in masks.items():
         assert not model.get_submodule(name).weight[~mask].any()
+
+
+def test_a_model_that_does_more_between_its_blocks_and_its_head():
+    """RoFormer's head stands behind a part of its own, so that all before it runs again for logits;
+    together the windows have more tokens than it has positions."""
+    config = transformers.RoFormerConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=24, is_decoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = transformers.RoFormerForCausalLM(config).eval()
+    for parameter in dense.parameters():
+        parameter.data.mul_(4 if parameter.ndim == 2 else 1)
+    model, masks = make_pruned(dense)
+    tokens = make_tokens(64)
+    report = distill(model, dense, masks, tokens, passes=2, rate=3e-3)
+    _, aside = split_windows(64)
+    assert report.divergence[report.kept] < report.divergence[0]
+    assert report.divergence[0] == pytest.approx(
+        kl(make_pruned(dense)[0], dense, tokens[aside]), rel=1e-4
+    )
 
 
 def test_memory_is_predicted_before_the_first_step():

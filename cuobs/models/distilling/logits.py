@@ -81,10 +81,11 @@ class Cut:
         """
         if self.whole:
             return hidden.float()
-        out = self._form(hidden[None])
-        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        # Windows of one token, since a model has no positions for as many as there may be here.
+        out = self._form(hidden[:, None])
+        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
         with _acting(self._body, lambda *args, **kwargs: out):
-            return _run(self.model, tokens, None)[0].float()
+            return _run(self.model, tokens, None)[:, 0].float()
 
     @torch.no_grad()
     def _fits(self, tokens):
