@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cuobs.models.blocks import plain_torch
 from cuobs.models.by_block import Runner
 from cuobs.models.distilling.divergence import comparison
 from cuobs.models.distilling.logits import Cut
@@ -19,7 +20,7 @@ from cuobs.models.tokens.calibration import check_tokens
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-@torch.no_grad()
+@plain_torch()
 def perplexity(
     model: Any,
     tokens: Any,
@@ -57,6 +58,7 @@ def perplexity(
     return math.inf if mean > 700 else math.exp(mean)
 
 
+@plain_torch()
 def agreement(
     model: Any,
     dense: Any,

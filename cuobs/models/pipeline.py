@@ -12,6 +12,7 @@ import torch
 from cuobs import arrays
 from cuobs.config import to_toml
 from cuobs.models import dry_run, memory
+from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
 from cuobs.models.checkpoints.checkpoint import check, finished, set_aside, write_masks
@@ -54,6 +55,7 @@ from cuobs.models.tokens.windows import check_windows
 WRITTEN = ".cuobs_written.npz"
 
 
+@plain_torch()
 def prune(run, view, options):
     """Prune the model of a folder into another one.
 
@@ -313,6 +315,7 @@ def _distill(job, dense, report):
     )  # fmt: skip
 
 
+@plain_torch()
 def plan(run, view, options):
     """Say what `prune` would do and take, without reading weights; a report without blocks."""
     recipe, place = check_arguments(device=run.device, **options)
@@ -343,6 +346,7 @@ def plan(run, view, options):
     return report
 
 
+@plain_torch()
 def evaluate(source, other, text, length, device, progress, trust_remote_code):
     """The perplexity of the model of a folder on a text, its tokens, and its agreement with
     another model's folder, if there is one."""
@@ -372,6 +376,7 @@ def _warm(source, recipe, device):
     return Warming(recipe.config.recipe, recipe.config.settings, shapes, dtype, device)
 
 
+@plain_torch()
 def write(source, windows, length, temperature, seed, device, progress, trust_remote_code):
     """Windows that the model of a folder samples itself."""
     model = loading.load_model(source, trust_remote_code)

@@ -1,13 +1,10 @@
 """Models that cannot be pruned block by block are refused before any work, with the reason."""
 
-import contextlib
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.utils.prune
 import transformers
-from small_models import make_model, make_tokens, same, weights_of
+from small_models import make_model, make_tokens
 
 from cuobs.models import prune_model
 from cuobs.models.structure import find_blocks, refuse_mixture
@@ -118,50 +115,6 @@ def test_shared_keys_and_values():
             parameter.data.normal_(0, 0.2)
     refused(model, "blocks, run one by one, give hidden states that differ")
     refused(model, "blocks, run one by one, give hidden states that differ", make_tokens(1))
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-        assert torch.get_default_dtype() == dtype
-    finally:
-        torch.set_default_dtype(before)
-
-
-@cache
-def as_it_is(tune):
-    """A model pruned in torch's own state, and its report."""
-    model = make_model("llama")
-    return model, prune_model(model, make_tokens(), tune=tune, device="cpu")
-
-
-@pytest.mark.parametrize("tune", [0, 1])
-@pytest.mark.parametrize(
-    "state",
-    [
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        torch.inference_mode,
-        torch.no_grad,
-        lambda: torch.device("meta"),
-        lambda: default_dtype(torch.float64),
-        lambda: default_dtype(torch.bfloat16),
-    ],
-    ids=["autocast", "inference", "no_grad", "device", "float64", "bfloat16"],
-)
-def test_torchs_state_changes_nothing_and_is_left_as_it_was(state, tune):
-    plain, expected = as_it_is(tune)
-    inside = make_model("llama")
-    with state():
-        grad, mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        cast, place = torch.is_autocast_enabled("cpu"), torch.get_default_device()
-        found = prune_model(inside, make_tokens(), tune=tune, device="cpu")
-        assert (grad, mode) == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        assert (cast, place) == (torch.is_autocast_enabled("cpu"), torch.get_default_device())
-    assert same(weights_of(plain), weights_of(inside))
-    assert [block.drift for block in found.blocks] == [block.drift for block in expected.blocks]
 
 
 def test_weights_of_inference_mode():

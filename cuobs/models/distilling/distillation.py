@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cuobs import arrays, validation
 from cuobs.models import memory
-from cuobs.models.blocks import evaluating
+from cuobs.models.blocks import evaluating, plain_torch
 from cuobs.models.digests import digest
 from cuobs.models.distilling import fitting
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
@@ -44,6 +44,7 @@ SAVE_SECONDS = 180.0
 ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+@plain_torch()
 def distill(
     model: Any,
     dense: Any,

@@ -20,6 +20,7 @@ import torch
 
 import cuobs
 from cuobs import arrays
+from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints.card import CARD, stored_otherwise
 from cuobs.models.checkpoints.checkpoint import aside, begin, set_aside
 from cuobs.models.checkpoints.destination import finish
@@ -90,6 +91,7 @@ class Packing:
         return list(dict.fromkeys(self.modules.values()))
 
 
+@plain_torch()
 def pack_model(model: Any, pattern: Any = "2:4") -> Packing:
     """Pack the linears in the blocks of a pruned model, in place.
 
@@ -126,6 +128,7 @@ def pack_model(model: Any, pattern: Any = "2:4") -> Packing:
     return found
 
 
+@plain_torch()
 def pack_folder(
     src: str | PathLike,
     dst: str | PathLike,
@@ -295,6 +298,7 @@ def pack_changed(model, changed, names, pattern_of, keep):
     return found
 
 
+@plain_torch()
 def unpack_folder(
     src: str | PathLike,
     dst: str | PathLike,

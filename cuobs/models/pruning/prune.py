@@ -54,6 +54,7 @@ ROTATION = "rotation.safetensors"
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 
+@plain_torch()
 def prune_model(
     model: Any,
     tokens: Any,
@@ -198,7 +199,7 @@ def prune_model(
         device, host_memory,
     )
     begun = warming or _warm(recipe, blocks, device)
-    with plain_torch(), evaluating(model), memory.one_pool(device):
+    with evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
         stream = examine(model, windows.tokens, device) if recipe.rotate else None
         if checkpoint_folder is not None and ranks.leads:

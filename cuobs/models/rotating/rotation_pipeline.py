@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 import cuobs
+from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.names import check_all_known
@@ -27,6 +28,7 @@ from cuobs.models.tokens.mixture import WindowReader, gather
 REPORT = "cuobs_rotation.json"
 
 
+@plain_torch()
 def rotate_source(run, pattern, options, say, progress):
     """Rotate the model of a `Run`'s source into its folder, see `rotate_folder`."""
     with joined(run.device) as ranks:

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from cuobs import validation
 from cuobs.models import memory
-from cuobs.models.blocks import evaluating
+from cuobs.models.blocks import evaluating, plain_torch
 from cuobs.models.tokens.calibration import SELF_WINDOWS, longest_window
 from cuobs.models.tokens.replay import attention, record, refuse_more, sees_all
 
@@ -32,6 +32,7 @@ TOLERANCE = 5e-2
 ATTENTION = "cuobs_one_token"
 
 
+@plain_torch()
 def write_windows(
     model: Any,
     windows: int = SELF_WINDOWS,
@@ -78,7 +79,7 @@ def write_windows(
     device = torch.device(next(model.parameters()).device if device is None else device)
     found = []
     try:
-        with torch.no_grad(), evaluating(model), _placed(model, device) as mine:
+        with evaluating(model), _placed(model, device) as mine:
             steps = _Steps.of(mine, length, first, device)
             most = batch or _fitting(steps, device)
             batch = -(-windows // -(-windows // most))  # all batches nearly alike
