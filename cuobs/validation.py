@@ -193,9 +193,10 @@ def shown(value):
 
 
 def warn(text):
-    """Warn the one who called into the package."""
+    """Warn the one who called into the package, through context managers that decorate or not."""
     level, frame = 1, sys._getframe(0)
-    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == "cuobs":
+    own = "cuobs", "contextlib"
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in own:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 

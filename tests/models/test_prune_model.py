@@ -284,6 +284,12 @@ def test_skipped_and_indivisible_layers_are_reported(tokens):
         assert torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
+def test_a_warning_names_the_line_of_the_caller():
+    with pytest.warns(UserWarning, match="found 23 for 64 columns of model.layers.0.mlp") as found:
+        prune_model(make_model("llama"), make_tokens(1), method="wanda", device="cpu")
+    assert [warning.filename for warning in found] == [__file__]
+
+
 @pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
 def test_singular_hessian_is_damped_more_and_said(target):
     # one window of few tokens: fewer than columns
