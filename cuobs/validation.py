@@ -181,6 +181,13 @@ def number(name, value, low=-math.inf, high=math.inf):
     return found
 
 
+def positive(name, value):
+    """Refuse anything but a finite number above 0."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf:
+        raise ValueError(f"{name}: found {shown(value)}, expected a positive number")
+
+
 def damping(value):
     """Refuse a damping that is negative, no number, or leaves nothing of the Hessian."""
     return number("damp", value, 0, MAX_DAMP)

@@ -21,11 +21,13 @@ from cuobs.models.planning import (
     View,
     check_device,
     check_host_memory,
+    check_length,
     check_model,
     check_run,
     check_sources,
     check_text,
     shard_bytes,
+    vocabulary_of,
 )
 from cuobs.models.recipe import read_arguments
 from cuobs.models.tokens.calibration import SELF_WINDOWS, check_cut, listed
@@ -209,6 +211,9 @@ def evaluate_folder(
     other = None if against is None else find_source(against)
     if other is not None:
         check_model(other)
+        own, its = vocabulary_of(source), vocabulary_of(other)
+        if own and its and own != its:
+            raise ValueError(f"against: found a vocabulary of {its}, expected {own} as of {folder}")
     from cuobs.models import pipeline
 
     return Evaluation(
@@ -255,11 +260,14 @@ def write_calibration(
     check_device(device)
     check_cut(windows, sequence_length)
     validation.integer("seed", seed, low=0)
+    validation.positive("temperature", temperature)
     out = os.fspath(out)
     files.check_output(out, force)
     files.check_format(out, np.dtype("int32"))
     source = find_source(src)
     check_model(source)
+    if sequence_length is not None:
+        check_length(source, "sequence_length", sequence_length)
     from cuobs.models import pipeline
 
     tokens = pipeline.write(

@@ -204,6 +204,8 @@ def check_sources(source, specs, samples, length):
     asked = length
     for spec in sorted(specs, key=is_tokens, reverse=True):  # their length is that of all
         if self_written(spec) is not None:
+            if length is not None:
+                check_length(source, spec, length)
             continue
         found = check_text(source, spec, samples, asked if is_tokens(spec) else length)
         if length is not None and found != length:
@@ -228,14 +230,12 @@ def check_model(source):
 def check_text(source, spec, samples, length):
     """Refuse a text or tokens that can't be windows for a model; the length of theirs, if known."""
     if is_tokens(spec):
-        config = source.config.get("text_config") or source.config
-        vocabulary = config.get("vocab_size") or source.config.get("vocab_size")
-        found = check_tokens_file(spec, vocabulary, samples, length).shape[1]
-        _check_length(source, spec, found)
+        found = check_tokens_file(spec, vocabulary_of(source), samples, length).shape[1]
+        check_length(source, spec, found)
         return found
     read_documents(spec)
     if length is not None:
-        _check_length(source, spec, length)
+        check_length(source, spec, length)
     if source.gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(source.folder)):
         raise ValueError(
             f"{source.name}: found no tokenizer, expected one to read {spec} with; tokens.npz:key "
@@ -244,7 +244,13 @@ def check_text(source, spec, samples, length):
     return length
 
 
-def _check_length(source, spec, length):
+def vocabulary_of(source):
+    """Tokens that a config says its model to know; None where it does not say it."""
+    config = source.config.get("text_config") or source.config
+    return config.get("vocab_size") or source.config.get("vocab_size")
+
+
+def check_length(source, spec, length):
     """Refuse windows that are longer than a config says that its model may read."""
     places = (source.config, source.config.get("text_config") or {})
     known = [place.get(key) for place in places for key in POSITIONS]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import fnmatch
-import math
-import numbers
 import re
 from dataclasses import dataclass, field
 
@@ -65,9 +63,7 @@ class ModelRecipe:
         for name in ("tune", "distill"):
             validation.integer(name, getattr(self, name), low=0)
         for name in ("tune_rate", "distill_rate"):
-            rate = getattr(self, name)
-            if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
-                raise ValueError(f"{name}: found {rate!r}, expected a positive number")
+            validation.positive(name, getattr(self, name))
         for name in ("drop_first_token", "rotate", "rotate_permute"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: found {value!r}, expected true or false")
@@ -156,9 +152,7 @@ class RotationRecipe:
         validation.integer("windows", self.windows)
         validation.name_of("score", self.score, SCORES)
         validation.damping(self.damp)
-        rate = self.rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ValueError(f"rate: found {rate!r}, expected a positive number")
+        validation.positive("rate", self.rate)
         if not isinstance(self.permute, bool):
             raise TypeError(f"permute: found {self.permute!r}, expected true or false")
 

@@ -200,6 +200,23 @@ def test_windows_in_a_file(source, tmp_path):
     assert report.protocol["windows"] == 5
 
 
+def test_what_can_be_known_of_windows_is_checked_before_weights_are_read(
+    source, tmp_path, calibration, monkeypatch
+):
+    monkeypatch.setattr(pipeline.loading, "load_model", None)
+    for changes, match in (
+        ({"temperature": 0}, "temperature: found 0, expected a positive number"),
+        ({"windows": 0}, "windows: found 0|samples: found 0"),
+        ({"sequence_length": 65}, "sequence_length: .* found windows of 65, expected at most 64"),
+        ({"seed": -1}, "seed: found -1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            write_calibration(source, tmp_path / "own.npz", device="cpu", **changes)
+    with pytest.raises(ValueError, match="self:8: .* found windows of 65, expected at most 64"):
+        prune_folder(source, tmp_path / "out", "self:8", sequence_length=65)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_arguments(source, tmp_path, calibration):
     for changes, kind, match in (
         ({"calibration": ()}, ValueError, "calibration: found none"),
@@ -217,8 +234,11 @@ def test_bad_arguments(source, tmp_path, calibration):
 def test_other_models_are_no_measure(source, tmp_path, calibration):
     other = tmp_path / "other"
     make_model("llama", vocab_size=99).save_pretrained(other)
-    with pytest.raises(ValueError, match="dense: found a vocabulary of 99"):
+    with pytest.raises(ValueError, match="against: found a vocabulary of 99, expected 97 as of"):
         evaluate_folder(source, calibration, against=other, device="cpu")
+    dense = make_model("llama", vocab_size=99)
+    with pytest.raises(ValueError, match="dense: found a vocabulary of 99"):
+        agreement(load_model(source), dense, make_tokens())
 
 
 def test_a_model_that_no_device_holds_is_not_distilled(

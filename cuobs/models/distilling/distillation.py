@@ -6,7 +6,6 @@ windows of tokens are all it takes.
 
 import contextlib
 import math
-import numbers
 import time
 from collections.abc import Callable
 from os import PathLike
@@ -180,8 +179,7 @@ def check_arguments(passes, rate, step_windows, seed):
     validation.integer("passes", passes, low=0)
     validation.integer("step_windows", step_windows)
     validation.integer("seed", seed, low=0)
-    if not isinstance(rate, numbers.Real) or not 0 < rate < float("inf"):
-        raise ValueError(f"rate: found {rate!r}, expected a positive number")
+    validation.positive("rate", rate)
 
 
 def _check_models(model, dense):

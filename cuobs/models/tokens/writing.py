@@ -7,7 +7,6 @@ place from the beginning, so that on a GPU a step can be recorded once and repla
 import contextlib
 import copy
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -72,7 +71,7 @@ def write_windows(
     -------
     ndarray of int64, shape (windows, length)
     """
-    check_arguments(model, windows, length, temperature, seed)
+    _check_arguments(model, windows, length, temperature, seed)
     if batch is not None:
         validation.integer("batch", batch)
     first = _first_tokens(model, windows, special, seed)
@@ -95,14 +94,13 @@ def write_windows(
     return np.concatenate(found)[:windows]
 
 
-def check_arguments(model=None, windows=SELF_WINDOWS, length=1024, temperature=1.0, seed=0):
-    """Refuse what can't be written; the model's own limit only if it is given."""
+def _check_arguments(model, windows, length, temperature, seed):
+    """Refuse what can't be written."""
     validation.integer("windows", windows)
     validation.integer("length", length, low=2)
     validation.integer("seed", seed, low=0)
-    if not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: found {temperature!r}, expected a positive number")
-    longest = None if model is None else longest_window(model)
+    validation.positive("temperature", temperature)
+    longest = longest_window(model)
     if longest and length > longest:
         raise ValueError(f"length: found {length}, expected at most {longest}, the model's longest")
 
