@@ -1,7 +1,5 @@
 """The figures of the example layer: relative losses in %, by the specification of the methods."""
 
-import zlib
-
 import numpy as np
 import pytest
 from layers import prune
@@ -142,7 +140,7 @@ def factors_in_common():
     def with_factors(W, H, *args):
         problem = build(W, H, *args)
         if isinstance(H, np.ndarray):
-            key = H.dtype.char, zlib.crc32(problem.H)
+            key = H.dtype.char, problem.H.diagonal().tobytes()
             before = vars(last.get(key, problem))
             last[key] = problem
             for name in {"R", "R_inverse", "C"} & before.keys():
