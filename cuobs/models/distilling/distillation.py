@@ -39,6 +39,8 @@ LARGEST_GRADIENT = 1.0
 # One window in so many is kept aside.
 ASIDE = 32
 SAVE_SECONDS = 180.0
+# Where products are taken in bfloat16.
+IN_HALF = ("cuda",)
 # All of PyTorch's attentions but that of cuDNN, whose sums have no fixed order.
 ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -367,8 +369,13 @@ class _Pair:
         return [None if gradient is None else gradient.mul_(kept) for gradient, kept in found]
 
     def _products(self):
-        """On a GPU products are taken in bfloat16, before the head."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        """On a GPU products are taken in bfloat16, before the head.
+
+        Autocast would keep the weights that it has cast until the outermost one ends, and that is
+        around all steps.
+        """
+        half = self.device.type in IN_HALF
+        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
 
 
 def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
