@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cupy
 import numpy as np
 
-from cuobs.ops.cuda import early, loader, packed_hopper
+from cuobs.ops.cuda import loader, packed_hopper
 from cuobs.ops.cuda.packed_layout import columns_of, expands, order, rows_of
 from cuobs.ops.cuda.packed_ways import (
     FEW,
@@ -221,10 +221,7 @@ def multiply(layout, dtype, way, operands, stream):
         args.append(np.uint64(o.room))
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
     kernel, block, shared = named(entry(way)), (32 * way.warps, 1, 1), shared_bytes(layout, way)
-    if way.early:
-        early.launch(kernel, grid, block, args, shared, stream, number)
-    else:
-        kernel.kernel(grid, block, tuple(args), shared, stream)
+    kernel.kernel(grid, block, tuple(args), shared, stream)
     if way.splits > 1:
         named("add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),

@@ -53,8 +53,6 @@ class Way(NamedTuple):
         multiplied while it is in the cache.
     sharing : int
         Blocks of neighbouring rows that bring in their inputs together.
-    early : bool
-        Whether "few" may begin before the kernel before it is done; those of Hopper always may.
     """
 
     kernel: str
@@ -66,7 +64,6 @@ class Way(NamedTuple):
     ahead: bool = False
     splits: int = 1
     sharing: int = 1
-    early: bool = False
 
 
 UNPACK = Way("unpack")
@@ -110,8 +107,6 @@ def ways(layout, tokens, device):
     groups = next((g for g in (1, 2, 4, 8, 16) if tokens <= 8 * g), 32)
     room = device.shared - 4 * MAX_TABLE
     found = [way for way in FEW.get(groups, ()) if shared_bytes(layout, way) <= room]
-    if device.capability == 90:
-        found += [way._replace(early=True) for way in found]
     if groups >= 4:
         found += _hopper_ways(layout, groups, tokens, device) or _many_ways(
             layout, groups, tokens, device
@@ -210,7 +205,7 @@ def entry(way):
 
 def compiled(way):
     """A way as it is compiled: some kernels know their splits by the size of the grid."""
-    return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1, early=False)
+    return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1)
 
 
 def defines(layout, dtype, way):
