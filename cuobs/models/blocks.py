@@ -100,16 +100,22 @@ def evaluating(model):
 def plain_torch():
     """Without autocast, inference mode, gradients or a default device or dtype of the caller's.
 
-    Autocast keeps copies of weights that it has cast, and would run on with them once they are
-    pruned; tensors of inference mode can't be changed outside of it. Neither is attention left to
-    cuDNN, which plans it anew in each thread, and forwards have threads of their own.
+    Autocast keeps copies of weights that it has cast until the outermost one ends, and would run on
+    with them once they are pruned. So it keeps none here and afterwards, and what turns it off is
+    not itself one, which would be the outermost around an autocast of a model's own. Tensors of
+    inference mode can't be changed outside of it. Neither is attention left to cuDNN, which plans
+    it anew in each thread, and forwards have threads of their own.
     """
     dtype, planned = torch.get_default_dtype(), torch.backends.cuda.cudnn_sdp_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+            torch.set_autocast_enabled(kind, False)
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        stack.callback(torch.clear_autocast_cache)
+        torch.set_autocast_cache_enabled(False)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)

@@ -23,7 +23,8 @@ from cuobs.models import (
     write_calibration,
     write_windows,
 )
-from cuobs.models.structure import linears
+from cuobs.models.blocks import plain_torch
+from cuobs.models.structure import find_blocks, linears
 
 
 @contextlib.contextmanager
@@ -139,3 +140,42 @@ def test_torchs_state_changes_nothing_that_is_done_from_folder_to_folder(
     with state():
         found = folder_to_folder(source, tmp_path / "found")
     assert found == expected
+
+
+def as_decorated(forward):
+    return torch.autocast("cpu", torch.bfloat16)(forward)
+
+
+def as_it_runs(forward):
+    def casting(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return casting
+
+
+@pytest.mark.parametrize("cast", [as_decorated, as_it_runs])
+def test_a_model_that_casts_its_weights_itself_runs_with_them_as_they_are(cast):
+    """Not with what autocast has kept of them from before they were pruned."""
+    def casting(model):
+        for block in find_blocks(model)[1]:
+            block.forward = cast(block.forward)
+        return model
+
+    tokens, model = make_tokens(), casting(make_model("llama"))
+    with plain_torch():
+        dense = perplexity(model, tokens)
+        pruned = perplexity(prune_all(model), tokens)
+    assert dense == perplexity(casting(make_model("llama")), tokens)
+    assert pruned == perplexity(casting(prune_all(make_model("llama"))), tokens)
+    assert pruned != dense
+
+
+def test_autocast_around_it_all_runs_on_with_the_pruned_weights():
+    model, ids = make_model("llama"), torch.tensor(make_tokens(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model(ids).logits
+        prune_model(model, make_tokens(), method="wanda", device="cpu")
+        found = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, model(ids).logits) and not torch.equal(found, dense)

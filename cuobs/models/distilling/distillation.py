@@ -144,6 +144,7 @@ def distill(
     report.steps = sum(map(len, steps))
     device = torch.device(next(model.parameters()).device if device is None else device)
     apart = check_fits(model, sum(weight.numel() for weight in weights.values()), device)
+    apart = current().total(float(apart)) > 0  # by all, where devices differ
     saved = State(state, SAVE_SECONDS if save_seconds is None else save_seconds, current())
     if state is not None:
         given = {
@@ -369,13 +370,8 @@ class _Pair:
         return [None if gradient is None else gradient.mul_(kept) for gradient, kept in found]
 
     def _products(self):
-        """On a GPU products are taken in bfloat16, before the head.
-
-        Autocast would keep the weights that it has cast until the outermost one ends, and that is
-        around all steps.
-        """
-        half = self.device.type in IN_HALF
-        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
+        """On a GPU products are taken in bfloat16, before the head."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type in IN_HALF)
 
 
 def _learn(pair, room, steps, aside, report, saved, progress, on_pass):
