@@ -15,6 +15,7 @@ from torch import nn
 
 from cuobs.cores import cores
 from cuobs.models.checkpoints.names import TensorReader
+from cuobs.models.threads import callers_stream
 
 # Tensors that are read side by side: to have each in memory of its own takes longer than reading.
 READERS = 8
@@ -149,8 +150,11 @@ class Parked:
         return self.read(slot.name).to(slot.held[slot.key].dtype)
 
     def _fetch(self, device, copies=()):
+        stream = callers_stream(device)
+
         def found(slot):
-            return copies[slot.name] if slot.name in copies else self.take(slot).to(device)
+            with stream():
+                return copies[slot.name] if slot.name in copies else self.take(slot).to(device)
 
         with ThreadPoolExecutor(min(cores(), READERS)) as pool:
             for slot, tensor in zip(self.slots, pool.map(found, self.slots), strict=True):

@@ -171,6 +171,22 @@ def test_a_parked_model_gives_what_it_gave(form, tmp_path):
     assert perplexity(model, tokens.numpy()) == perplexity(whole, tokens.numpy())
 
 
+@pytest.mark.gpu
+@GPU
+def test_tensors_reach_a_gpu_on_the_stream_of_who_wants_them(tmp_path, monkeypatch):
+    model, streams, take = open_parked(make_source(tmp_path / "source")), [], Parked.take
+    side = torch.cuda.Stream()
+
+    def noting(self, slot):
+        streams.append(torch.cuda.current_stream())
+        return take(self, slot)
+
+    monkeypatch.setattr(Parked, "take", noting)
+    with torch.cuda.stream(side), at_hand(find_blocks(model)[1][0], torch.device("cuda")):
+        pass
+    assert streams and all(stream == side for stream in streams)
+
+
 def test_what_was_changed_is_lost_unless_it_is_kept(tmp_path):
     model = open_parked(make_source(tmp_path / "source"))
     block = find_blocks(model)[1][1]

@@ -4,13 +4,13 @@ Pruning a group changes weights that lie ahead of where a forward stands. So a f
 there, instead of being run again from its start for each group.
 """
 
-import contextlib
 import threading
 
 import torch
 
 from cuobs.models.blocks import run
 from cuobs.models.structure import linears
+from cuobs.models.threads import callers_stream
 
 
 class _Stop(Exception):
@@ -80,7 +80,7 @@ class Walk:
         self._ended = self._closed = False
         # A daemon, since an interrupt must not wait for a forward that waits itself.
         self._thread = threading.Thread(
-            target=self._run, args=(stops, hidden, call, _surroundings(hidden)), daemon=True
+            target=self._run, args=(stops, hidden, call, callers_stream(hidden.device)), daemon=True
         )
         self._thread.start()
 
@@ -124,11 +124,11 @@ class Walk:
         if self._closed:
             raise _Stop
 
-    def _run(self, stops, hidden, call, surroundings):
+    def _run(self, stops, hidden, call, stream):
         self._go.acquire()
         stops._here.walk = self
         try:
-            with torch.no_grad(), surroundings:
+            with torch.no_grad(), stream():
                 if not self._closed:
                     self._found = run(stops.block, hidden, call)
         except _Stop:
@@ -139,10 +139,3 @@ class Walk:
             del hidden, call
             self._ended = True
             self._come.release()
-
-
-def _surroundings(like):
-    """A context that gives another thread the caller's stream, since each has one of its own."""
-    if not like.is_cuda:
-        return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.current_stream(like.device))
