@@ -18,7 +18,9 @@ from cuobs.models.distilling import distillation, logits
 from cuobs.models.distilling.distillation import _order, _Pair, split_windows
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
 from cuobs.models.distilling.logits import Cut
+from cuobs.models.distilling.sharding import sharded
 from cuobs.models.memory import Room
+from cuobs.models.ranks import Ranks
 from cuobs.models.structure import find_blocks, linears
 from cuobs.torch.keep_zeros import masked_weights
 
@@ -476,3 +478,11 @@ def test_on_a_gpu_a_run_that_goes_on_gives_the_same_bits(tmp_path, stop):
     model, _ = make_pruned(dense)
     distill(model, dense, masks, tokens, state=path, resume=True, **options)
     assert same(weights_of(whole), weights_of(model))
+
+
+def test_a_linear_that_is_shared_out_takes_its_input_by_name_too(monkeypatch):
+    monkeypatch.setattr(Ranks, "gather", lambda self, own, counts: own)
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    expected = model[0](x)
+    with sharded(model, ["0.weight"], Ranks(), torch.device("cpu")):
+        assert torch.equal(model[0](input=x), expected)

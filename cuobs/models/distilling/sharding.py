@@ -101,13 +101,13 @@ def sharded(model, names, ranks, device, learns=True):
                 module.forward = forward
 
 
-def _run(module, forward, own, split, number, *args):
+def _run(module, forward, own, split, number, *args, **given):
     """A module's forward with its weight gathered, in what products are taken in."""
     kind = own.device.type
     half = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if half else torch.float32
     module.__dict__["weight"] = _Gathered.apply(own, split, number, dtype)
     try:
-        return forward(*args)
+        return forward(*args, **given)
     finally:
         del module.__dict__["weight"]
