@@ -78,8 +78,9 @@ def prune(run, view, options):
         existed, began = os.path.isdir(run.dst), time.perf_counter()
         try:
             return _prune(run, view, options, ranks, began)
-        except (ValueError, TypeError, OSError):
-            if ranks.leads and not run.resume:
+        except (ValueError, TypeError, OSError) as error:
+            others = isinstance(error, FileExistsError)  # a run that began there meanwhile
+            if ranks.leads and not run.resume and not others:
                 abandon(run.dst, existed)
             raise
 

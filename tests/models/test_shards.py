@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from small_models import make_source, make_tokens
 from test_model_folders import contents
 
+from cuobs import files
 from cuobs.models import pipeline, prune_folder
+from cuobs.models.checkpoints import destination
+from cuobs.models.checkpoints.checkpoint import begin
 from cuobs.models.checkpoints.destination import entries_of
 from cuobs.models.checkpoints.names import TORCH, entry_of
 from cuobs.models.checkpoints.shards import are_laid_out, fill, lay_out, places_in, reserve
@@ -165,6 +168,26 @@ def test_stopped_while_files_are_put_in_place(
     assert same_model(unstopped(**then), out) and not (out / STAGING).exists()
 
 
+def test_files_of_an_earlier_try_are_not_taken_for_those_of_a_run(
+    tmp_path, calibration, monkeypatch, unstopped
+):
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destination, "_move", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(source, out, calibration, **OPTIONS)
+    for path in (out / STAGING).glob("model-*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-8:] = bytes(8)
+        (out / path.name).write_bytes(content)
+    prune_folder(source, out, calibration, **OPTIONS, resume=True)
+    assert same_model(unstopped(), out)
+
+
 @pytest.mark.parametrize("fault", ["short", "gone"])
 def test_a_file_that_is_damaged_is_said(fault, tmp_path, calibration):
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
@@ -186,3 +209,32 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path, calibration, monkeypatch
     with pytest.raises(ValueError, match="is no number"):
         prune_folder(source, out, calibration, evaluate=[calibration], **OPTIONS)
     assert not out.exists()
+
+
+def test_another_run_that_has_begun_in_the_folder_keeps_its_files(
+    tmp_path, calibration, monkeypatch
+):
+    source, out, lay_out = make_source(tmp_path / "source"), tmp_path / "out", pipeline._lay_out
+
+    def meanwhile(*args):
+        begin(out, {"another": 1}, resume=False)
+        return lay_out(*args)
+
+    monkeypatch.setattr(pipeline, "_lay_out", meanwhile)
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        prune_folder(source, out, calibration, **OPTIONS)
+    assert (out / MARKER).exists() and (out / BLOCKS).exists()
+
+
+def test_a_disk_without_room_for_all_files_is_left_with_none(tmp_path, monkeypatch):
+    parts, asked = lay_out({n: entry_of(torch.zeros(9)) for n in "abc"}, 36), []
+
+    def room(file, size):
+        asked.append(size)
+        if len(asked) == len(parts) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "reserve", room)
+    with pytest.raises(OSError, match="No space left"):
+        reserve(tmp_path / "weights", parts)
+    assert list(tmp_path.iterdir()) == []

@@ -118,9 +118,13 @@ def settle(dst):
 
 
 def take_back(dst):
-    """Move files of weights that a killed run had begun to put in place back to its blocks."""
+    """Move files of weights that a killed run had begun to put in place back to its blocks.
+
+    Those in staging first: until all are there, some of the same names in ``dst`` may be those of
+    an earlier try, which wrote something else.
+    """
     home = os.path.join(dst, SHARDS)
-    for folder in (dst, os.path.join(dst, STAGING)):
+    for folder in (os.path.join(dst, STAGING), dst):
         for name in os.listdir(folder) if os.path.isdir(folder) and os.path.isdir(home) else ():
             place = os.path.join(home, name)
             weights = name.startswith("model") and name.endswith(".safetensors")

@@ -62,11 +62,15 @@ def reserve(folder, parts):
     making = f"{folder}.tmp"
     shutil.rmtree(making, ignore_errors=True)
     os.makedirs(making)
-    for title, entries in parts.items():
-        text, _ = header_of(entries, METADATA)
-        with files.replacing(os.path.join(making, title)) as file:
-            file.write(text)
-            files.reserve(file, len(text) + sum(entry.size for entry in entries.values()))
+    try:
+        for title, entries in parts.items():
+            text, _ = header_of(entries, METADATA)
+            with files.replacing(os.path.join(making, title)) as file:
+                file.write(text)
+                files.reserve(file, len(text) + sum(entry.size for entry in entries.values()))
+    except BaseException:
+        shutil.rmtree(making)  # a disk that is full is not to be kept so
+        raise
     os.replace(making, folder)
     sync(os.path.dirname(folder))
 
