@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
@@ -66,7 +66,7 @@ class Packing:
         self.before, self.after = self.before + other.before, self.after + other.after
         self.zeros += other.zeros
 
-    def lines(self) -> list:
+    def lines(self) -> Iterator[str]:
         """A summary in lines of text."""
         share = f"{self.after / self.before:.4f}" if self.before else "-"
         yield f"packed       {len(self.modules)} linears by {', '.join(self._patterns())}"
