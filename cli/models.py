@@ -170,7 +170,7 @@ def prune_model(src, dst, config, calibration, masks, plot, quiet, as_json, **gi
     except (KeyboardInterrupt, OSError, MemoryError):
         view.close()
         if view.began:
-            click.echo(f"{dst} is not complete; --resume goes on with it.", err=True)
+            say_unfinished(dst)
         raise
     if report is None:  # another process writes and speaks
         return

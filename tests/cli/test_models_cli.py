@@ -216,6 +216,15 @@ def test_what_is_said_when_a_run_ends_early(cuobs, source, tokens_file, tmp_path
         patch.setattr("cuobs.models.checkpoints.loading.load_model", interrupt)
         result = cuobs(*command)
         assert result.exit_code == 130 and "--resume" not in result.output
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:  # nothing is left of a run without a finished block
+        patch.setattr("cuobs.models.pruning.prune.capture", full)
+        result = cuobs(*command)
+        assert result.exit_code and "--resume" not in result.output
+        assert not (tmp_path / "out").exists()
     monkeypatch.setattr(view.View, "block", interrupt)
     result = cuobs(*command)
     assert result.exit_code == 130
