@@ -178,7 +178,7 @@ def _open(run, view, options, ranks):
 
 def _prune(run, view, options, ranks, began):
     job, before = _open(run, view, options, ranks), {}
-    dtypes = _stored_dtypes(job)
+    dtypes = stored_dtypes(run.source, job.names)
     compared = job.recipe.distill or (job.texts and ranks.leads)
     # A GGUF takes far longer to read again than to copy.
     copied = compared and run.source.gguf is not None
@@ -265,17 +265,6 @@ def _places(job):
     """Where finished weights are written, by the model's own names."""
     places = places_in(os.path.join(job.run.dst, SHARDS), job.shards)
     return {own: places[name] for own, name in job.names.items() if name in places}
-
-
-def _stored_dtypes(job):
-    """The dtypes of the model's floating-point tensors in its files, by its own names."""
-    if job.run.source.gguf is not None:
-        return {}
-    stored = job.run.source.stored
-    return {
-        own: loading.DTYPES[stored[name].dtype]
-        for own, name in job.names.items() if stored[name].dtype in FLOATS
-    }  # fmt: skip
 
 
 def _starting(job, before, report):
@@ -445,6 +434,16 @@ def written_dtype(source, save_dtype):
     if save_dtype is not None:
         return getattr(torch, save_dtype)
     return None if source.gguf is None else loading.gguf_dtype(source)[0]
+
+
+def stored_dtypes(source, names):
+    """The dtypes of a model's floating-point tensors in its files, by its own names."""
+    if source.gguf is not None:
+        return {}
+    return {
+        own: loading.DTYPES[source.stored[name].dtype]
+        for own, name in names.items() if source.stored[name].dtype in FLOATS
+    }  # fmt: skip
 
 
 def _short_names(specs):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import make_source, make_tokens, same
+from small_models import make_model, make_source, make_tokens, same
 
 import cuobs
-from cuobs.models import perplexity, prune_folder, rotate_folder
+from cuobs.models import load_model, perplexity, prune_folder, rotate_folder
 from cuobs.models.report import ModelReport
 from cuobs.models.summary import summary
 
@@ -62,6 +62,25 @@ def test_what_is_compared_is_what_is_written(tmp_path, calibration):
     tokens = torch.from_numpy(make_tokens())[:1]
     with torch.no_grad():
         found, expected = (m(input_ids=tokens).logits.float() for m in (rotated, dense))
+    assert report.deviation == pytest.approx(
+        float((found - expected).norm() / expected.norm()), rel=1e-3
+    )
+    assert 1e-3 < report.deviation < 0.1
+
+
+def test_what_is_compared_has_the_dtypes_of_what_is_written(tmp_path, calibration):
+    """Where some weights are held in more digits than they are written in."""
+    model = make_model("llama").bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-4
+    model.save_pretrained(tmp_path / "src")
+    report = rotate_folder(tmp_path / "src", tmp_path / "dst", calibration, steps=2)
+    rotated, dense = load_model(tmp_path / "dst"), load_model(tmp_path / "src")
+    assert rotated.dtype == dense.dtype == torch.float32
+    tokens = torch.from_numpy(make_tokens())[:1]
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens).logits for m in (rotated, dense))
     assert report.deviation == pytest.approx(
         float((found - expected).norm() / expected.norm()), rel=1e-3
     )

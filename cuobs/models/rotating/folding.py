@@ -314,8 +314,8 @@ def logits_of(model, tokens):
     return logits.cpu().to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_logits(model, tokens, dense):
-    """‖z' − z‖ / ‖z‖ of a folded model's logits.
+def check_logits(model, tokens, dense, dtypes=()):
+    """‖z' − z‖ / ‖z‖ of a folded model's logits, its weights rounded to some dtypes or its own.
 
     Raises
     ------
@@ -324,7 +324,7 @@ def check_logits(model, tokens, dense):
     """
     deviation = _distance(logits_of(model, tokens), dense)
     # In float64 too, transformers' norms compute in float32.
-    dtypes = next(model.parameters()).dtype, torch.float32
+    dtypes = next(model.parameters()).dtype, torch.float32, *dtypes
     limit = min(LOGITS * max(torch.finfo(dtype).eps for dtype in dtypes), LOGITS_MOST)
     if not deviation <= limit:
         raise refused(

@@ -15,6 +15,7 @@ from cuobs.models.checkpoints.source import MASKS
 from cuobs.models.checkpoints.source import REPORT as PRUNED
 from cuobs.models.pipeline import (
     names_in_files,
+    stored_dtypes,
     what_is_written,
     written_dtype,
 )
@@ -54,9 +55,13 @@ def rotate_source(run, pattern, options, say, progress):
         if not ranks.leads:
             return None
         save_dtype = written_dtype(run.source, run.save_dtype)
+        dtypes = stored_dtypes(run.source, names)
         if save_dtype is not None:  # what is compared is what is written
             loading.cast_stored(model, save_dtype)
             report.deviation = check_logits(model, shown, dense)
+        elif len(set(dtypes.values())) > 1:
+            loading.round_stored(model, dtypes)
+            report.deviation = check_logits(model, shown, dense, dtypes.values())
         _write(run, model, names, report, save_dtype)
     return report
 
