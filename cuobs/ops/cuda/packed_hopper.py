@@ -25,8 +25,8 @@ THREADS = 32 * (CONSUMERS + 1)
 # Of what is expanded: places of dense rows (one is written, two may still be multiplied), and tiles
 # under way at most.
 DENSE_SLOTS, MOST_AHEAD = 3, 12
-# Bytes of shared memory beside the stages: the result on its way out, tables and barriers.
-OTHER_SHARED = 2 * 32 * 144 + 256
+# Bytes of shared memory beside the stages: the result on its way out, and barriers at most.
+OTHER_SHARED = 2 * 32 * 144 + 512
 # Tensor maps: 2 and 4 bytes an element; no swizzling, within 64 or 128 bytes; two lines at a time.
 UINT16, UINT32 = 1, 2
 PLAIN, SWIZZLE_64, SWIZZLE_128 = 0, 2, 3
