@@ -3,6 +3,9 @@
 The hardware then starts a kernel's blocks as soon as there is room for them, and the kernel itself
 waits, by ``griddepcontrol.wait``, before it reads what the other writes: programmatic dependent
 launch, from Hopper on, in streams and in the CUDA graphs that are captured from them.
+
+Such a kernel reads nothing by ``ld.global.nc``, of which ``__ldg`` and ``const __restrict__`` make
+use: what that needs, data that nobody writes from the kernel's start on, is not so here.
 """
 
 import ctypes
