@@ -1,6 +1,7 @@
 """Linear layers that hold packed weights."""
 
 import re
+import threading
 import warnings
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ from cuobs.pattern import parse
 # Unsigned integers of as many bytes as a float has, as NumPy calls them.
 BITS = {2: (torch.int16, "uint16"), 4: (torch.int32, "uint32"), 8: (torch.int64, "uint64")}
 HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_RECORDING = threading.Lock()
 
 
 class PackedLinear(nn.Module):
@@ -308,15 +310,27 @@ def _way(layout, dtype, x, weight, run):
 
 def _record(function):
     """What a function enqueues, as a graph that keeps its memory to itself."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            function()
-        finally:
-            graph.capture_end()
+    graph, stream = torch.cuda.CUDAGraph(), _aside(torch.cuda.current_device())
+    with _RECORDING:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            _capture(graph, function)
     return graph.replay
+
+
+def _capture(graph, function):
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        function()
+    finally:
+        graph.capture_end()
+
+
+@lru_cache(maxsize=16)
+def _aside(number):
+    """The stream of a device on which graphs are recorded."""
+    # One for all: PyTorch keeps a workspace of cuBLAS for each stream that it met, and for good.
+    return torch.cuda.Stream(number)
 
 
 def arranged(x, layout):

@@ -217,6 +217,21 @@ def test_ways_are_timed_in_graphs(tokens, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_graphs_that_are_gone_hold_no_memory():
+    """Not even for the dense product in them."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    x = torch.randn(64, 64, device="cuda").half()
+    x @ x
+    held = []
+    for _ in range(4):
+        packed_module._record(lambda: x @ x)()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert len(set(held)) == 1
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wider_dtypes_captured_in_a_graph(dtype):
     """They are unpacked by a kernel, two bytes at a time."""
