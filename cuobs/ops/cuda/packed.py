@@ -83,12 +83,12 @@ def _record(function):
     stream.wait_event(cupy.cuda.get_current_stream().record())
     with cupy.cuda.using_allocator(pool.malloc), stream:
         function()  # nothing is allocated while it is captured
+        stream.synchronize()  # nor goes on beside what the caller does where that fails
         stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
         try:
             function()
         finally:
             graph = stream.end_capture()
-    stream.synchronize()
 
     def replay(pool=pool):
         graph.launch(cupy.cuda.get_current_stream())
@@ -204,8 +204,9 @@ def room_bytes(layout, way, tokens):
 
 def multiply(layout, dtype, way, operands, stream):
     """Launch the kernels of a way that is not "unpack"."""
-    named, number = partial(function, layout, dtype, compiled(way)), cupy.cuda.runtime.getDevice()
+    named = partial(function, layout, dtype, compiled(way))
     if way.kernel in packed_hopper.KERNELS:
+        number = cupy.cuda.runtime.getDevice()
         processors = device(number).processors
         packed_hopper.multiply(named, layout, way, operands, processors, number, stream)
         return
@@ -220,8 +221,8 @@ def multiply(layout, dtype, way, operands, stream):
     if way.kernel != "few":
         args.append(np.uint64(o.room))
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
-    kernel, block, shared = named(entry(way)), (32 * way.warps, 1, 1), shared_bytes(layout, way)
-    kernel.kernel(grid, block, tuple(args), shared, stream)
+    block, shared = (32 * way.warps, 1, 1), shared_bytes(layout, way)
+    named(entry(way)).kernel(grid, block, tuple(args), shared, stream)
     if way.splits > 1:
         named("add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
