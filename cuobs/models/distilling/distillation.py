@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from cuobs import arrays, validation
 from cuobs.models import memory
@@ -343,12 +343,15 @@ class _Pair:
 
     def clip(self):
         """Have the norm of all gradients be no more than `LARGEST_GRADIENT`."""
-        norm = get_total_norm([w.grad for w in self.weights if w.grad is not None])
-        if self.split is not None:
-            norm = norm.square()
-            self.ranks.add_up(norm)
-            norm = norm.sqrt()
-        clip_grads_with_norm_(self.weights, LARGEST_GRADIENT, norm)
+        if self.split is None:
+            clip_grad_norm_(self.weights, LARGEST_GRADIENT)
+            return
+        squares = clip_grad_norm_(self.weights, math.inf).square()  # which clips nothing
+        self.ranks.add_up(squares)
+        share = (LARGEST_GRADIENT / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad.mul_(share)
 
     def _own(self, windows):
         """This process's of some windows, and how many they are. Where weights are gathered, all
