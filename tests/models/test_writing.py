@@ -119,6 +119,15 @@ def test_on_a_gpu_a_cold_model_says_what_is_likeliest(family, length, monkeypatc
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one_writes_the_same():
+    model, options = make_model("llama").to("cuda:1"), {"batch": 4, "device": "cuda:1"}
+    with torch.cuda.device(1):
+        expected = write_windows(model, 8, 20, **options)
+    assert np.array_equal(write_windows(model, 8, 20, **options), expected)
+
+
+@pytest.mark.gpu
 @GPU
 def test_steps_are_recorded_on_a_gpu():
     model = make_model("llama").cuda()

@@ -78,7 +78,7 @@ def write_windows(
     device = torch.device(next(model.parameters()).device if device is None else device)
     found = []
     try:
-        with evaluating(model), _placed(model, device) as mine:
+        with evaluating(model), _current(device), _placed(model, device) as mine:
             steps = _Steps.of(mine, length, first, device)
             most = batch or _fitting(steps, device)
             batch = -(-windows // -(-windows // most))  # all batches nearly alike
@@ -303,6 +303,11 @@ def _placed(model, device):
         yield model.to(device)
     finally:
         model.to(home)
+
+
+def _current(device):
+    """A device as PyTorch's current one, whose streams are those that are recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _fitting(steps, device):
