@@ -71,6 +71,7 @@ def reserve(folder, parts):
     except BaseException:
         shutil.rmtree(making)  # a disk that is full is not to be kept so
         raise
+    sync(making)
     os.replace(making, folder)
     sync(os.path.dirname(folder))
 
