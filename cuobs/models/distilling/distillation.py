@@ -117,7 +117,7 @@ def distill(
     progress : callable, optional
         Called with (done, total) steps.
     on_pass : callable, optional
-        Called with (report, passes done) before the first pass and after each.
+        Called with the report before the first pass and after each.
 
     Returns
     -------
@@ -127,6 +127,8 @@ def distill(
     ------
     ValueError, TypeError
         An argument is wrong, or the state is that of another run.
+    FileExistsError, FileNotFoundError
+        There is a state and ``resume`` is not given, or no folder for one.
     """
     check_arguments(passes, rate, step_windows, seed)
     _check_models(model, dense)

@@ -469,7 +469,8 @@ def _said_of(source, packed):
     if files and CARD in source.carried:
         with open(source.path(CARD), "rb") as file:
             card = file.read().decode(errors="surrogateescape")
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # another release's report
+        # Another release's report may hold something else.
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             card = stored_otherwise(read_report(source.folder), card, packed)
             files[CARD] = card.encode(errors="surrogateescape")
     return files
