@@ -97,6 +97,23 @@ def evaluating(model):
 
 
 @contextlib.contextmanager
+def learning_alone(model, weights):
+    """Gradients for these weights and no others; afterwards what learns is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, learned in before:
+            parameter.grad = None
+            parameter.requires_grad_(learned)
+
+
+@contextlib.contextmanager
 def plain_torch():
     """Without autocast, inference mode, gradients or a default device or dtype of the caller's.
 

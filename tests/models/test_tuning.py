@@ -9,6 +9,7 @@ from small_models import make_model, make_tokens
 
 from cuobs.models import prune_model
 from cuobs.models.blocks import capture, run
+from cuobs.models.pruning import tuning
 from cuobs.models.pruning.tuning import tune_block
 from cuobs.models.structure import find_blocks, linears
 
@@ -68,6 +69,22 @@ def test_whoever_trains_next_finds_what_learns_as_it_was(halves, dtype):
     frozen = [name for name, p in block.named_parameters() if not p.requires_grad]
     assert frozen == ["input_layernorm.weight"]
     assert all(p.grad is None for p in block.parameters())
+
+
+def test_what_learns_is_as_it_was_where_tuning_is_interrupted(halves, monkeypatch):
+    block, masks, hidden, goals, calls = halves
+    before = [parameter.requires_grad for parameter in block.parameters()]
+    lost = tuning._lost
+
+    def interrupted(*args):
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return lost(*args)
+
+    monkeypatch.setattr(tuning, "_lost", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_block(block, masks, hidden, goals, calls, [None, None], passes=1, rate=1e-3)
+    assert [parameter.requires_grad for parameter in block.parameters()] == before
 
 
 def test_tokens_that_do_not_count_change_nothing(halves):

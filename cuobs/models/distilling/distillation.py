@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cuobs import arrays, validation
 from cuobs.models import memory
-from cuobs.models.blocks import evaluating, plain_torch
+from cuobs.models.blocks import evaluating, learning_alone, plain_torch
 from cuobs.models.digests import digest
 from cuobs.models.distilling import fitting
 from cuobs.models.distilling.divergence import divergence, divergence_gradient
@@ -165,7 +165,7 @@ def distill(
         for part in (model, dense):
             held.enter_context(evaluating(part))
             held.enter_context(_in_float32(part, device))
-        held.enter_context(_learning_alone(model, weights.values()))
+        held.enter_context(learning_alone(model, weights.values()))
         held.enter_context(repeatable(device))
         held.enter_context(sdpa_kernel(ATTENTIONS))
         pair = _Pair(model, dense, weights, masks, stored, tokens, mask, device, split, blocks)
@@ -470,23 +470,6 @@ def _in_float32(model, device):
         for tensor, dtype in narrow:
             tensor.data = tensor.data.to(dtype)
         model.to(home)
-
-
-@contextlib.contextmanager
-def _learning_alone(model, weights):
-    """Gradients for these weights and no others."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, learned in before:
-            parameter.grad = None
-            parameter.requires_grad_(learned)
 
 
 def _order(learned, times, size, seed):

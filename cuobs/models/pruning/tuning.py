@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from cuobs.models.blocks import as_dtype, run, windows_of
+from cuobs.models.blocks import as_dtype, learning_alone, run, windows_of
 from cuobs.models.memory import Room
 from cuobs.models.pruning.scratch import leave
 from cuobs.models.ranks import Ranks
@@ -60,9 +60,6 @@ def tune_block(
         block = copy.deepcopy(block).float()
     modules = linears(block)
     weights = {modules[name].weight: mask for name, mask in masks.items()}
-    learning = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    for parameter in block.parameters():
-        parameter.requires_grad_(parameter in weights)
     device = next(block.parameters()).device
     kept = [_counting(h, counts, device) for h, counts in zip(hidden, kept, strict=True)]
     steps = _steps(hidden, goals, calls, kept, batch or len(hidden[0]), ranks)
@@ -74,7 +71,7 @@ def tune_block(
     room = Room(STEP_WINDOWS)
     before = _error(block, steps, room, ranks)
     order = torch.Generator().manual_seed(0)
-    with repeatable(device), torch.enable_grad():
+    with repeatable(device), learning_alone(block, weights):
         for _ in range(passes):
             for i in torch.randperm(len(steps), generator=order).tolist():
                 _gradient(block, weights, steps[i], room)
@@ -85,9 +82,6 @@ def tune_block(
     better = after < before
     for name, weight in first.items():
         linears(home)[name].weight.data.copy_(modules[name].weight.data if better else weight)
-    for parameter, learned in learning:
-        parameter.grad = None
-        parameter.requires_grad_(learned)
     return before, after if better else before
 
 
