@@ -171,6 +171,11 @@ def merge_masked(model: Any, masks: dict | None = None) -> Any:
     -------
     torch.nn.Module
         The merged model, changed in place.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The model has no adapters or no zeros, or a mask is wrong; nothing is merged then.
     """
     if not hasattr(model, "merge_and_unload"):
         raise TypeError(f"model: found {type(model).__name__}, expected one of PEFT with adapters")
@@ -180,6 +185,11 @@ def merge_masked(model: Any, masks: dict | None = None) -> Any:
             raise ValueError("model: found no zeros under its adapters, expected a pruned model")
         merged = model.merge_and_unload()
     else:
+        # Before anything is merged: PEFT holds a layer's own weight in a base_layer.
+        _checked_masks(masks, {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        })  # fmt: skip
         merged = model.merge_and_unload()
         weights, masks = masked_weights(merged, masks)
     with torch.no_grad():
@@ -205,11 +215,15 @@ def pruned_weights(model):
 
 def masked_weights(model, masks):
     """The weights that masks name, and the masks, by the weights' names and in their order."""
+    return _checked_masks(masks, dict(model.named_parameters(remove_duplicate=False)))
+
+
+def _checked_masks(masks, parameters):
+    """The same, of parameters by their names."""
     if not isinstance(masks, dict):
         raise TypeError(
             f"masks: found {type(masks).__name__}, expected a dict of them by the names of modules"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights, found = {}, {}
     for name, mask in sorted(masks.items()):
         key = name if name in parameters else f"{name}.weight"

@@ -1,5 +1,6 @@
 """Zeros stay zero in any training loop."""
 
+import copy
 import inspect
 import runpy
 import sys
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import make_model
+from small_models import make_model, same, weights_of
 from torch import nn
 
 from cuobs.models import KeepZeros, keep_zeros
@@ -259,8 +260,17 @@ def test_adapters_that_begin_at_zero_are_free():
     base = up.weight.detach().clone()
     product = 0.5 * 8 * (up.lora_B["default"].weight @ up.lora_A["default"].weight).detach()
     assert product[:, ::2].any()
+    name = "model.layers.0.mlp.up_proj"
+    for wrong in ({f"{name}x": up.weight != 0}, {name: (up.weight != 0).T}):
+        with pytest.raises(ValueError, match="masks: found"):
+            merge_masked(adapted, wrong)
+        assert torch.equal(up.weight, base) and hasattr(up, "lora_A")
+    given = copy.deepcopy(adapted)
     merged = merge_masked(adapted)
     found = merged.model.layers[0].mlp.up_proj.weight
+    masks = {f"model.layers.{i}.mlp.up_proj": layer.mlp.up_proj.weight != 0
+             for i, layer in enumerate(merged.model.layers)}  # fmt: skip
+    assert same(weights_of(merge_masked(given, masks)), weights_of(merged))
     assert not found[:, ::2].any()
     torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
 
