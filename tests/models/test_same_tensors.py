@@ -425,14 +425,26 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_folder_is_not_run(source, tmp_path, calibration, monkeypatch):
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
+AUTO = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """The file that such code writes where it is run."""
+    monkeypatch.setenv("CUOBS_TEST_RAN", str(tmp_path / "ran"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    return tmp_path / "ran"
+
+
+def bring_code(source, auto_map=AUTO, **changes):
+    """Have a folder bring code of its own for its model."""
     (source / "own.py").write_text(CODE)
-    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    change_config(source, architectures=["OwnForCausalLM"], model_type="own", auto_map=auto)
+    change_config(source, auto_map=auto_map, **changes)
+
+
+def test_code_of_a_folder_is_not_run(source, tmp_path, calibration, ran):
+    bring_code(source, architectures=["OwnForCausalLM"], model_type="own")
     refused(source, tmp_path, calibration, "runs code of its own .*--trust-remote-code")
     assert not ran.exists()
     report = prune_folder(source, tmp_path / "out", calibration, trust_remote_code=True, **FAST)
@@ -441,15 +453,9 @@ def test_code_of_a_folder_is_not_run(source, tmp_path, calibration, monkeypatch)
 
 
 def test_code_of_a_folder_may_name_its_class_as_transformers_does(
-    source, tmp_path, calibration, monkeypatch
+    source, tmp_path, calibration, ran
 ):
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    (source / "own.py").write_text(CODE)
-    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    change_config(source, architectures=["LlamaForCausalLM"], model_type="own", auto_map=auto)
+    bring_code(source, architectures=["LlamaForCausalLM"], model_type="own")
     refused(source, tmp_path, calibration, "runs code of its own .*--trust-remote-code")
     refused(source, tmp_path, calibration, "runs code of its own", dry_run=True)
     assert not ran.exists()
@@ -465,24 +471,18 @@ def test_code_of_a_folder_may_name_its_class_as_transformers_does(
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_code_of_a_folder_without_an_architecture_is_not_run(
-    source, tmp_path, calibration, monkeypatch, dry_run
+    source, tmp_path, calibration, monkeypatch, ran, dry_run
 ):
     """transformers knows the config, and asks for the model alone."""
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    (source / "own.py").write_text(CODE)
     auto = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
-    change_config(source, architectures=None, model_type="clip_text_model", auto_map=auto)
+    bring_code(source, architectures=None, model_type="clip_text_model", auto_map=auto)
     said = "runs code of its own .*--trust-remote-code"
     refused(source, tmp_path, calibration, said, dry_run=dry_run)
     assert not ran.exists()
 
 
-def test_code_of_a_tokenizer_is_not_run(source, tmp_path, monkeypatch):
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("CUOBS_TEST_RAN", str(ran))
+def test_code_of_a_tokenizer_is_not_run(source, tmp_path, monkeypatch, ran):
     (source / "tok.py").write_text(CODE)
     path = source / "tokenizer_config.json"
     content = json.loads(path.read_text())
