@@ -186,10 +186,9 @@ def merge_masked(model: Any, masks: dict | None = None) -> Any:
         merged = model.merge_and_unload()
     else:
         # Before anything is merged: PEFT holds a layer's own weight in a base_layer.
-        _checked_masks(masks, {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        })  # fmt: skip
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model.model
+        own = base.named_parameters(remove_duplicate=False)
+        _checked_masks(masks, {name.replace(".base_layer.", "."): weight for name, weight in own})
         merged = model.merge_and_unload()
         weights, masks = masked_weights(merged, masks)
     with torch.no_grad():

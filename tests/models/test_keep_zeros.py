@@ -270,7 +270,9 @@ def test_adapters_that_begin_at_zero_are_free():
     found = merged.model.layers[0].mlp.up_proj.weight
     masks = {f"model.layers.{i}.mlp.up_proj": layer.mlp.up_proj.weight != 0
              for i, layer in enumerate(merged.model.layers)}  # fmt: skip
+    tuner = copy.deepcopy(given).base_model
     assert same(weights_of(merge_masked(given, masks)), weights_of(merged))
+    assert same(weights_of(merge_masked(tuner, masks)), weights_of(merged))
     assert not found[:, ::2].any()
     torch.testing.assert_close(found[:, 1::2], (base + product)[:, 1::2])
 
