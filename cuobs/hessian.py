@@ -373,6 +373,28 @@ def warn_of_few(tokens, K, name):
         )
 
 
+def damping(diagonal, damp, where=None):
+    """What is added to the diagonal of a Hessian.
+
+    Parameters
+    ----------
+    diagonal : array or tensor, shape (K,)
+        Undamped.
+    damp : float
+        λ as a share of its mean, which counts as 1 where it is 0.
+    where : callable, optional
+        ``where`` of its library: a column without inputs then stands alone, with 1 in place of λ.
+
+    Returns
+    -------
+    array or tensor of float64
+        λ, or one number for each column where ``where`` is given.
+    """
+    mean = diagonal.mean(dtype=float)
+    lam = damp * (mean + (mean == 0))
+    return lam if where is None else where(diagonal == 0, 1.0, lam)
+
+
 def check_held(H, dtype, name="hessian"):
     """Refuse a Hessian of nothing, and one whose diagonal a compute dtype can't hold."""
     largest = float(H.diagonal().max())

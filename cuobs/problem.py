@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuobs import arrays
+from cuobs.hessian import damping
 from cuobs.ops import factors, views
 from cuobs.ops.selection import factor_scope_blocks
 
@@ -116,15 +117,13 @@ class Problem:
         columns = layout.column_order.ravel()
         H = H.copy() if views.ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
         diagonal = H.diagonal().copy()
-        dead = diagonal == 0
         hessian_unit = _unit(float(diagonal.mean(dtype="float64")))
         if hessian_unit != 1:
             H /= hessian_unit
             diagonal /= hessian_unit
         # λ is that of the original diagonal; a dead column then stands alone with H_jj = 1.
-        lam = damp * float(diagonal.mean(dtype="float64"))
-        H.ravel()[:: len(H) + 1] += xp.where(dead, 1, lam).astype(H.dtype)
-        W = xp.where(dead, W.dtype.type(0), W)
+        H.ravel()[:: len(H) + 1] += damping(diagonal, damp, xp.where).astype(H.dtype)
+        W = xp.where(diagonal == 0, W.dtype.type(0), W)
         weight_unit = _unit(arrays.largest(W))
         if weight_unit != 1:
             W /= weight_unit

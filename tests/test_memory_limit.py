@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cuobs
-from cuobs import arrays, batches
+from cuobs import arrays, batches, footprint
 
 M, K = 64, 128
 SLACK = 1.01
@@ -94,6 +94,21 @@ def test_conjugate_gradients_are_counted(pattern):
 def test_wide_and_tall_layers(method, shape):
     W, H = layer(method, *shape)
     check(W, hessian=H, method=method)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_no_weight_is_counted_that_is_not_there(method):
+    """Where weights are far larger than all that is small, one more or less of them shows."""
+    W, H = layer(method, 2048, 128)
+    arguments = {"hessian": H, "method": method, "device": "cpu"}
+    least = arrays.parse_size(asked(W, **arguments))
+    taken, _ = peak(W, **arguments, memory_limit=least)
+    bound = footprint.small(footprint.size_of(
+        cuobs.Recipe("2:4", method), cuobs.Settings(), W.shape, np
+    ))  # fmt: skip
+    assert bound < W.nbytes / 2 or method == "true-obs"
+    assert taken <= SLACK * least
+    assert least <= SLACK * (taken + bound + 0.5 * W.nbytes)
 
 
 @pytest.mark.parametrize("options", [

@@ -16,6 +16,7 @@ import torch
 
 from cuobs import arrays
 from cuobs.arrays import tensor_view
+from cuobs.hessian import damping
 from cuobs.models.blocks import not_finite
 from cuobs.ops.gram import add_cross_gram, add_gram
 from cuobs.ops.products import gemm
@@ -147,8 +148,7 @@ def target_weights(weights, moments, damp, dense_share, residual_shares, rows=No
     if changes is None:
         return [W.float() for W in weights]
     H = moments.hessian.double()
-    diagonal = H.diagonal().clone()
-    H.diagonal().add_(torch.where(diagonal == 0, 1.0, damp * diagonal.mean()))
+    H.diagonal().add_(damping(H.diagonal(), damp, torch.where))
     factor, info = torch.linalg.cholesky_ex(H)
     if info.item():
         raise np.linalg.LinAlgError("hessian: not positive definite even when damped")

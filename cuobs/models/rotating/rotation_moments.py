@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cuobs.hessian import damping
 from cuobs.models import memory
 from cuobs.models.blocks import capture, evaluating, not_finite, run, windows_of
 from cuobs.models.ranks import Ranks, current
@@ -191,10 +192,9 @@ def _dealt(moments, part, sums, where, patterns, damp):
 def _damped_inverse(H, damp):
     """(H + λI)⁻¹; where that is not positive definite, λ grows tenfold."""
     H = H.double()
-    mean, before = H.diagonal().mean(), 0.0
-    mean = torch.where(mean > 0, mean, 1.0)  # inputs that are nothing but zeros
+    undamped, before = H.diagonal().clone(), 0.0
     while True:
-        H.diagonal().add_((damp - before) * mean)
+        H.diagonal().add_(damping(undamped, damp - before))
         factor, failed = torch.linalg.cholesky_ex(H)
         if not failed:
             return torch.cholesky_inverse(factor).float()
