@@ -166,7 +166,9 @@ def _open(run, view, options, ranks):
     for line in what_is_written(source, model, names, run.save_dtype):
         view.say(line)
     # Texts are read, and windows of the model's own written, by one for all.
-    found = _read_all(run, model, recipe.distill, place, view) if ranks.leads else None
+    found = None
+    if ranks.leads:
+        found = _read_all(run, model, recipe.distill, place, view, alone=warming.finish)
     mixture, mask, texts = ranks.agree(found)
     for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
@@ -377,12 +379,13 @@ def write(source, windows, length, temperature, seed, device, progress, trust_re
     return reader.write(windows, length, temperature)
 
 
-def _read_all(run, model, distill, place, view, kind=WindowReader):
+def _read_all(run, model, distill, place, view, kind=WindowReader, alone=None):
     """The windows to learn from, their mask or None, and the windows of each text by its name."""
     reader = kind(
         run.source, model, run.seed, place, trust_remote_code=run.trust_remote_code,
         stored=os.path.join(run.dst, WRITTEN),
         progress=view.progress and partial(view.progress, "windows of the model's own"),
+        alone=alone,
     )  # fmt: skip
     mixture = gather(
         run.calibration, run.distill_calibration, reader, samples=run.samples,

@@ -18,6 +18,7 @@ from cuobs.models import (
     pipeline,
     prune_folder,
     write_calibration,
+    write_windows,
 )
 from cuobs.models.distilling import distillation
 from cuobs.models.report import read_report
@@ -158,6 +159,7 @@ def test_a_run_that_goes_on_gives_the_same_bits(source, tmp_path, calibration, m
     options = {"distill": 2, "distill_rate": 3e-3, "samples": 16, "device": "cpu", **WORST}
     specs = [calibration, "self:24"]
     prune_folder(source, tmp_path / "whole", specs, **options)
+
     class Stopped(Exception):
         pass
 
@@ -187,6 +189,24 @@ def test_no_text_at_all(source, tmp_path):
     )
     assert report.protocol["windows"] == 8 and report.protocol["length"] == 20
     assert report.distillation.windows + report.distillation.aside == 24
+
+
+def test_nothing_compiles_beside_a_model_that_writes(source, tmp_path, monkeypatch):
+    # A step that is recorded on a GPU while another thread launches ended the process.
+    events = []
+
+    class Compiling:
+        def finish(self):
+            events.append("compiled")
+
+    def write(*args, **kwargs):
+        events.append("writes")
+        return write_windows(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "_warm", lambda *args: Compiling())
+    monkeypatch.setattr(mixture, "write_windows", write)
+    prune_folder(source, tmp_path / "out", ["self:4"], sequence_length=8, device="cpu", **WORST)
+    assert events[:2] == ["compiled", "writes"]
 
 
 def test_windows_in_a_file(source, tmp_path):
@@ -241,9 +261,7 @@ def test_other_models_are_no_measure(source, tmp_path, calibration):
         agreement(load_model(source), dense, make_tokens())
 
 
-def test_a_model_that_no_device_holds_is_not_distilled(
-    source, tmp_path, calibration, monkeypatch
-):
+def test_a_model_that_no_device_holds_is_not_distilled(source, tmp_path, calibration, monkeypatch):
     """Before it is pruned: 8 bytes a weight, and 12 for each that learns."""
     model = load_model(source)
     learning = sum(m.weight.numel() for m in linears(find_blocks(model)[1]).values())

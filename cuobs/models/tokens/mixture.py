@@ -133,15 +133,18 @@ class WindowReader:
         A file that keeps what the model writes, for a run that goes on.
     progress : callable, optional
         Called with (done, total) while it writes.
+    alone : callable, optional
+        Called before it writes, and waits until nothing else is launched on the device: a step
+        that is recorded there must be told nothing else meanwhile.
     """
 
     def __init__(
         self, source, model, seed=0, device="cpu", *, trust_remote_code=False, stored=None,
-        progress=None,
+        progress=None, alone=None,
     ):  # fmt: skip
         self._source, self._model, self._seed, self._device = source, model, seed, device
         self._trust, self._stored, self._progress = trust_remote_code, stored, progress
-        self._tokenizer = None
+        self._alone, self._tokenizer = alone, None
 
     def read(self, spec, samples, length):
         """Windows of a text or of a file of tokens."""
@@ -163,6 +166,8 @@ class WindowReader:
             before = files.load_arrays(self._stored)
             if str(before["made_of"]) == made_of:
                 return before["tokens"].astype(np.int64)
+        if self._alone is not None:
+            self._alone()
         found = write_windows(
             self._model, windows, length, temperature=temperature, seed=self._seed,
             special=special_tokens(self._source, self._model, self._trust), device=self._device,
