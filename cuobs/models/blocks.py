@@ -1,7 +1,6 @@
 """Run the blocks of a model one by one, with what the model itself passes to each."""
 
 import contextlib
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,23 +28,14 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def running_alone(whole=None):
-    """Say what it means where a block does not run for one window of a batch.
-
-    Parameters
-    ----------
-    whole : callable, optional
-        The same for all windows: where that fails too, it is not for their number.
-    """
+def running_alone(length=None):
+    """Say what it means where a block does not run for one window, of a length, of a batch."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError) as error:
-        if whole is not None:
-            with taking_windows():
-                whole()
-        raise not_by_window(first_line(error)) from error
+        raise not_by_window(first_line(error), length) from error
 
 
 @contextlib.contextmanager
@@ -75,12 +65,15 @@ def not_finite(place):
     )
 
 
-def not_by_window(reason):
-    """The error of a block for which `windows_of` does not give a window's own arguments."""
+def not_by_window(reason, length):
+    """The error of a block for which `windows_of` does not give a window's own arguments.
+
+    With ``batch_tokens`` as long as a window, each is a batch; None where that was so.
+    """
+    advice = "" if length is None else f"; batch_tokens={length} runs them one by one"
     return ValueError(
         f"model: found that a block gives one window something else than among others ({reason}), "
-        "expected windows in the first dimension of all that differs between them; other "
-        "batch_tokens may help"
+        f"expected windows in the first dimension of all that differs between them{advice}"
     )
 
 
@@ -179,14 +172,23 @@ class Passing:
         def forward(*args, **kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if not self._form:  # a tensor, or a tuple that begins with it: its own forward tells
-                one = windows_of((args, kwargs), 0, 1, len(hidden))
-                with running_alone(partial(whole, *args, **kwargs)):
-                    out = whole(*one[0], **one[1])
+                out = _run_some(whole, args, kwargs, len(hidden))
                 self._form.append(None if torch.is_tensor(out) else tuple(out[1:]))
             hidden = self.last if is_last and self.last is not None else hidden
             return hidden if self._form[0] is None else (hidden, *self._form[0])
 
         return forward
+
+
+def _run_some(forward, args, kwargs, windows):
+    """What a block gives for one window, or for all where it can't be called for one of them."""
+    one, arguments = windows_of((args, kwargs), 0, 1, windows)
+    try:
+        return forward(*one, **arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError):
+        return forward(*args, **kwargs)
 
 
 @torch.no_grad()

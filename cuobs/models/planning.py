@@ -205,7 +205,7 @@ def check_sources(source, specs, samples, length):
     for spec in sorted(specs, key=is_tokens, reverse=True):  # their length is that of all
         if self_written(spec) is not None:
             if length is not None:
-                check_length(source, spec, length)
+                check_length(source, f"{spec}: tokens", length)
             continue
         found = check_text(source, spec, samples, asked if is_tokens(spec) else length)
         if length is not None and found != length:
@@ -231,11 +231,11 @@ def check_text(source, spec, samples, length):
     """Refuse a text or tokens that can't be windows for a model; the length of theirs, if known."""
     if is_tokens(spec):
         found = check_tokens_file(spec, vocabulary_of(source), samples, length).shape[1]
-        check_length(source, spec, found)
+        check_length(source, f"{spec}: tokens", found)
         return found
     read_documents(spec)
     if length is not None:
-        check_length(source, spec, length)
+        check_length(source, f"{spec}: tokens", length)
     if source.gguf is None and not any(n.startswith(TOKENIZER) for n in os.listdir(source.folder)):
         raise ValueError(
             f"{source.name}: found no tokenizer, expected one to read {spec} with; tokens.npz:key "
@@ -250,14 +250,14 @@ def vocabulary_of(source):
     return config.get("vocab_size") or source.config.get("vocab_size")
 
 
-def check_length(source, spec, length):
-    """Refuse windows that are longer than a config says that its model may read."""
+def check_length(source, name, length):
+    """Refuse windows of a name that are longer than a config says that its model may read."""
     places = (source.config, source.config.get("text_config") or {})
     known = [place.get(key) for place in places for key in POSITIONS]
     longest = min((n for n in known if isinstance(n, int) and n > 0), default=length)
     if length > longest:
         raise ValueError(
-            f"{spec}: tokens: found windows of {length}, expected at most {longest}, the model's "
+            f"{name}: found windows of {length}, expected at most {longest}, the model's "
             "longest"
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from small_models import make_model, make_source, make_tokens
 
@@ -477,6 +478,16 @@ def test_what_needs_the_whole_model_says_how_much_that_is(tmp_path, calibration)
                 **{**arguments, "dry_run": dry_run},
             )  # fmt: skip
     assert not out.exists()
+
+
+def test_a_model_that_passes_what_is_by_head_is_measured(tmp_path):
+    """As many heads as windows, which can't be told from windows."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokens = make_tokens(4)
+    assert perplexity(open_parked(tmp_path), tokens, CPU) == perplexity(model, tokens, CPU)
 
 
 def test_windows_in_groups_give_the_same(tmp_path, monkeypatch):

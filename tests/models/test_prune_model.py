@@ -447,8 +447,14 @@ def test_what_is_by_head_is_not_taken_for_windows(kind, tokens):
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=8
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with pytest.raises(ValueError, match="a block gives one window something else"):
+    before = weights_of(model)
+    length = tokens.shape[1]
+    with pytest.raises(
+        ValueError, match=f"gives one window something else .*; batch_tokens={length} runs them"
+    ):
         prune_model(model, tokens, device="cpu")
+    assert same(weights_of(model), before)
+    prune_model(model, tokens, device="cpu", batch_tokens=length)
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,12 @@ def check_by_window(block, hidden, call, room):
             return run(block, hidden[start:stop], windows_of(call, start, stop, len(hidden)))
 
     whole = torch.cat(room.each(len(hidden), part))[:1].float()
-    with running_alone():
+    with running_alone(hidden.shape[1]):
         alone = Room(1).each(1, part)[0]
     differs, adds = (whole - alone).norm(), (whole - hidden[:1]).norm()
     if differs > WINDOWS_DIFFER * adds:
-        raise not_by_window(f"{float(differs / adds):.0%} of what it adds to the first differs")
+        reason = f"{float(differs / adds):.0%} of what it adds to the first differs"
+        raise not_by_window(reason, hidden.shape[1])
 
 
 def _own(model, blocks, tokens, mask):

@@ -115,7 +115,9 @@ def prune_model(
         Called with (done, total) steps while a rotation is learned.
     on_block : callable, optional
         Called with (report, blocks) after each block, the number of all blocks and the
-        `ModelReport` so far. From a GPU the block may still be on its way back.
+        `ModelReport` so far. From a GPU the block may still be on its way back. As the other two
+        it is called in the state that pruning itself needs: without gradients, autocast and
+        inference mode, with the CPU and float32 as default device and dtype.
     pattern : str or Pattern
         See `cuobs.patterns`. A layer that it does not divide stays as it is, and the report says
         so.
