@@ -75,12 +75,35 @@ def energies(W, W_pruned, H, unit):
         away = W_pruned - W
         away /= unit
         lost = output_energy(away, H)
-    if not math.isfinite(whole + lost):
+    _check_energy(whole + lost, W)
+    return whole, lost
+
+
+def energies_together(parts, H):
+    """`energies` of each of several (W, W_pruned, unit), whose rows are multiplied together.
+
+    A GPU has too little to do with few rows at a time.
+    """
+    xp, found = arrays.namespace(H), []
+    with np.errstate(over="ignore", invalid="ignore"):
+        found.append(_energy(xp.concatenate([W / unit for W, _, unit in parts]), H, axis=1))
+        away = xp.concatenate([W_pruned - W for W, W_pruned, _ in parts])
+        stops = np.cumsum([len(W) for W, _, _ in parts])
+        for (W, _, unit), stop in zip(parts, stops.tolist(), strict=True):
+            away[stop - len(W) : stop] /= unit
+        found.append(_energy(away, H, axis=1))
+    sums = [part.sum(1) for part in np.split(arrays.to_numpy(xp.stack(found)), stops[:-1], axis=1)]
+    for (W, _, _), pair in zip(parts, sums, strict=True):
+        _check_energy(sum(pair), W)
+    return [tuple(pair.tolist()) for pair in sums]
+
+
+def _check_energy(energy, W):
+    if not math.isfinite(energy):
         raise ValueError(
             f"hessian: found outputs whose energy overflows {W.dtype}, expected smaller values or "
             "dtype='float64'"
         )
-    return whole, lost
 
 
 def share_lost(whole, lost):
@@ -95,14 +118,19 @@ def output_energy(D, H):
 
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
-    energy = 0.0  # on a GPU, which is waited for at the end
+    return float(_energy(D, H))
+
+
+def _energy(D, H, axis=None):
+    """`output_energy`, or that of each row, on the namespace, where a GPU is not waited for."""
+    energy = 0.0
     for a, b in strips(len(H), BLOCKS):
         part = D[:, a:b]
         product = matmul(part, 0.5 * H[a:b, a:b])
         if a:
             gemm(D[:, :a], H[:a, a:b], product, beta=1)
-        energy = energy + 2 * (product * part).sum(dtype="float64")
-    return float(energy)
+        energy = energy + 2 * (product * part).sum(axis, dtype="float64")
+    return energy
 
 
 def loss_bytes(size):

@@ -8,7 +8,7 @@ from layers import host, layer, prune
 from test_methods import ALL
 
 import cuobs
-from cuobs.loss import loss
+from cuobs.loss import energies_together, loss
 
 CPU = {"device": "cpu", "dtype": "float64"}
 
@@ -513,6 +513,20 @@ def test_a_loss_neither_overflows_nor_vanishes(xp, scale):
     H = xp.full((64, 64), 3e38, "float32")
     with pytest.raises(ValueError, match="overflows float32"):
         loss(xp.asarray(W), xp.asarray(pruned), H)
+
+
+def test_energies_of_several_weights(xp):
+    """Multiplied together, each in terms of its own unit; one has no rows at hand."""
+    D, H = layers.random_layer(28, 40)
+    parts, expected = [], []
+    for rows, unit in (slice(0, 5), 4.0), (slice(5, 5), 1.0), (slice(5, 14), 2.0**-20):
+        W, pruned = D[rows], D[14 + rows.start : 14 + rows.stop]
+        pair = (part / unit for part in (W, pruned - W))
+        expected.append([np.trace(part @ H @ part.T) for part in pair])
+        parts.append((xp.asarray(W), xp.asarray(pruned), unit))
+    np.testing.assert_allclose(energies_together(parts, xp.asarray(H)), expected, rtol=1e-10)
+    with pytest.raises(ValueError, match="overflows float64"):
+        energies_together([(*parts[0][:2], 1e-160)], xp.asarray(H))
 
 
 def test_a_hessian_that_is_none():

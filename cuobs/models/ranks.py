@@ -83,15 +83,25 @@ class Ranks:
 
     def gather(self, own, counts):
         """A tensor of which each process has its own rows, so many of them."""
+        return self.begin_gather(own, counts)()
+
+    def begin_gather(self, own, counts):
+        """A function that gives what `gather` does; until it is called, a GPU may work on."""
         whole = own.new_empty((sum(counts), *own.shape[1:]))
         own, parts = _plain(own.contiguous()), _plain(whole).split(counts)
         if len(set(counts)) == 1:
-            _named("all_gather_single", "all_gather_into_tensor")(_plain(whole), own)
+            gathered = _named("all_gather_single", "all_gather_into_tensor")
+            begun = [gathered(_plain(whole), own, async_op=True)]
+        else:
+            parts[self.rank].copy_(own)
+            begun = [distributed.broadcast(p, rank, async_op=True) for rank, p in enumerate(parts)]
+
+        def finish(own=own):  # which is held until then
+            for one in begun:
+                one.wait()
             return whole
-        parts[self.rank].copy_(own)
-        for rank, part in enumerate(parts):
-            distributed.broadcast(part, rank)
-        return whole
+
+        return finish
 
     def by_rows(self, function, rows):
         """An array of so many rows, some of them made by each process and sent to all."""

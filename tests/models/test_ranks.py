@@ -246,7 +246,7 @@ def test_what_is_wrong_is_said_once(place):
 def test_who_is_left_alone_says_so_in_one_sentence(place):
     def run():
         if os.environ["RANK"] == "1":
-            Ranks.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            Ranks.begin_gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         main(command(place, place / "alone"))
 
     found = together(place, run)
@@ -269,7 +269,7 @@ def test_who_waits_without_end_is_ended_too(place, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def run():
-        Ranks.gather = wait_for_ever
+        Ranks.begin_gather = wait_for_ever
         main(command(place, place / "waiting"))
 
     found = together(place, run)
@@ -297,7 +297,7 @@ def test_what_torchrun_ends_says_so_in_one_sentence(place):
     """Not that it was stopped, and not every process."""
 
     def run():
-        Ranks.gather = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
+        Ranks.begin_gather = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
         main(command(place, place / "ended"))
 
     found = together(place, run)

@@ -9,7 +9,7 @@ import torch
 
 from cuobs import arrays, footprint
 from cuobs.layer import check_layer, given_hessian, given_of, solve_layer
-from cuobs.loss import energies, energy_unit, share_lost
+from cuobs.loss import energies, energies_together, energy_unit, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
 from cuobs.sharing import row_counts, stackable
@@ -148,9 +148,11 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
         footprint.check([recipe], settings, layer.weight.shape, arrays.namespace(H), given)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
         new, mask = (arrays.hand_back(array, W) for array in (new, mask))
+        coming = []  # while losses are added up
+        if call.counts is not None:
+            coming = [ranks.begin_gather(part, call.counts) for part in (new, mask)]
         losses = _losses(weights, own, _split(new, own), H, call, ranks)
-    if call.counts is not None:
-        new, mask = (ranks.gather(part, call.counts) for part in (new, mask))
+        new, mask = (finish() for finish in coming) if coming else (new, mask)
     masks = mask.split([len(W) for W in weights])
     return list(zip(_split(new, weights), masks, losses, strict=True))
 
@@ -163,12 +165,19 @@ def _split(stacked, like):
 
 def _losses(weights, own, new, H, call, ranks):
     """The relative loss of each linear, of which this process may have some rows alone."""
-    xp, found = arrays.namespace(H), []
-    for pair in zip(weights, own, new, strict=True):
-        W, *rows = (arrays.asarray(arrays.receive(A), xp, H.dtype) for A in pair)
-        found.append(energies(*rows, H, energy_unit(W, H)) if len(rows[0]) else (0.0, 0.0))
-    if call.counts is not None:
-        found = ranks.total(found)
+    xp = arrays.namespace(H)
+
+    def widened(A):
+        return arrays.asarray(arrays.receive(A), xp, H.dtype)
+
+    parts = (
+        (widened(rows), widened(pruned), energy_unit(widened(W), H))
+        for W, rows, pruned in zip(weights, own, new, strict=True)
+    )
+    if call.counts is None:
+        found = [energies(rows, pruned, H, unit) for rows, pruned, unit in parts]
+    else:
+        found = ranks.total(energies_together(list(parts), H))
     return [share_lost(*pair) for pair in found]
 
 
