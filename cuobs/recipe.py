@@ -130,9 +130,10 @@ class Method:
         Whether processes and devices may share the rows: each row is pruned without a look at
         others, or what is added up over all of them goes through `Settings.over_all_rows`. Where
         options decide it, a function that is called with every option by name.
-    operations : (float, float)
-        Of a weight with M rows and K columns, in terms of K³ and of M K²: by them the time of a
-        whole model is predicted.
+    operations : (float, float), optional
+        Of a weight with M rows and K columns, in terms of K³ and of M K², an exact re-solve of
+        `resolves` included: by them the time of a whole model is predicted, and they say on how
+        many devices it pays to share the rows. Without them it does on any number.
     held : (float, float)
         Matrices of float32 like the Hessian and like the weight that pruning in a whole model
         holds at its peak, all copies among them: by them its memory is predicted.
@@ -151,7 +152,7 @@ class Method:
     resolves: bool = False
     memory: object = None
     by_row: object = False
-    operations: tuple = (2, 4)
+    operations: tuple | None = None
     held: tuple = (8, 8)
 
     def __post_init__(self):
@@ -164,7 +165,8 @@ class Method:
         if not isinstance(self.by_row, bool) and not callable(self.by_row):
             raise TypeError(f"by_row: found {self.by_row!r}, expected True, False or a function")
         for name in ("operations", "held"):
-            object.__setattr__(self, name, _two_numbers(name, getattr(self, name)))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _two_numbers(name, value))
         object.__setattr__(self, "options", tuple(self.options))
         for option in self.options:
             if not isinstance(option, Option):

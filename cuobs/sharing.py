@@ -14,6 +14,11 @@ __all__ = ["first"]
 
 # What the rows of a share may be a multiple of.
 UNITS = (1, 2, 4, 8, 16, 32, 64)
+# Operations on rows that another device has to take over to pay for itself: for as long as H100 and
+# H200 take for them, about 25 ms, its thread copies the Hessian and waits for Python's lock.
+WORTH = 1.2e13
+# Those of an exact re-solve, in terms of M K², as `Method.operations` has them.
+RESOLVE = 100
 
 
 def row_counts(recipe, rows, K, size):
@@ -54,6 +59,15 @@ def stackable(pattern, counts, K):
         for layout in alone
     )
     return same and found == {tuple(group) for group in stacked.row_order.tolist()}
+
+
+def paying(recipe, shape, most):
+    """How many devices make it quickest to prune a weight of a shape, where there are so many."""
+    M, K = shape
+    if recipe.entry.operations is None:
+        return most
+    each = recipe.entry.operations[1] + RESOLVE * (recipe.exact and not recipe.entry.resolves)
+    return max(n for n in range(1, most + 1) if n == 1 or each * M * K**2 >= WORTH * n * (n - 1))
 
 
 class Place(NamedTuple):
@@ -217,6 +231,7 @@ def solve_on(solve, recipe, settings, layer, H):
     converged : bool
     """
     devices = places(settings)
+    devices = devices[: paying(recipe, layer.weight.shape, len(devices))]
     arrays.synchronize(arrays.namespace(H))
     if len(devices) == 1:
         *parts, converged = _solve_part(devices[0], solve, recipe, settings, layer, H, slice(None))

@@ -1,6 +1,7 @@
 """Rows of a layer shared out over devices: NumPy in threads stands for several GPUs."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -25,6 +26,7 @@ def three(monkeypatch):
     """Three devices that are the CPU."""
     found = [sharing.Place(None)] * 3
     monkeypatch.setattr(sharing, "places", lambda settings: found)
+    monkeypatch.setattr(sharing, "WORTH", 0)
     return Settings(device="cpu", dtype="float64", devices="3")
 
 
@@ -243,6 +245,26 @@ def test_a_single_device_is_moved_to(monkeypatch):
     assert np.array_equal(found.weight, one.weight)
 
 
+def test_no_more_devices_than_pay():
+    """By what a method says of its operations; all where it says nothing."""
+    admm, sweep = Recipe("2:4", "admm"), Recipe("2:4", "sparsegpt")
+    assert sharing.paying(sweep, (4096, 8192), 8) == 1
+    assert sharing.paying(admm, (4096, 8192), 8) == 2
+    assert sharing.paying(admm, (4096, 1024), 8) == 1
+    assert sharing.paying(dataclasses.replace(sweep, refine="exact"), (4096, 8192), 8) == 2
+    assert sharing.paying(Recipe("2:4", "true-obs"), (12, 16), 8) == 8
+    assert sharing.paying(admm, (2**20, 8192), 8) == 8
+
+
+def test_a_device_that_does_not_pay_has_no_rows(three, monkeypatch):
+    W, H = random_layer(9, 32)
+    monkeypatch.setattr(sharing, "WORTH", 2 * 9 * 32**2 / 2)  # what sparsegpt is worth on two
+    sizes, solve = [], sharing._solve_part
+    monkeypatch.setattr(sharing, "_solve_part", lambda *a: sizes.append(a[-1]) or solve(*a))
+    Recipe("2:4", "sparsegpt").run(W, H, three)
+    assert sorted(rows.stop - rows.start for rows in sizes) == [4, 5]
+
+
 @pytest.mark.parametrize(
     "devices, numbers",
     [("all", [0, 1, 2, 3]), ("2", [0, 1]), (3, [0, 1, 2]), ("0,2", [0, 2]), ("3,", [3])],
@@ -271,7 +293,8 @@ def test_the_cpu_is_no_device():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method, options", SHARED)
-def test_two_gpus_give_what_one_gives(cp, method, options):
+def test_two_gpus_give_what_one_gives(cp, monkeypatch, method, options):
+    monkeypatch.setattr(sharing, "WORTH", 0)
     if cp.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs two CUDA devices")
     W, H = random_layer(300, 256)
@@ -293,6 +316,7 @@ def test_two_threads_on_one_gpu(cp, monkeypatch, method):
     keys = {"hessian": H, "method": method, "device": "cuda"}
     one = cuobs.prune(W, **keys)
     monkeypatch.setattr(sharing, "places", lambda settings: [sharing.Place(0)] * 2)
+    monkeypatch.setattr(sharing, "WORTH", 0)
     monkeypatch.setattr(problem, "SHARED_FROM", 64)
     monkeypatch.setattr(factors, "LEAF", 70)
     two = cuobs.prune(W, devices="2", **keys)

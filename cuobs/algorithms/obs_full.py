@@ -39,4 +39,5 @@ METHOD = Method(
     obs_full,
     memory=memory,
     by_row=True,
+    operations=(2, 4),
 )

@@ -114,5 +114,5 @@ SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_spli
                memory=split_memory, by_row=True)
 METHOD = Method(
     "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,),
-    memory=memory, by_row=True,
+    memory=memory, by_row=True, operations=(2, 4),
 )

@@ -55,7 +55,7 @@ def _next(report):
     if settings["target"] == "pruned":
         return "--target mixed, which costs a second stream of hidden states"
     used = methods().get(settings.get("method"))
-    if used and not any(used.operations):
+    if used and used.operations and not any(used.operations):
         return f"--method {Recipe.method}, {methods()[Recipe.method].summary}"
     if done is None:
         return "--distill 2 --distill-calibration self:1024, windows of its own"

@@ -21,6 +21,8 @@ LIBRARIES = 400 * 2**20
 HOST_OF_GPU = 2 * 2**30
 # Share of a large product's rate that a block reaches over all.
 REACHED = 0.4
+# `Method.operations` of a method that says nothing.
+UNSAID = 2, 4
 # Rows of an embedding that come into memory where one is looked at, about.
 PAGE_ROWS = 8
 # Share of the memory that is free which forwards that wait inside a block may fill up to.
@@ -369,7 +371,7 @@ def seconds_a_block(work, held, rate):
     weights = sum(K * rows for K, rows in work.groups)
     again = 2 - held / work.batches
     operations = 2 * weights * tokens * streams * again
-    cubes, products = methods()[work.method].operations
+    cubes, products = methods()[work.method].operations or UNSAID
     for K, rows, _ in work.pruned_groups:
         operations += tokens * K * K * (3 if work.mixed else 1)
         operations += cubes * K**3 + products * rows * K**2
