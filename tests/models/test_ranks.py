@@ -238,6 +238,28 @@ def test_two_processes_rotate_as_one_does(place):
         assert (models[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
+def test_all_steps_by_two_processes(place):
+    """A rotation that is the same but for rounding decides between masks, in a model this small."""
+    steps = {"rotate": True, "rotate_steps": 4, "tune": 1, "distill": 1}
+    one = prune_folder(
+        place / "source", place / "whole", f"{place}/tokens.npz:t", device="cpu", **steps,
+        evaluate=[f"{place}/tokens.npz:text"],
+    )  # fmt: skip
+    words = command(
+        place, place / "wholes", "--rotate", "--rotate-steps", 4, "--tune", 1, "--distill", 1,
+        "--eval", f"{place}/tokens.npz:text",
+    )  # fmt: skip
+    found = together(place, main, words)
+    assert found.returncode == 0, found.stderr
+    mine, report = losses(place / "wholes")
+    assert report["rotation"]["after"] == pytest.approx(one.rotation.after, rel=1e-5)
+    assert mine == pytest.approx([row.loss for row in one.layers], rel=0.05)
+    ((name, (dense, pruned)),) = report["perplexity"].items()
+    assert dense == pytest.approx(one.perplexity[name][0], rel=1e-6)
+    assert pruned == pytest.approx(one.perplexity[name][1], rel=0.02)
+    assert len(report["distillation"]["divergence"]) == 2
+
+
 def test_what_is_wrong_is_said_once(place):
     found = together(place, main, command(place, place / "bad", "--samples", 1))
     assert found.returncode and found.stderr.count("found 1 windows for 2 processes") == 1
