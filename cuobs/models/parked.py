@@ -142,19 +142,21 @@ class Parked:
         self.block.forward = self
 
     def replace(self, stored):
-        """Have some tensors lie elsewhere from now on: a dict of str to Stored."""
+        """Have some tensors lie elsewhere from now on, by their names; see `TensorReader`."""
         self.read.stored.update(stored)
 
-    def take(self, slot):
-        """A tensor on the CPU, in the dtype in which the block holds it."""
-        return self.read(slot.name).to(slot.held[slot.key].dtype)
+    def take(self, slot, device=None):
+        """A tensor in the dtype in which the block holds it, on the CPU or as it was unpacked."""
+        return self.read(slot.name, device=device).to(slot.held[slot.key].dtype)
 
     def _fetch(self, device, copies=()):
         stream = callers_stream(device)
 
         def found(slot):
             with stream():
-                return copies[slot.name] if slot.name in copies else self.take(slot).to(device)
+                if slot.name in copies:
+                    return copies[slot.name]
+                return self.take(slot, device).to(device)
 
         with ThreadPoolExecutor(min(cores(), READERS)) as pool:
             for slot, tensor in zip(self.slots, pool.map(found, self.slots), strict=True):

@@ -16,10 +16,10 @@ from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.card import CARD, model_card
 from cuobs.models.checkpoints.checkpoint import check, finished, set_aside, write_masks
-from cuobs.models.checkpoints.destination import changed_tensors, entries_of, finish
+from cuobs.models.checkpoints.destination import changed_tensors, finish
 from cuobs.models.checkpoints.marker import abandon, take_back
 from cuobs.models.checkpoints.names import check_all_known, ignored, match
-from cuobs.models.checkpoints.shards import are_laid_out, lay_out, places_in, reserve
+from cuobs.models.checkpoints.shards import reserve
 from cuobs.models.checkpoints.source import (
     FLOATS,
     HOLDERS,
@@ -31,7 +31,8 @@ from cuobs.models.checkpoints.source import (
 )
 from cuobs.models.distilling.distillation import split_windows
 from cuobs.models.evaluate import agreement, perplexity
-from cuobs.models.packed.packing import pack_changed
+from cuobs.models.laid import Laid, filled, lay_out_run
+from cuobs.models.packed.packing import pack_changed, packed_config, packed_forms
 from cuobs.models.parked import park
 from cuobs.models.planning import View, whole_for, whole_text
 from cuobs.models.pruning.prune import (
@@ -104,7 +105,7 @@ class _Job:
     mask : ndarray or None
     texts : dict of str to ndarray
         The windows of each text that is measured.
-    shards : dict of str to dict of str to Entry
+    laid : Laid
         The files of weights that are written block by block, see `_lay_out`.
     warming : Warming
         What compiles meanwhile.
@@ -122,7 +123,7 @@ class _Job:
     mixture: object
     mask: object
     texts: dict
-    shards: dict
+    laid: Laid
     warming: object
     peak: int = 0
 
@@ -153,6 +154,8 @@ def _open(run, view, options, ranks):
     if source.gguf is None or run.host_memory is not None:
         empty = loading.empty_model(source, run.trust_remote_code)
         choose(empty, recipe, place, run.host_memory, empty=True)
+        if run.packed:
+            packed_forms(empty, recipe)
     warming = None if source.gguf else _warm(source, recipe, place)
     skipped = lambda name: recipe.of(name) is None  # noqa: E731
     if whole_for(run, recipe) is None:
@@ -172,9 +175,9 @@ def _open(run, view, options, ranks):
     mixture, mask, texts = ranks.agree(found)
     for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
-    shards = _lay_out(run, recipe)
+    laid = _lay_out(run, recipe, model, names)
     return _Job(
-        run, view, ranks, recipe, place, model, names, mixture, mask, texts, shards, warming
+        run, view, ranks, recipe, place, model, names, mixture, mask, texts, laid, warming
     )
 
 
@@ -189,7 +192,7 @@ def _prune(run, view, options, ranks, began):
         report = prune_model(
             job.model, job.mixture.pruning, attention_mask=job.mask, checkpoint_folder=run.dst,
             resume=run.resume, protocol=_protocol(run, job.mixture, job.texts),
-            keep_masks=job.recipe.distill > 0, dtypes=dtypes, places=_places(job),
+            keep_masks=job.recipe.distill > 0, dtypes=dtypes, places=job.laid.places,
             warming=job.warming,
             device=run.device, host_memory=run.host_memory,
             starting=partial(_starting, job, before), rotating=job.progress("rotation"),
@@ -246,33 +249,23 @@ def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name
     return model, names
 
 
-def _lay_out(run, recipe):
+def _lay_out(run, recipe, model, names):
     """The files of weights that are written as blocks finish; none where that can't be.
 
-    Weights that are not final before the last block, or are written in another form than that in
-    which a run goes on with them, are kept beside the finished blocks until the end. So are those
-    of a run that goes on with files of other sizes than it began with.
+    Weights that are not final before the last block are kept beside the finished blocks until the
+    end. So are those of a run that goes on with files of other sizes than it began with.
     """
+    if whole_for(run, recipe):
+        return Laid()
+    forms = packed_forms(model, recipe) if run.packed else {}
     stored = run.source.stored
-    entries = entries_of(stored, {}, (), run.save_dtype)
-    if whole_for(run, recipe) or run.packed or any(
-        entries[name].dtype != tensor.dtype for name, tensor in stored.items()
-    ):  # fmt: skip
-        return {}
-    shards = lay_out(entries, run.shard_bytes)
-    return shards if are_laid_out(os.path.join(run.dst, SHARDS), shards) else {}
-
-
-def _places(job):
-    """Where finished weights are written, by the model's own names."""
-    places = places_in(os.path.join(job.run.dst, SHARDS), job.shards)
-    return {own: places[name] for own, name in job.names.items() if name in places}
+    return lay_out_run(run.dst, stored, names, forms, run.save_dtype, run.shard_bytes)
 
 
 def _starting(job, before, report):
     """Show what will be done, and measure the dense model into ``before``."""
-    if job.shards and job.ranks.leads:
-        reserve(os.path.join(job.run.dst, SHARDS), job.shards)
+    if job.laid.files and job.ranks.leads:
+        reserve(os.path.join(job.run.dst, SHARDS), job.laid.files)
     report.left = [_file_name(name, job.names) for name in report.left]
     job.view.starting(report)
     before.update(job.measure("dense"))
@@ -313,6 +306,8 @@ def plan(run, view, options):
     recipe, place = check_arguments(device=run.device, **options)
     model = loading.empty_model(run.source, run.trust_remote_code)
     model.to(loading.weights_dtype(run.source.stored))  # of a GGUF float32, as it is read
+    if run.packed:
+        packed_forms(model, recipe)
     mixture, mask, texts = _read_all(run, model, recipe.distill, place, view, Unwritten)
     for line in _protocol_lines(run, mixture, texts):
         view.say(line)
@@ -517,20 +512,24 @@ def _write(job, report, save_dtype):
     run, model, names, recipe = job.run, job.model, job.names, job.recipe
     source, config, extra = run.source, None, {}
     weights, masks = _finished(job)
+    blocks = len(find_blocks(model)[1])
+    ready = filled(job.laid, run.dst, blocks, names) if job.laid.files else None
     if source.gguf is None:
         parked = whole_for(run, recipe) is None
         changed = weights if parked else changed_tensors(model, source, names)
+        changed |= ready or {}
         report.carried = ignored(source.stored, names, model)
         report.left_out = source.left_out
         config = untied_config(source.config) if report.rotation else None
     else:
         changed, config, extra = loading.as_checkpoint(model)
     if run.packed:
-        found = pack_changed(
+        patterns = job.laid.patterns if ready is not None else pack_changed(
             model, changed, names, partial(_pattern_of, recipe),
             lambda index, tensors: set_aside(run.dst, f"packed-{index:05}", tensors),
-        )  # fmt: skip
-        config = {**(config or source.config), "quantization_config": found.config()}
+        ).modules  # fmt: skip
+        packed = packed_config(patterns)
+        config = {**(config or source.config), "quantization_config": packed}
     extra[REPORT] = report.to_json()
     extra[RECIPE] = to_toml(recipe.as_config())
     extra[CARD] = _card(source, model, report, run.packed)
@@ -543,7 +542,7 @@ def _write(job, report, save_dtype):
     finish(
         source, run.dst, changed, config=config, extra=extra, without=(REPORT, MASKS),
         save_dtype=save_dtype, shard_size=run.shard_bytes,
-        reserved=os.path.join(run.dst, SHARDS) if job.shards else None,
+        reserved=None if ready is None else os.path.join(run.dst, SHARDS),
     )  # fmt: skip
 
 

@@ -476,7 +476,8 @@ def prune_on_a_full_disk(*args, **options):
 
 
 def test_a_full_disk_names_the_file(source, tmp_path, calibration):
-    out, options = tmp_path / "out", {"save_dtype": "bfloat16"}  # written behind the last block
+    # Written behind the last block.
+    out, options = tmp_path / "out", {"rotate": True, "rotate_steps": 1}
     forks.start(
         partial(prune_on_a_full_disk, source, out, calibration, **options), said=tmp_path / "said"
     ).join()

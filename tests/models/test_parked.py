@@ -178,9 +178,9 @@ def test_tensors_reach_a_gpu_on_the_stream_of_who_wants_them(tmp_path, monkeypat
     model, streams, take = open_parked(make_source(tmp_path / "source")), [], Parked.take
     side = torch.cuda.Stream()
 
-    def noting(self, slot):
+    def noting(self, slot, device):
         streams.append(torch.cuda.current_stream())
-        return take(self, slot)
+        return take(self, slot, device)
 
     monkeypatch.setattr(Parked, "take", noting)
     with torch.cuda.stream(side), at_hand(find_blocks(model)[1][0], torch.device("cuda")):

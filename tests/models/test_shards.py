@@ -1,13 +1,14 @@
 """The files of weights of a model that is pruned block by block are written as blocks finish."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import make_source, make_tokens
+from small_models import make_model, make_source, make_tokens
 from test_model_folders import contents
 
 from cuobs import files
@@ -129,6 +130,11 @@ def test_a_finished_block_lies_in_the_files_that_are_to_be(tmp_path, calibration
         ({}, {"shard_size": "1MB"}), ({}, {"shard_size": "21KB"}), ({}, {"packed": True}),
         ({"packed": True}, {}), ({}, {"save_dtype": "float16"}), ({"save_dtype": "float16"}, {}),
         ({}, {"distill": 1}), ({"distill": 1}, {}), ({"save_dtype": "float32"}, {}),
+        ({"packed": True}, {"packed": True}), ({"packed": True}, {"save_dtype": "bfloat16"}),
+        ({"save_dtype": "bfloat16"}, {"save_dtype": "float16"}),
+        ({"save_dtype": "bfloat16"}, {"save_dtype": "bfloat16"}),
+        ({"packed": True, "save_dtype": "bfloat16"}, {"packed": True, "save_dtype": "bfloat16"}),
+        ({"packed": True, "save_dtype": "bfloat16"}, {"packed": True, "save_dtype": "float16"}),
     ],
 )  # fmt: skip
 def test_a_run_goes_on_whatever_the_form_of_what_it_writes(
@@ -141,6 +147,100 @@ def test_a_run_goes_on_whatever_the_form_of_what_it_writes(
     assert [block.resumed for block in report.blocks] == [True, True, False]
     assert same_model(unstopped(**then), out)
     assert not (out / BLOCKS).exists()
+
+
+def in_memory(monkeypatch):
+    """Runs write all at the end, from a model that is in memory as a whole."""
+    monkeypatch.setattr(pipeline, "whole_for", lambda *_: "a test")
+
+
+FORMS = {
+    "wider": {"save_dtype": "float32"}, "narrower": {"save_dtype": "float16"},
+    "packed": {"packed": True}, "packed, narrower": {"packed": True, "save_dtype": "float16"},
+    "packed, wider": {"packed": True, "save_dtype": "float32"},
+    "packed by several": {
+        "packed": True, "skip": "*.2.*", "layers": {"*mlp.*": {"pattern": "coupled-2:4"}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", FORMS)
+def test_files_in_any_form_are_filled_block_by_block(
+    form, family, tmp_path, calibration, monkeypatch
+):
+    """The same bytes as when all is written at the end; what is rounded is kept beside too."""
+    model = make_model(family)
+    if "narrower" not in form:
+        model.bfloat16()
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    run = partial(
+        prune_folder, tmp_path / "source", calibration=calibration, evaluate=[calibration],
+        **OPTIONS | FORMS[form],
+    )  # fmt: skip
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, on_block=stop_after(2))
+    begun = {n: t for path in (out / SHARDS).iterdir() for n, t in load_file(path).items()}
+    kept = {n for path in (out / BLOCKS).glob("0*") for n in load_file(path)}
+    report = run(out, resume=True)
+    with monkeypatch.context() as patch:
+        in_memory(patch)
+        whole = run(tmp_path / "whole")
+    assert same_model(tmp_path / "whole", out) and report.perplexity == whole.perplexity
+    final = {n: t for path in out.glob("model*.safetensors") for n, t in load_file(path).items()}
+    assert begun.keys() == final.keys()
+    masks = {n.removesuffix(".mask") for n in kept if n.endswith(".mask")}
+    assert masks and all(torch.equal(begun[f"{n}.weight"], final[f"{n}.weight"]) for n in masks)
+    if FORMS[form].get("packed"):
+        assert all(torch.equal(begun[f"{n}.index"], final[f"{n}.index"]) for n in masks)
+    beside = {f"{n}.weight" for n in masks} if "narrower" in form else set()
+    assert {n for n in kept if n.endswith(".weight")} == beside
+
+
+def test_a_weight_that_does_not_fit_ends_a_run_with_its_block(tmp_path, calibration, unstopped):
+    """What is finished stays, and goes on in another dtype; before the first block nothing does."""
+    model = make_model("llama")
+    for block, scale in (0, 1.0), (1, 1e6):
+        model.model.layers[block].mlp.down_proj.weight.data *= scale
+    model.save_pretrained(tmp_path / "source")
+    run = partial(prune_folder, tmp_path / "source", calibration=calibration, **OPTIONS)
+    seen = []
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj.weight: .* float16 can't hold"):
+        run(tmp_path / "out", save_dtype="float16", on_block=lambda *_: seen.append(1))
+    assert len(seen) == 1 and (tmp_path / "out" / MARKER).exists()
+    run(tmp_path / "out", save_dtype="bfloat16", resume=True)
+    run(tmp_path / "whole", save_dtype="bfloat16")
+    assert same_model(tmp_path / "whole", tmp_path / "out")
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj.weight: .* float16 can't hold"):
+        run(tmp_path / "none", save_dtype="float16")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_block_that_was_finished_in_another_form_is_packed_at_the_end(
+    tmp_path, calibration, unstopped
+):
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    for blocks, options in (1, {}), (2, {"shard_size": "1MB", "resume": True}):
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(source, out, calibration, on_block=stop_after(blocks),
+                         **{**OPTIONS, "packed": True, **options})  # fmt: skip
+    prune_folder(source, out, calibration, **OPTIONS, packed=True, resume=True)
+    assert same_model(unstopped(packed=True), out)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_pattern_that_can_not_be_packed_is_refused_before_weights_are_read(
+    dry_run, tmp_path, calibration, monkeypatch
+):
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    monkeypatch.setattr(pipeline.loading, "load_model", None)
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj: pattern: found .* masks of a sc"):
+        prune_folder(source, out, calibration, packed=True, dry_run=dry_run,
+                     **OPTIONS | {"layers": {"*up_proj": {"pattern": "16:32"}}})  # fmt: skip
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("at", [0, 4, 8, 9, 13, 17])

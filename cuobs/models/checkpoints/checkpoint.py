@@ -22,7 +22,14 @@ from cuobs.containers import read_header, write_tensors
 from cuobs.cores import cores
 from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
-from cuobs.models.checkpoints.names import TensorReader, bytes_of, entry_of
+from cuobs.models.checkpoints.names import (
+    TORCH,
+    TensorReader,
+    bytes_of,
+    cast,
+    entry_of,
+    index_name,
+)
 from cuobs.models.checkpoints.shards import fill
 from cuobs.models.checkpoints.source import (
     BLOCKS,
@@ -30,12 +37,14 @@ from cuobs.models.checkpoints.source import (
     MASKS,
     Source,
     Stored,
+    StoredPacked,
     safetensors_header,
     unfinished,
 )
 from cuobs.models.parked import READERS, around, parked, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
+from cuobs.torch.packed import pack_tensor
 
 # What a config says that changes no result: how it was written, and in what the weights lie.
 NO_MATTER = (
@@ -140,25 +149,64 @@ def save_block(folder, index, prefix, block, masks, report, before, places):
     report : BlockReport
     before : str
         Its `digest` before.
-    places : dict of str to Stored
+    places : dict of str to (Stored or StoredPacked)
         Where weights are written, by their names in the model: in files inside ``folder``.
-        Others are kept with the masks.
+        Others are kept with the masks; so are those that they can't be read back from to the last
+        bit, since they are of fewer digits there.
     """
     modules = linears(block)
     tensors = {f"{prefix}.{name}.mask": pack(mask) for name, mask in masks.items()}
     weights = {f"{prefix}.{name}.weight": modules[name].weight.detach() for name in masks}
     mine = {name: places[name] for name in weights if name in places}
-    fill(mine, weights.get)
-    tensors |= {name: weight for name, weight in weights.items() if name not in mine}
-    path = _block_path(os.path.abspath(folder), index)
-    elsewhere = {
-        name: place._replace(file=os.path.relpath(place.file, os.path.dirname(path)))
-        for name, place in mine.items()
+    rounded = _write_in_place(weights, mine)
+    tensors |= {
+        name: weight for name, weight in weights.items() if name not in mine or name in rounded
     }
+    path = _block_path(os.path.abspath(folder), index)
+    elsewhere = {name: _relative(place, os.path.dirname(path)) for name, place in mine.items()}
     _write(path, tensors, {
         "before": before, "report": json.dumps(asdict(report)), "elsewhere": json.dumps(elsewhere),
     })  # fmt: skip
     sync(os.path.dirname(path))
+
+
+def _write_in_place(weights, places):
+    """Write weights where they lie in the end; the names of those that were rounded for that."""
+    rounded, indices = set(), {}
+    packed = {name: place for name, place in places.items() if isinstance(place, StoredPacked)}
+
+    def take(name):
+        weight, place = weights[name], places[name]
+        found = cast(name, weight, TORCH[place.dtype])
+        if not torch.equal(found.to(weight.dtype), weight):
+            rounded.add(name)
+        if name in packed:
+            found = found.T.contiguous() if place.transposed else found
+            found, indices[index_name(name)] = pack_tensor(found, place.pattern, name)
+        return found
+
+    fill(places | {name: place.values for name, place in packed.items()}, take)
+    fill({index_name(name): place.index for name, place in packed.items()}, indices.pop)
+    return rounded
+
+
+def _relative(place, folder):
+    """A place whose files are named from a folder."""
+    if isinstance(place, StoredPacked):
+        return place._replace(
+            values=_relative(place.values, folder), index=_relative(place.index, folder)
+        )
+    return place._replace(file=os.path.relpath(place.file, folder))
+
+
+def _absolute(fields, folder):
+    """The inverse of `_relative`, of what became of a place in JSON."""
+    if isinstance(fields[0], str):
+        file, dtype, shape, start = fields
+        return Stored(os.path.join(folder, file), dtype, tuple(shape), start)
+    values, index, pattern, shape, transposed = fields
+    parts = (_absolute(part, folder) for part in (values, index))
+    return StoredPacked(*parts, pattern, tuple(shape), transposed)
 
 
 def set_aside(folder, title, tensors, metadata=None):
@@ -187,20 +235,33 @@ def _write(path, tensors, metadata=None):
 
 
 def finished(folder, index):
-    """The tensors of a finished block, by their names in the model: a dict of `Stored`."""
+    """The tensors that a run goes on with of a finished block, by their names in the model.
+
+    Returns
+    -------
+    dict of str to (Stored or StoredPacked)
+    """
     return _record(_block_path(os.path.abspath(folder), index))[0]
+
+
+def in_place(folder, index):
+    """Where the weights of a finished block lie that are written as they will be in the end."""
+    return _elsewhere(_block_path(os.path.abspath(folder), index))
 
 
 def _record(path):
     """Where the tensors of a finished block lie, and what its file says of it."""
-    stored, metadata = safetensors_header("", path), read_header(path)[1]
-    for name, place in json.loads(metadata.get("elsewhere", "{}")).items():
-        file, dtype, shape, start = place
-        place = Stored(os.path.join(os.path.dirname(path), file), dtype, tuple(shape), start)
-        if os.path.getsize(place.file) < start + place.nbytes:
-            raise ValueError(f"{place.file} is truncated")
-        stored[name] = place
-    return stored, metadata
+    return _elsewhere(path) | safetensors_header("", path), read_header(path)[1]
+
+
+def _elsewhere(path):
+    found, folder = json.loads(read_header(path)[1].get("elsewhere", "{}")), os.path.dirname(path)
+    places = {name: _absolute(fields, folder) for name, fields in found.items()}
+    for place in places.values():
+        for part in place[:2] if isinstance(place, StoredPacked) else (place,):
+            if os.path.getsize(part.file) < part.start + part.nbytes:
+                raise ValueError(f"{part.file} is truncated")
+    return places
 
 
 def load_block(folder, index, prefix, block, before):
@@ -238,7 +299,7 @@ def _put_back(prefix, block, stored):
         if kind == "mask":
             masks[name] = unpack(read(key), weight.shape[1]).to(weight.device)
         else:
-            weight.data.copy_(read(key))
+            weight.data.copy_(read(key, device=weight.device))
     return masks
 
 

@@ -17,7 +17,15 @@ from cuobs import files
 from cuobs.containers import write_tensors
 from cuobs.models.checkpoints.loading import load_tokenizer
 from cuobs.models.checkpoints.marker import settle, sync
-from cuobs.models.checkpoints.names import TORCH, TensorReader, bytes_of, described, entry_of, equal
+from cuobs.models.checkpoints.names import (
+    TORCH,
+    TensorReader,
+    bytes_of,
+    cast,
+    described,
+    entry_of,
+    equal,
+)
 from cuobs.models.checkpoints.shards import METADATA, WEIGHTS, fill, lay_out, places_in
 from cuobs.models.checkpoints.source import (
     FLOATS,
@@ -80,9 +88,10 @@ def finish(
         over, whatever they are. Of a GGUF nothing is: ``changed`` holds all.
     dst : path
         See `cuobs.models.checkpoints.marker.check_destination`.
-    changed : mapping of str to (tensor or Stored)
+    changed : mapping of str to (tensor, Stored or StoredPacked)
         By the names of the files, see `changed_tensors`; one that is stored in another file, named
-        by its whole path, is read when it is written. Names that the source lacks are added.
+        by its whole path, is read when it is written, and unpacked where it lies packed. Names that
+        the source lacks are added.
         A tensor in floating point that takes the place of another is written in its dtype.
     dropped : collection of str
         Names of the source's tensors that are not written.
@@ -156,13 +165,14 @@ def write_weights(
     """
     stored = source.stored
     held = {name: described(tensor) for name, tensor in changed.items()}
-    read = TensorReader(source, stored | held)
+    elsewhere = {name: at for name, at in changed.items() if not torch.is_tensor(at)}
+    read = TensorReader(source, stored | elsewhere)
     entries = entries_of(stored, held, dropped, save_dtype)
 
     def take(name):
         tensor = changed.get(name)
         tensor = tensor.detach().cpu() if torch.is_tensor(tensor) else read(name)
-        return _cast(name, tensor, TORCH[entries[name].dtype])
+        return cast(name, tensor, TORCH[entries[name].dtype])
 
     parts = lay_out(entries, shard_size)
     if reserved is not None:
@@ -206,18 +216,6 @@ def entries_of(stored, changed, dropped=(), save_dtype=None):
             dtype = like if save_dtype is None else torch_name(save_dtype)
         entries[name] = entry_of(tensor._replace(dtype=dtype))
     return entries
-
-
-def _cast(name, tensor, dtype):
-    if dtype == tensor.dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if torch.isinf(result).any() and not torch.isinf(tensor).any():
-        raise ValueError(
-            f"{name}: found weights up to {float(tensor.abs().max()):.3g}, which "
-            f"{str(dtype).removeprefix('torch.')} can't hold, expected a wider --save-dtype"
-        )
-    return result
 
 
 @contextlib.contextmanager

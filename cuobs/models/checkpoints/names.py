@@ -13,7 +13,8 @@ import torch
 
 from cuobs.containers import Entry
 from cuobs.models import memory
-from cuobs.models.checkpoints.source import Stored, torch_name
+from cuobs.models.checkpoints.source import Stored, StoredPacked, torch_name
+from cuobs.torch.packed import unpack_tensor
 
 # The dtypes of PyTorch by the names that safetensors gives them.
 TORCH = {
@@ -34,16 +35,23 @@ class TensorReader:
     Parameters
     ----------
     source : Source
-    stored : dict of str to Stored
+    stored : dict of str to (Stored or StoredPacked)
     """
 
     def __init__(self, source, stored):
         self._source, self.stored = source, stored
         self._open, self._lock = (None, None), Lock()
 
-    def __call__(self, name, rows=None):
-        """A tensor on the CPU, or some of its rows."""
+    def __call__(self, name, rows=None, device=None):
+        """A tensor on the CPU, or some of its rows; what lies packed is unpacked on a device."""
         entry = self.stored[name]
+        if not isinstance(entry, StoredPacked):
+            return self._read(name, entry, rows)
+        parts = (self._read(name, part).to(device) for part in (entry.values, entry.index))
+        weight = unpack_tensor(*parts, entry.pattern, *entry.shape)
+        return weight.T.contiguous() if entry.transposed else weight
+
+    def _read(self, name, entry, rows=None):
         path = self._source.path(entry.file)
         if entry.start is None:
             with self._lock:
@@ -86,10 +94,26 @@ def bytes_of(tensor):
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def cast(name, tensor, dtype):
+    """A tensor of a name in another dtype, refused where that does not hold its numbers."""
+    if dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if torch.isinf(result).any() and not torch.isinf(tensor).any():
+        raise ValueError(
+            f"{name}: found weights up to {float(tensor.abs().max()):.3g}, which "
+            f"{str(dtype).removeprefix('torch.')} can't hold, expected a wider --save-dtype"
+        )
+    return result
+
+
 def described(tensor):
-    """What a tensor is, wherever it lies: a `Stored`, of one in memory without a file."""
+    """What a whole tensor is, wherever it lies: a `Stored`, of one in memory without a file."""
     if torch.is_tensor(tensor):
         return Stored("", torch_name(tensor.dtype), tuple(tensor.shape))
+    if isinstance(tensor, StoredPacked):
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        return Stored("", tensor.dtype, shape)
     return tensor
 
 
@@ -109,6 +133,11 @@ def _take(file, start, shape, dtype):
             raise OSError(f"{file.name}: found it truncated, expected the file that it was")
         left = left[count:]
     return content.view(dtype).reshape(shape)
+
+
+def index_name(name):
+    """What the index of a packed weight is called beside its values, which have its own name."""
+    return name.removesuffix("weight") + "index"
 
 
 def match(model, source, stored):

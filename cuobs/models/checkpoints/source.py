@@ -94,6 +94,31 @@ class Stored(NamedTuple):
         return count
 
 
+class StoredPacked(NamedTuple):
+    """A weight that lies packed in a checkpoint's files.
+
+    Attributes
+    ----------
+    values, index : Stored
+    pattern : str
+    shape : tuple of int
+        (outputs, inputs) of the weight.
+    transposed : bool
+        Whether a model holds it as (inputs, outputs).
+    """
+
+    values: Stored
+    index: Stored
+    pattern: str
+    shape: tuple
+    transposed: bool = False
+
+    @property
+    def dtype(self):
+        """As safetensors names it."""
+        return self.values.dtype
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint that is read.

@@ -14,21 +14,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import cuobs
-from cuobs import arrays
+from cuobs import arrays, ops, validation
 from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints.card import CARD, stored_otherwise
 from cuobs.models.checkpoints.checkpoint import aside, begin, set_aside
 from cuobs.models.checkpoints.destination import finish
 from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.checkpoints.marker import abandon, check_destination
-from cuobs.models.checkpoints.names import TensorReader
-from cuobs.models.checkpoints.source import METHOD, REPORT, find_source
+from cuobs.models.checkpoints.names import TensorReader, index_name
+from cuobs.models.checkpoints.source import METHOD, REPORT, Stored, find_source
 from cuobs.models.parked import at_hand
+from cuobs.models.pruning.layers import choose_layers
 from cuobs.models.report import read_report
 from cuobs.models.structure import find_blocks, is_transposed, linears, oriented, shared_weights
 from cuobs.ops.packed import VERSION
@@ -82,13 +83,18 @@ class Packing:
 
     def config(self) -> dict:
         """What ``config.json`` says of it."""
-        return {
-            "quant_method": METHOD, "version": VERSION, "pattern": ", ".join(self._patterns()),
-            "modules": self.modules,
-        }  # fmt: skip
+        return packed_config(self.modules)
 
     def _patterns(self):
         return list(dict.fromkeys(self.modules.values()))
+
+
+def packed_config(modules):
+    """What ``config.json`` says of packed linears, from the pattern of each by its name."""
+    return {
+        "quant_method": METHOD, "version": VERSION,
+        "pattern": ", ".join(dict.fromkeys(modules.values())), "modules": modules,
+    }  # fmt: skip
 
 
 @plain_torch()
@@ -251,8 +257,50 @@ def _pack_block(stored, read, shared, patterns, place, modules):
             continue
         values, index = (t.cpu() for t in pack_tensor(weight, own, file_name))
         _note(part, name, weight, values, index, pattern_text(own))
-        packed[file_name], packed[_index_name(file_name)] = values, index
+        packed[file_name], packed[index_name(file_name)] = values, index
     return packed, part
+
+
+class Form(NamedTuple):
+    """How a weight will lie packed.
+
+    Attributes
+    ----------
+    pattern : str
+    shape : tuple of int
+        (outputs, inputs).
+    transposed : bool
+        Whether the model holds it as (inputs, outputs).
+    """
+
+    pattern: str
+    shape: tuple
+    transposed: bool
+
+    def described(self, name, dtype):
+        """Its values and its index, by names in the files: `Stored` that are in none yet."""
+        form = ops.tiling(parse(self.pattern).compile(*self.shape))
+        return {name: Stored("", dtype, form.values_shape),
+                index_name(name): Stored("", "I32", form.index_shape)}  # fmt: skip
+
+
+def packed_forms(model, recipe):
+    """The `Form` of each linear that is pruned, by its name; its weights are not looked at.
+
+    Raises
+    ------
+    ValueError
+        A pattern has more masks than an index can number.
+    """
+    prefix, blocks = find_blocks(model)
+    forms = {}
+    for (index, inner), own in choose_layers(model, prefix, blocks, recipe).recipes.items():
+        name, module = f"{prefix}.{index}.{inner}", linears(blocks[index])[inner]
+        shape = tuple(oriented(module).shape)
+        with validation.naming(name):
+            ops.tiling(own.pattern.compile(*shape))
+        forms[name] = Form(pattern_text(own.pattern), shape, is_transposed(module))
+    return forms
 
 
 def pack_changed(model, changed, names, pattern_of, keep):
@@ -291,7 +339,7 @@ def pack_changed(model, changed, names, pattern_of, keep):
                     continue
                 values, index_of = (t.cpu() for t in pack_tensor(weight, own, name))
                 _note(found, name, weight, values, index_of, pattern_text(own))
-                packed[file_name], packed[_index_name(file_name)] = values, index_of
+                packed[file_name], packed[index_name(file_name)] = values, index_of
         changed |= keep(index, packed) if packed else {}
     if not found.modules:
         _refuse("model", found)
@@ -337,14 +385,14 @@ def unpack_folder(
     for done, (name, pattern) in enumerate(modules.items(), 1):
         module = model.get_submodule(name)
         file_name = _file_name(f"{name}.weight", stored)
-        index_name = file_name and _index_name(file_name)
-        if index_name not in stored:
+        beside = file_name and index_name(file_name)
+        if beside not in stored:
             raise ValueError(f"{source.name}: found no {name}.index, expected all packed weights")
         weight = unpack_tensor(
-            read(file_name), read(index_name), pattern, *oriented(module).shape
+            read(file_name), read(beside), pattern, *oriented(module).shape
         )
         changed[file_name] = (weight.T if is_transposed(module) else weight).contiguous()
-        dropped.add(index_name)
+        dropped.add(beside)
         if progress:
             progress(done, len(modules))
     finish(
@@ -448,10 +496,6 @@ def _file_name(name, stored):
         return name
     found = [n for n in stored if n.endswith("." + name) or name.endswith("." + n)]
     return found[0] if len(found) == 1 else None
-
-
-def _index_name(file_name):
-    return file_name.removesuffix("weight") + "index"
 
 
 def _report_of(source):

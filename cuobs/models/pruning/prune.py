@@ -102,7 +102,7 @@ def prune_model(
     dtypes : dict of str to torch.dtype, optional
         To what new weights are rounded, by their names in the model: what they will be written in,
         where that is narrower than what they are held in.
-    places : dict of str to Stored, optional
+    places : dict of str to (Stored or StoredPacked), optional
         Where finished weights are written, by their names in the model, see
         `cuobs.models.checkpoints.checkpoint.save_block`; the files are there once ``starting`` was
         called.

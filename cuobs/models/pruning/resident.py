@@ -108,7 +108,7 @@ class Resident:
         sources = {id(tensor): (tensor, tensor.detach) for tensor in self._away(index)}
         own = parked(self._blocks[index])
         for slot in own.slots if own is not None else ():
-            sources[slot.name] = slot.held[slot.key], partial(own.take, slot)
+            sources[slot.name] = slot.held[slot.key], partial(own.take, slot, self._device)
         try:
             copies = {
                 n: torch.empty_like(like, device=self._device, requires_grad=False)
