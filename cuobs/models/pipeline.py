@@ -49,7 +49,7 @@ from cuobs.models.rotating.folding import untied_config
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.summary import outcome, summary
 from cuobs.models.tokens.calibration import load_tokens
-from cuobs.models.tokens.mixture import Unwritten, WindowReader, gather
+from cuobs.models.tokens.mixture import Unwritten, WindowReader, gather, read_given
 from cuobs.models.tokens.windows import check_windows
 
 # Windows that the model wrote for a run, while it goes on.
@@ -382,17 +382,16 @@ def _read_all(run, model, distill, place, view, kind=WindowReader, alone=None):
         progress=view.progress and partial(view.progress, "windows of the model's own"),
         alone=alone,
     )  # fmt: skip
-    mixture = gather(
-        run.calibration, run.distill_calibration, reader, samples=run.samples,
-        length=run.sequence_length, distill=distill,
-    )  # fmt: skip
-    if distill:
-        split_windows(len(mixture.distilling))
-    length = mixture.pruning.shape[1]
+    sources = run.calibration, run.distill_calibration, reader
+    given, length = read_given(*sources, samples=run.samples, length=run.sequence_length)
+    # Before the model writes for minutes.
     texts = {
         name: reader.read(spec, None, length)
         for name, spec in zip(_short_names(run.evaluate), run.evaluate, strict=True)
     }
+    mixture = gather(given, *sources, samples=run.samples, length=length, distill=distill)
+    if distill:
+        split_windows(len(mixture.distilling))
     mask = run.attention_mask and load_tokens(run.attention_mask, run.samples, length, kinds="biu")
     return mixture, mask, texts
 

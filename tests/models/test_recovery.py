@@ -25,7 +25,7 @@ from cuobs.models.report import read_report
 from cuobs.models.structure import find_blocks, linears
 from cuobs.models.summary import summary
 from cuobs.models.tokens import mixture
-from cuobs.models.tokens.mixture import gather
+from cuobs.models.tokens.mixture import gather, read_given
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -49,7 +49,10 @@ class WindowReader:
         return np.full((samples or 9, length or lengths.get(spec, 5)), mark)
 
     def write(self, windows, length):
-        return np.full((windows, length or 9), 7000 + windows)
+        return np.full((windows, length), 7000 + windows)
+
+    def default_length(self):
+        return 9
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,9 @@ class WindowReader:
     ],
 )
 def test_what_prunes_and_what_distils_alone(calibration, distillation, distill, pruning, others):
-    found = gather(calibration, distillation, WindowReader(), samples=4, distill=distill)
+    sources = calibration, distillation, WindowReader()
+    given, length = read_given(*sources, samples=4)
+    found = gather(given, *sources, samples=4, length=length, distill=distill)
     counts = {"self": 4 if not distill else 1024}
     marks = {"a": 1, "b": 2, **{s: 7000 + (counts.get(s) or int(s[5:])) for s in
              ("self", "self:6", "self:5")}}  # fmt: skip
@@ -86,12 +91,13 @@ def test_what_prunes_and_what_distils_alone(calibration, distillation, distill, 
 
 def test_windows_of_two_lengths_are_refused():
     with pytest.raises(ValueError, match="bb.npy: found windows of 6, expected 5 as of the others"):
-        gather(["a.npy", "bb.npy"], [], WindowReader(), samples=3)
-    found = gather(["a.npy", "bb.npy"], [], WindowReader(), samples=3, length=4)
-    assert found.pruning.shape == (6, 4)
+        read_given(["a.npy", "bb.npy", "self"], [], WindowReader(), samples=3)
+    found, length = read_given(["a.npy", "bb.npy"], [], WindowReader(), samples=3, length=4)
+    assert {part.shape for part in found.values()} == {(3, 4)} and length == 4
     # A text can be cut to the length of what is there already.
-    found = gather(["text", "bb.npy"], [], WindowReader(), samples=3)
-    assert found.pruning.shape == (6, 6)
+    found, length = read_given(["text", "bb.npy"], [], WindowReader(), samples=3)
+    assert {part.shape for part in found.values()} == {(3, 6)} and length == 6
+    assert read_given(["self"], ["self:3"], WindowReader(), samples=3) == ({}, 9)
 
 
 def test_folder_is_distilled_and_opens_everywhere(source, tmp_path, calibration):
@@ -207,6 +213,14 @@ def test_nothing_compiles_beside_a_model_that_writes(source, tmp_path, monkeypat
     monkeypatch.setattr(mixture, "write_windows", write)
     prune_folder(source, tmp_path / "out", ["self:4"], sequence_length=8, device="cpu", **WORST)
     assert events[:2] == ["compiled", "writes"]
+
+
+def test_texts_are_read_before_a_model_writes(source, tmp_path, calibration, monkeypatch):
+    monkeypatch.setattr(mixture, "write_windows", lambda *args, **kwargs: pytest.fail("wrote"))
+    with pytest.raises(ValueError, match="tokens.npy: found windows of 24 .* at least 64"):
+        prune_folder(
+            source, tmp_path / "out", "self:4", evaluate=[calibration], device="cpu", **WORST
+        )
 
 
 def test_windows_in_a_file(source, tmp_path):

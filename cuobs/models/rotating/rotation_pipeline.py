@@ -24,7 +24,7 @@ from cuobs.models.ranks import joined
 from cuobs.models.rotating.folding import check_logits, logits_of, untied_config
 from cuobs.models.rotating.rotation import rotate
 from cuobs.models.tokens.calibration import load_tokens
-from cuobs.models.tokens.mixture import WindowReader, gather
+from cuobs.models.tokens.mixture import WindowReader, gather, read_given
 
 REPORT = "cuobs_rotation.json"
 
@@ -73,7 +73,9 @@ def _read(run, model, progress):
         trust_remote_code=run.trust_remote_code,
         progress=progress and partial(progress, "windows of the model's own"),
     )  # fmt: skip
-    return gather(run.calibration, [], reader, samples=run.samples, length=run.sequence_length)
+    sources = run.calibration, [], reader
+    given, length = read_given(*sources, samples=run.samples, length=run.sequence_length)
+    return gather(given, *sources, samples=run.samples, length=length)
 
 
 def _write(run, model, names, report, save_dtype):

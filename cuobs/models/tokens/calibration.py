@@ -144,7 +144,8 @@ def load_tokens(
         raise ValueError(f"{spec}: found shape {tokens.shape}, expected (windows, length)")
     if length is not None and length > tokens.shape[1]:
         raise ValueError(
-            f"{spec}: found windows of {tokens.shape[1]} tokens, expected at least {length}"
+            f"{spec}: found windows of {tokens.shape[1]} tokens, expected at least {length}; "
+            "sequence_length says how long windows are"
         )
     return np.asarray(tokens[:samples, :length], np.int64)
 

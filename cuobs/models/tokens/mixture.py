@@ -60,7 +60,34 @@ class Mixture(NamedTuple):
             yield f"{spec}: {documents}{count} windows of {self.pruning.shape[1]} tokens{how}"
 
 
-def gather(calibration, distillation, reader, *, samples, length=None, distill=0):
+def read_given(calibration, distillation, reader, *, samples, length=None):
+    """The windows that lie in texts and files, and how long those of all sources are to be.
+
+    Parameters
+    ----------
+    calibration, distillation, reader, samples, length
+        See `gather`.
+
+    Returns
+    -------
+    found : dict of str to ndarray
+    length : int
+    """
+    found, told = {}, length
+    given = [spec for spec in (*calibration, *distillation) if self_written(spec) is None]
+    for spec in sorted(given, key=is_tokens, reverse=True):  # their length is that of all
+        most = samples if spec in calibration else None
+        found[spec] = reader.read(spec, most, told if is_tokens(spec) else length)
+        length = length or found[spec].shape[1]
+    if bad := [spec for spec, part in found.items() if part.shape[1] != length]:
+        raise ValueError(
+            f"{bad[0]}: found windows of {found[bad[0]].shape[1]}, expected {length} as of the "
+            "others; sequence_length cuts them"
+        )
+    return found, length or reader.default_length()
+
+
+def gather(given, calibration, distillation, reader, *, samples, length, distill=0):
     """Windows of all sources.
 
     What the model writes itself serves distillation alone where there is something else to prune
@@ -68,12 +95,14 @@ def gather(calibration, distillation, reader, *, samples, length=None, distill=0
 
     Parameters
     ----------
+    given : dict of str to ndarray
+        Those that the model does not write, see `read_given`.
     calibration, distillation : list of str
         What prunes and distils, and what distils alone: texts, ``tokens.npz:key``, ``self:1024``.
     reader : WindowReader
     samples : int
         Windows of each text or file that prune.
-    length : int or None
+    length : int
     distill : int
         Passes of distillation; without any, all windows prune.
 
@@ -81,24 +110,12 @@ def gather(calibration, distillation, reader, *, samples, length=None, distill=0
     -------
     Mixture
     """
-    own = [spec for spec in calibration if self_written(spec) is not None]
-    others = [spec for spec in calibration if self_written(spec) is None]
-    found, told = {}, length
-    given = others + [s for s in distillation if self_written(s) is None]
-    for spec in sorted(given, key=is_tokens, reverse=True):  # their length is that of all
-        most = samples if spec in others else None
-        found[spec] = reader.read(spec, most, told if is_tokens(spec) else length)
-        length = length or found[spec].shape[1]
-    own += [spec for spec in distillation if self_written(spec) is not None]
+    found = dict(given)
+    others = [spec for spec in calibration if spec in given]
+    own = [spec for spec in (*calibration, *distillation) if spec not in given]
     for spec in own:
         named = ":" in spec or distill
         found[spec] = reader.write(self_written(spec) if named else samples, length)
-        length = length or found[spec].shape[1]
-    if bad := [spec for spec, part in found.items() if part.shape[1] != length]:
-        raise ValueError(
-            f"{bad[0]}: found windows of {found[bad[0]].shape[1]}, expected {length} as of the "
-            "others; sequence_length cuts them"
-        )
     pruning = others + ([] if others and distill else [s for s in calibration if s in own])
     parts = [found[s][:samples] if s in own and distill else found[s] for s in pruning]
     rest = [found[s][samples:] for s in pruning if s in own and distill]
@@ -153,14 +170,18 @@ class WindowReader:
         else:
             if self._tokenizer is None:  # opened when the first text is read
                 self._tokenizer = load_tokenizer(self._source, self._trust)
-            length = length or default_length(self._model)
+            length = length or self.default_length()
             found = tokenize(spec, self._tokenizer, length, samples, self._seed)
         with validation.naming(spec):
             return check_tokens(self._model, found)
 
+    def default_length(self):
+        """Tokens of a window where nothing says how many."""
+        return default_length(self._model)
+
     def write(self, windows, length, temperature=1.0):
         """Windows that the model samples itself, or those that it has before."""
-        length = length or default_length(self._model)
+        length = length or self.default_length()
         made_of = json.dumps([self._source.name, windows, length, self._seed])
         if self._stored is not None and os.path.exists(self._stored):
             before = files.load_arrays(self._stored)
@@ -185,7 +206,7 @@ class Unwritten(WindowReader):
 
     def write(self, windows, length, temperature=1.0):
         """Windows of zeros."""
-        return np.zeros((windows, length or default_length(self._model)), np.int64)
+        return np.zeros((windows, length or self.default_length()), np.int64)
 
 
 def special_tokens(source, model, trust_remote_code=False):
