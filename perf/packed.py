@@ -108,8 +108,10 @@ def compile_all(plan):
         layout = parse(pattern).compile(*map(int, shape.split("x")))
         for dtype, tokens in itertools.product(dtypes, counts):
             most = 1 << (tokens - 1).bit_length()
-            for way in packed_ways.ways(layout, most, packed_ways.device(0)):
-                jobs[pattern, dtype, packed_ways.compiled(way)] = layout
+            here = packed_ways.device(0)
+            for way in packed_ways.ways(layout, most, here):
+                for program in packed_ways.programs(layout, way, most, here):
+                    jobs[pattern, dtype, program] = layout
 
     def compile_one(job):
         (_, dtype, way), layout = job

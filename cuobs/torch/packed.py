@@ -1,9 +1,8 @@
 """Linear layers that hold packed weights."""
 
 import re
-import threading
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ from cuobs import ops
 from cuobs.arrays import cupy_fault, receive, stream_of
 from cuobs.packed import check_obeys
 from cuobs.pattern import parse
+from cuobs.torch.graphs import record
 
 # Unsigned integers of as many bytes as a float has, as NumPy calls them.
 BITS = {2: (torch.int16, "uint16"), 4: (torch.int32, "uint32"), 8: (torch.int64, "uint64")}
 HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_RECORDING = threading.Lock()
 
 
 class PackedLinear(nn.Module):
@@ -302,35 +301,10 @@ def _way(layout, dtype, x, weight, run):
     def trial():
         copies = turns(sum(part.nbytes for part in weight)) - 1
         copied = [tuple(part.clone() for part in weight) for _ in range(copies)]
-        return Trial(run, [weight, *copied], _record)
+        return Trial(run, [weight, *copied], partial(record, warm_up=0))
 
     with stream_of(x):
         return chosen(layout, dtype, len(x), number, trial)
-
-
-def _record(function):
-    """What a function enqueues, as a graph that keeps its memory to itself."""
-    graph, stream = torch.cuda.CUDAGraph(), _aside(torch.cuda.current_device())
-    with _RECORDING:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            _capture(graph, function)
-    return graph.replay
-
-
-def _capture(graph, function):
-    graph.capture_begin(capture_error_mode="thread_local")
-    try:
-        function()
-    finally:
-        graph.capture_end()
-
-
-@lru_cache(maxsize=16)
-def _aside(number):
-    """The stream of a device on which graphs are recorded."""
-    # One for all: PyTorch keeps a workspace of cuBLAS for each stream that it met, and for good.
-    return torch.cuda.Stream(number)
 
 
 def arranged(x, layout):

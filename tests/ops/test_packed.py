@@ -1,6 +1,7 @@
 """Packed weights: the bytes, the products, and the kernels beside the NumPy body."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -248,20 +249,52 @@ def test_what_sparse_tensor_cores_read(text):
 
 
 def test_what_begins_early_reads_no_cache_of_constants():
-    """Which may hold what was there before the kernel that it did not wait for to begin."""
-    source = packed_hopper.SOURCE.read_text()
-    assert source.count("griddepcontrol.wait") == source.count("griddepcontrol.launch") == 2
-    for word in ("__ldg", "__restrict__", "global.nc", "stream("):
-        assert word not in source
+    """Which may hold what was there before the kernel that it did not wait for to begin.
+
+    The compiler moves such loads to before the wait, too.
+    """
+    folder = packed_hopper.SOURCE.parent
+    source = {name: (folder / name).read_text()
+              for name in ("packed.cu", "packed.cuh", "packed_hopper.cu")}  # fmt: skip
+    assert [t.count("griddepcontrol.launch") for t in source.values()] == [1, 0, 2]
+    assert [t.count('volatile("griddepcontrol.wait') for t in source.values()] == [1, 0, 2]
+    for text in source.values():
+        for word in ("__ldg(", "__restrict__", "global.nc"):
+            assert word not in text
+        for load in re.findall(r"asm[^;]*?\"ld\.", text):
+            assert load.startswith("asm volatile(")
 
 
 def test_blocks_of_hopper():
     """As many as run at once, or all where they add up among themselves."""
     layout = parse("2:4").compile(1000, 4096)
     way = packed_ways.Way("sparse", 4)
-    assert packed_hopper.grid_blocks(layout, way, 33, 132) == 8 * 2
-    assert packed_hopper.grid_blocks(layout, way._replace(splits=4), 33, 132) == 8 * 2 * 4
-    assert packed_hopper.grid_blocks(layout, way._replace(sharing=2), 4096, 133) == 132
+    rows = packed_hopper.row_blocks(layout)
+    assert rows == 8
+    assert packed_hopper.grid_blocks(way, rows, 33, 132) == 8 * 2
+    assert packed_hopper.grid_blocks(way._replace(splits=4), rows, 33, 132) == 8 * 2 * 4
+    assert packed_hopper.grid_blocks(way._replace(sharing=2), rows, 4096, 133) == 132
+
+
+@pytest.mark.parametrize("text", ["2:4", "block16-row8"])
+def test_the_last_rows_share_columns(text):
+    """Rows that fill the processors whole times, and the rest: together all, and each once."""
+    layout = parse(text).compile(14336, 4096)
+    found = [way for way in packed_ways.ways(layout, 1024, H100) if way.rest > 1]
+    assert {way.sharing for way in found} == {1, 2}
+    for way in found:
+        main, last = packed_ways.shares(layout, way, 1024, H100)
+        assert (main.first, main.count + last.count) == (0, 112) and last.first == main.count
+        parts = main.count // way.sharing * 4
+        assert parts <= 3 * (132 // way.sharing) < parts + 4
+        assert last.way.splits == way.rest and last.way.sharing == 1
+        assert 66 < last.count * 4 * way.rest <= 132
+        assert packed_ways.programs(layout, way, 1024, H100) == [main.way, last.way]
+        # Of fewer tokens, where there is nothing to win: as without.
+        assert packed_ways.shares(layout, way, 100, H100) == [(main.way, 0, 112)]
+    for M, tokens in ((4096, 1024), (14336 + 64, 1024), (14336, 64)):
+        layout = parse(text).compile(M, 4096)
+        assert all(way.rest == 1 for way in packed_ways.ways(layout, tokens, H100))
 
 
 @pytest.mark.parametrize("kernel", ["many", "sparse"])
@@ -325,14 +358,16 @@ def test_a_measured_way_is_kept(tmp_path, monkeypatch):
     packed_ways._known.cache_clear()
 
 
-def test_ways_that_come_near_are_timed_twice(monkeypatch):
-    """And count by their better time; where no graph can be captured all are timed by events."""
-    times = {"a": [1.0, 1.2], "b": [1.04, 0.9], "c": [1.2]}
-    monkeypatch.setattr(packed_ways, "_graph_seconds", lambda trial, way, n: times[way].pop(0))
-    assert packed_ways._fastest(None, "abc", 8) == "b"
-    assert times == {"a": [], "b": [], "c": []}
+def test_ways_that_come_near_are_timed_again(monkeypatch):
+    """In turn, and count by their best; where no graph can be captured all are timed by events."""
+    times = {"a": [1.0, 1.2, 1.1], "b": [1.08, 1.1, 0.9], "c": [1.2]}
+    order = []
+    monkeypatch.setattr(packed_ways, "_graph_seconds",
+                        lambda trial, way, n: order.append(way) or times[way].pop(0))
+    assert packed_ways._fastest(None, ["a", "b", "c"], 8) == "b"
+    assert "".join(order) == "abcabab"
     times = {"a": [1.0], "b": [1.2]}
-    assert packed_ways._fastest(None, "ab", 8) == "a"
+    assert packed_ways._fastest(None, ["a", "b"], 8) == "a"
 
     def refuse(function):
         raise RuntimeError("captured by another")
@@ -341,7 +376,7 @@ def test_ways_that_come_near_are_timed_twice(monkeypatch):
     monkeypatch.setattr(packed_ways, "_event_seconds", lambda trial, way, n: {"a": 2, "b": 1}[way])
     ran = []
     trial = packed_ways.Trial(lambda way, weight: ran.append((way, weight)), [0], refuse)
-    assert packed_ways._fastest(trial, "ab", 8) == "b" and ran == [("a", 0)]
+    assert packed_ways._fastest(trial, ["a", "b"], 8) == "b" and ran == [("a", 0)]
 
 
 def test_weights_that_take_turns(monkeypatch):
@@ -468,6 +503,39 @@ def test_blocks_of_hopper_that_work_together(text, dtype, cupy):
                     ), kernels.Stream(cupy.cuda.get_current_stream().ptr))  # fmt: skip
                     error = np.linalg.norm(wide(out.get()) - expected[:tokens])
                     assert error <= 4e-3 * np.linalg.norm(expected[:tokens]), way
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["2:4", "4:8", "block16-row8"])
+def test_the_last_rows_together(text, cupy):
+    """What two launches write lies in its rows, with its bias; nothing is left out."""
+    from cuobs.ops.cuda import packed as kernels
+
+    device = packed_ways.device(0)
+    if device.capability != 90:
+        pytest.skip("not Hopper")
+    rng = np.random.default_rng(0)
+    layout = parse(text).compile(128 * (device.processors + 9), 320)
+    W = random_weight(layout, rng)
+    X = rng.standard_normal((33, 320)).astype(np.float16)
+    bias = rng.standard_normal(len(W)).astype(np.float16)
+    expected = X.astype(np.float32) @ W.T.astype(np.float32) + bias
+    values, index = packed.pack(cupy.asarray(W), layout)
+    inputs, on_device = kernels.arranged(cupy.asarray(X), layout), cupy.asarray(bias)
+    rows, _ = kernels.tables(layout, 0)
+    for sharing in (1, 2):
+        way = packed_ways.deepest(layout, packed_ways.Way(
+            packed_hopper.kernel_of(layout), 8, sharing=sharing), device)  # fmt: skip
+        rest, *_ = packed_ways._rests(layout, way, 33, device)
+        assert len(packed_ways.shares(layout, way._replace(rest=rest), 33, device)) == 2
+        out = cupy.full((33, len(W)), 0x7E00, np.uint16)
+        room = cupy.full(kernels.room_bytes(layout, way, 33), 0xFF, np.uint8)
+        kernels.multiply(layout, "float16", way._replace(rest=rest), kernels.Operands(
+            values.data.ptr, index.data.ptr, inputs.data.ptr, on_device.data.ptr, out.data.ptr,
+            room.data.ptr, rows, 33,
+        ), kernels.Stream(cupy.cuda.get_current_stream().ptr))  # fmt: skip
+        error = np.linalg.norm(out.get().view(np.float16) - expected)
+        assert error <= 4e-3 * np.linalg.norm(expected), way
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from cuobs.models.packed.packing import pack_model
 from cuobs.models.packed.timing import check_device, keep_largest
 from cuobs.models.structure import find_blocks, linears, oriented
 from cuobs.pattern import parse, verify
+from cuobs.torch.graphs import record
 
 __all__ = ["SEQUENCES", "Generation", "generation"]
 
@@ -231,22 +232,14 @@ def _tokens_a_second(model, length, new_tokens, compiled, sequences):
     """Of a model whose ``compiled`` blocks are compiled first."""
     decoder = Decoder(model, sequences, length)
     decoder.step()  # the cache is made, and kernels of packed weights are chosen
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
     with _compiled(compiled):
-        with torch.cuda.stream(stream):
-            for _ in range(PROMPT // 4):
-                decoder.step()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            decoder.step()
+        replay = record(decoder.step, warm_up=PROMPT // 4)
     for _ in range(2):
-        graph.replay()
+        replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(new_tokens):
-        graph.replay()
+        replay()
     end.record()
     end.synchronize()
     return 1000 * sequences * new_tokens / start.elapsed_time(end)

@@ -19,6 +19,7 @@ import cuobs
 from cuobs import plotting, validation
 from cuobs.models.checkpoints.loading import empty_model
 from cuobs.models.structure import find_blocks, linears, oriented
+from cuobs.torch.graphs import record
 from cuobs.torch.packed import PackedLinear
 
 __all__ = ["BATCHES", "Timing", "graph_seconds", "layer_shapes", "picture", "speedup", "verdict"]
@@ -224,23 +225,19 @@ def keep_largest(W, pattern):
 
 def graph_seconds(functions):
     """The median time of one of some functions that take turns in a CUDA graph."""
-    warm = torch.cuda.Stream()
-    warm.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm):
-        for function in functions:
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def enqueue():
         for _ in range(ROUNDS):
             for function in functions:
                 function()
-    graph.replay()
+
+    replay = record(enqueue)
+    replay()
     times = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)

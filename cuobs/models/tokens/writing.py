@@ -18,8 +18,9 @@ from transformers import Cache
 from cuobs import validation
 from cuobs.models import memory
 from cuobs.models.blocks import evaluating, plain_torch
+from cuobs.models.tokens.attention import attention, refuse_more, sees_all
 from cuobs.models.tokens.calibration import SELF_WINDOWS, longest_window
-from cuobs.models.tokens.replay import attention, record, refuse_more, sees_all
+from cuobs.torch.graphs import record
 
 # Windows that are written side by side.
 BATCH_WINDOWS = {"cpu": 32, "cuda": 512}

@@ -5,7 +5,8 @@ waits, by ``griddepcontrol.wait``, before it reads what the other writes: progra
 launch, from Hopper on, in streams and in the CUDA graphs that are captured from them.
 
 Such a kernel reads nothing by ``ld.global.nc``, of which ``__ldg`` and ``const __restrict__`` make
-use: what that needs, data that nobody writes from the kernel's start on, is not so here.
+use: what that needs, data that nobody writes from the kernel's start on, is not so here, and the
+compiler moves such loads to before the wait.
 """
 
 import ctypes

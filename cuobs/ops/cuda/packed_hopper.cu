@@ -287,25 +287,43 @@ __device__ __forceinline__ void leave(const float (&sum)[GROUPS][4], char* sums)
 __device__ __forceinline__ void add_up(const unsigned sums, const int rank, const REAL* bias,
                                        REAL* out, const int M, const int tokens,
                                        const int row_block, const int first_token) {
-    const int begin = TOKENS * rank / SPLITS, end = TOKENS * (rank + 1) / SPLITS;
-    for (int e = threadIdx.x; e < (end - begin) * 32; e += THREADS) {
-        const int mine = begin + e / 32, token = first_token + mine;
-        const int row = row_block * BLOCK_ROWS + e % 32 * 4;
-        if (token >= tokens || row >= M) continue;
-        float total[4];
+    const int begin = TOKENS * rank / SPLITS, count = (TOKENS * (rank + 1) / SPLITS - begin) * 32;
+    // Several at once: a load from another block takes as long as tens of them. Each is used, as
+    // that block is there no longer than until all have what they use.
+    constexpr int AT_ONCE = SPLITS > 4 ? 2 : 4;
+    for (int first = threadIdx.x; first < count; first += AT_ONCE * THREADS) {
+        float part[AT_ONCE][SPLITS][4];
+        bool used[AT_ONCE];
 #pragma unroll
-        for (int k = 0; k < 4; k++) total[k] = bias ? widen(bias[row + k]) : 0;
+        for (int n = 0; n < AT_ONCE; n++) {
+            const int e = first + n * THREADS;
+            used[n] = e < count && first_token + begin + e / 32 < tokens &&
+                      row_block * BLOCK_ROWS + e % 32 * 4 < M;
+            const unsigned from = sums + (begin + e / 32) * SUM_ROW + e % 32 * 16;
 #pragma unroll
-        for (int s = 0; s < SPLITS; s++) {
-            float part[4];
-            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
-                         : "r"(in_block(sums + mine * SUM_ROW + e % 32 * 16, s)));
-#pragma unroll
-            for (int k = 0; k < 4; k++) total[k] += part[k];
+            for (int s = 0; s < SPLITS; s++) {
+                float(&p)[4] = part[n][s];
+                if (used[n])
+                    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                 : "=f"(p[0]), "=f"(p[1]), "=f"(p[2]), "=f"(p[3])
+                                 : "r"(in_block(from, s)));
+            }
         }
-        *reinterpret_cast<uint2*>(out + (long long)token * M + row) =
-            make_uint2(two(total[0], total[1]), two(total[2], total[3]));
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+            if (!used[n]) continue;
+            const int e = first + n * THREADS, token = first_token + begin + e / 32;
+            const int row = row_block * BLOCK_ROWS + e % 32 * 4;
+            float total[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                total[k] = bias ? widen(bias[row + k]) : 0;
+#pragma unroll
+                for (int s = 0; s < SPLITS; s++) total[k] += part[n][s][k];
+            }
+            *reinterpret_cast<uint2*>(out + (long long)token * M + row) =
+                make_uint2(two(total[0], total[1]), two(total[2], total[3]));
+        }
     }
 }
 
@@ -415,6 +433,14 @@ __device__ __forceinline__ void bring_in(const Block& block, const Map& values_m
         for (int j = block.begin - LEAD; j < block.end; j++) {
             if (!SPARSE && j + LEAD < block.end) bring_tiles(part, j + LEAD);
             if (j >= block.begin) bring(part, j);
+        }
+    }
+    // What other blocks say of this one's stages has to come before its memory is another's.
+    if constexpr (SHARING > 1) {
+#pragma unroll 1
+        for (int s = 0; s < STAGES; s++) {
+            wait_for(block.empty + place.slot * 8, place.parity ^ 1);
+            place.advance();
         }
     }
 }

@@ -242,8 +242,13 @@ def tensor_map(address, element, sizes, strides, box, swizzle):
     return TensorMap(aligned, memory)
 
 
-def maps(layout, way, operands):
-    """Tensor maps of values, index words and inputs."""
+def row_blocks(layout):
+    """Blocks of rows of the weight, each of a block of threads."""
+    return -(-tiling(layout).row_tiles * TILE_ROWS // BLOCK_ROWS)
+
+
+def maps(layout, way, operands, row_tiles):
+    """Tensor maps of values and index words, of so many tiles of rows, and of inputs."""
     form = tiling(layout)
     o, width = operands, len(columns_of(layout))
     inputs = tensor_map(
@@ -252,10 +257,10 @@ def maps(layout, way, operands):
     )  # fmt: skip
     # What stays packed is multiplied as rows of 32 values; what is expanded is read load by load.
     lines = (32, TILE_ROWS) if way.kernel == "sparse" else (256, form.loads)
-    values = _tiles(o.values, UINT16, lines, form.column_tiles, form.row_tiles,
+    values = _tiles(o.values, UINT16, lines, form.column_tiles, row_tiles,
                     SWIZZLE_64 if way.kernel == "sparse" else PLAIN)  # fmt: skip
     groups = -(-form.column_tiles // form.word_tiles)
-    index = _tiles(o.index, UINT32, (32, form.words), groups, form.row_tiles, PLAIN)
+    index = _tiles(o.index, UINT32, (32, form.words), groups, row_tiles, PLAIN)
     return values, index, inputs
 
 
@@ -269,9 +274,9 @@ def _tiles(address, element, lines, across, down, swizzle):
     )  # fmt: skip
 
 
-def grid_blocks(layout, way, tokens, processors):
-    """Blocks of a launch: all of them where they share columns, else as many as run at once."""
-    rows = -(-tiling(layout).row_tiles * TILE_ROWS // BLOCK_ROWS)
+def grid_blocks(way, rows, tokens, processors):
+    """Blocks of a launch on so many blocks of rows: all of them where they share columns, else as
+    many as run at once."""
     clusters = -(-rows // way.sharing) * -(-tokens // (8 * way.groups))
     if way.splits == 1:
         clusters = min(clusters, max(1, way.resident * processors // way.sharing))
@@ -288,22 +293,59 @@ def room_bytes(layout, tokens):
     return 2 * tokens * len(columns_of(layout)) if arranges(layout) else 0
 
 
-def multiply(function, layout, way, operands, processors, number, stream):
-    """Launch the product of a way on a device; ``function`` gives its kernels by their names."""
-    form, o = tiling(layout), operands
+def multiply(function, layout, shares, operands, processors, number, stream):
+    """Launch products on a device.
+
+    Parameters
+    ----------
+    function : callable
+        Gives a kernel of a way by its name.
+    layout : Layout
+    shares : list of Share
+        See `packed_ways.shares`.
+    operands : Operands
+    processors, number : int
+        Of the device.
+    stream : Stream
+    """
+    o = operands
     if arranges(layout):
         pieces = room_bytes(layout, o.tokens) // 16
         args = np.uint64(o.inputs), np.uint64(o.room), np.int64(pieces)
         grid = -(-pieces // THREADS), 1, 1
-        early.launch(function("arrange"), grid, (THREADS, 1, 1), args, 0, stream, number)
-    args = list(maps(layout, way, o))
-    args += [np.uint64(a) for a in (o.bias, o.rows, o.out)]
-    args += [np.int32(n) for n in (layout.shape[0], o.tokens, form.row_tiles, form.column_tiles)]
-    blocks = grid_blocks(layout, way, o.tokens, processors)
-    early.launch(
-        function("product"), (blocks, 1, 1), (THREADS, 1, 1), args, shared_bytes(layout, way),
-        stream, number,
+        kernel = function(shares[0].way, "arrange")
+        early.launch(kernel, grid, (THREADS, 1, 1), args, 0, stream, number)
+    for way, first, count in shares:
+        _multiply_rows(function(way, "product"), layout, way, _from_row(layout, o, first), first,
+                       count, processors, number, stream)  # fmt: skip
+
+
+def _from_row(layout, operands, first):
+    """Operands of the rows from a block on."""
+    if not first:
+        return operands
+    o, form = operands, tiling(layout)
+    tiles, rows = first * BLOCK_ROWS // TILE_ROWS, first * BLOCK_ROWS
+    groups = -(-form.column_tiles // form.word_tiles)
+    return o._replace(
+        values=o.values + tiles * form.column_tiles * form.loads * 512,
+        index=o.index + tiles * groups * form.words * 128,
+        bias=o.bias and o.bias + 2 * rows, out=o.out + 2 * rows,
     )  # fmt: skip
+
+
+def _multiply_rows(kernel, layout, way, operands, first, count, processors, number, stream):
+    """Launch the product of some blocks of rows, whose operands begin with the first of them."""
+    form, o = tiling(layout), operands
+    row_tiles = min(count * (BLOCK_ROWS // TILE_ROWS),
+                    form.row_tiles - first * (BLOCK_ROWS // TILE_ROWS))  # fmt: skip
+    args = list(maps(layout, way, o, row_tiles))
+    args += [np.uint64(a) for a in (o.bias, o.rows, o.out)]
+    args += [np.int32(n) for n in (layout.shape[0], o.tokens, row_tiles, form.column_tiles)]
+    blocks = grid_blocks(way, count, o.tokens, processors)
+    early.launch(
+        kernel, (blocks, 1, 1), (THREADS, 1, 1), args, shared_bytes(layout, way), stream, number
+    )
 
 
 def variants():

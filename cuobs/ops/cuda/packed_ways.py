@@ -53,6 +53,8 @@ class Way(NamedTuple):
         multiplied while it is in the cache.
     sharing : int
         Blocks of neighbouring rows that bring in their inputs together.
+    rest : int
+        Blocks that share the columns of the last rows, see `shares`.
     """
 
     kernel: str
@@ -64,6 +66,7 @@ class Way(NamedTuple):
     ahead: bool = False
     splits: int = 1
     sharing: int = 1
+    rest: int = 1
 
 
 UNPACK = Way("unpack")
@@ -74,6 +77,8 @@ FEW = {
     2: (Way("few", 2, 8, 2, 1, 2, True), Way("few", 2, 8, 2, 2, 2), Way("few", 2, 4, 2, 2, 4)),
     4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
 }
+# Bytes that the L2 cache is asked for by a block of "few" that waits for the kernel before.
+EARLY_BYTES = 64 * 1024
 SLICES = (1, 2, 4, 8)
 # Blocks of a cluster that share columns. Of some numbers not as many clusters fit as there are
 # processors for, since these lie in groups of a few sizes.
@@ -156,13 +161,59 @@ def _hopper_ways(layout, groups, tokens, device):
         splits = _splits(form, blocks, device.processors)
         found += [Way(kernel, size, splits=n) for n in splits]
         if splits in ([], [1]):
-            found += [Way(kernel, size, sharing=n) for n in (2, 4, 1) if n <= rows]
+            alone = [Way(kernel, size, sharing=n) for n in (2, 4, 1) if n <= rows]
+            found += alone
+            found += [way._replace(rest=n) for way in alone if way.sharing < 4 and size == groups
+                      for n in _rests(layout, way, tokens, device)]  # fmt: skip
         # Two blocks of few tokens have room beside each other; one would often wait for itself.
         if size == groups <= 8:
             splits = _splits(form, blocks, 2 * device.processors)
             found += [Way(kernel, size, splits=n, resident=2) for n in splits]
     deep = [deepest(layout, way, device) for way in dict.fromkeys(found)]
     return [way for way in deep if way.depth >= MIN_STAGES]
+
+
+class Share(NamedTuple):
+    """What one launch of Hopper's kernels does: so many blocks of rows, from one on, in one way."""
+
+    way: Way
+    first: int
+    count: int
+
+
+@lru_cache(maxsize=4096)
+def shares(layout, way, tokens, device):
+    """The launches of one of Hopper's ways.
+
+    Blocks of threads multiply one part of the result after the other. Where the last parts would
+    occupy few of them, the rows of these are a launch of their own, in which ``way.rest`` blocks
+    share the columns.
+    """
+    rows = packed_hopper.row_blocks(layout)
+    full = _full_rows(layout, way, tokens, device)
+    main = way._replace(rest=1)
+    if way.rest == 1 or way.rest not in _rests(layout, main, tokens, device):
+        return [Share(main, 0, rows)]
+    last = deepest(layout, Way(way.kernel, way.groups, splits=way.rest), device)
+    return [Share(main, 0, full), Share(last, full, rows - full)]
+
+
+def _full_rows(layout, way, tokens, device):
+    """Blocks of rows whose parts keep all processors busy for whole rounds."""
+    columns = -(-tokens // (8 * way.groups))
+    room = device.processors // way.sharing
+    clusters = -(-packed_hopper.row_blocks(layout) // way.sharing)
+    return clusters * columns // room * room // columns * way.sharing
+
+
+def _rests(layout, way, tokens, device):
+    """Into how many parts the columns of the last rows may be split."""
+    full = _full_rows(layout, way, tokens, device)
+    blocks = (packed_hopper.row_blocks(layout) - full) * -(-tokens // (8 * way.groups))
+    if not full or blocks <= 0 or layout.shape[0] % packed_hopper.BLOCK_ROWS:
+        return []
+    most = min(device.processors // blocks, tiling(layout).column_tiles)
+    return [n for n in SPLITS if 1 < n <= most][:1]
 
 
 def _splits(form, blocks, room):
@@ -208,6 +259,13 @@ def compiled(way):
     return way if way.kernel in packed_hopper.KERNELS else way._replace(splits=1)
 
 
+def programs(layout, way, tokens, device):
+    """The ways that are compiled for one."""
+    if way.kernel not in packed_hopper.KERNELS:
+        return [compiled(way)]
+    return [share.way for share in shares(layout, way, tokens, device)]
+
+
 def defines(layout, dtype, way):
     """The macros of a way."""
     if way.kernel in packed_hopper.KERNELS:
@@ -219,6 +277,7 @@ def defines(layout, dtype, way):
     if way.kernel == "few":
         return common | {
             "FEW": 1, "TILES": way.tiles, "AHEAD": way.depth, "PREFETCH": way.ahead,
+            "EARLY_BYTES": EARLY_BYTES,
         }
     return common | {"MANY": 1, "TILES": way.tiles, "STAGES": way.depth}
 
@@ -318,9 +377,9 @@ class Trial(NamedTuple):
 
 
 # Products in a graph, at least, of few and of many tokens; replays; how near to the fastest a way
-# has to be to be timed again.
+# has to be to be timed again, and how often.
 PRODUCTS = 8, 2
-REPLAYS, NEAR = 5, 1.05
+REPLAYS, NEAR, AGAIN = 5, 1.1, 2
 
 
 def turns(size):
@@ -355,14 +414,17 @@ def _measure(layout, dtype, tokens, number, found, trial):
 
 
 def _fastest(trial, found, products):
-    """The fastest way; those that come near to it are timed twice, and count by their better."""
+    """The fastest way; those that come near to it are timed again in turn, and count by their best.
+
+    A device's clocks change meanwhile, by more than ways differ.
+    """
 
     def timed(seconds):
-        first = {way: seconds(trial, way, products) for way in found}
-        near = [way for way in found if first[way] <= NEAR * min(first.values())]
-        if len(near) == 1:
-            return near[0]
-        return min(near, key=lambda way: min(first[way], seconds(trial, way, products)))
+        best = {way: seconds(trial, way, products) for way in found}
+        near = [way for way in found if best[way] <= NEAR * min(best.values())]
+        for way in AGAIN * near if len(near) > 1 else ():
+            best[way] = min(best[way], seconds(trial, way, products))
+        return min(near, key=best.get)
 
     try:
         return timed(_graph_seconds)

@@ -1,50 +1,8 @@
-"""What a GPU is told many times over, recorded once: launching it costs more than running it."""
+"""Attention to keys and values alone, in place of PyTorch's own."""
 
 import contextlib
 
-import torch
 from transformers import AttentionInterface
-
-
-def record(function):
-    """A function without arguments as a recording of what it does on the GPU.
-
-    It must read and write tensors that stay in their place, and wait for nothing.
-
-    Parameters
-    ----------
-    function : callable
-        Runs a few times; returns tensors.
-
-    Returns
-    -------
-    callable
-        Does the same; what it returns lies where it lay before.
-
-    Raises
-    ------
-    RuntimeError
-        It can't be recorded, or the memory for it is not there.
-    """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        function()  # libraries set themselves up
-    torch.cuda.current_stream().wait_stream(aside)
-    torch.cuda.empty_cache()  # a recording has memory of its own
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            result = function()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        raise
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
 
 
 @contextlib.contextmanager
