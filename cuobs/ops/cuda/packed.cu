@@ -5,7 +5,6 @@
 //
 //   few(values, index, X, x_row, bias, rows, out, M, tokens)
 //     A block of WARPS warps does TILES tile rows and 8 GROUPS tokens, its warps share the columns.
-//     On Hopper it may be launched before the kernel before it is done (see early.py).
 //   many(values, index, X, x_row, bias, rows, out, partial, M, tokens)
 //     A block of WARPS warps, each with TILES tile rows of its own and a share of the columns,
 //     blockIdx.z of gridDim.z; inputs come through shared memory, STAGES tiles ahead. Where the
@@ -95,7 +94,7 @@ __device__ __forceinline__ void load(Batch& b, const uint4* values, const unsign
             const unsigned* q =
                 index + ((long long)(tile + i) * words_row + j / WORD_TILES) * WORDS * 32;
 #pragma unroll
-            for (int k = 0; k < WORDS; k++) b.w[i][u][k] = inside ? read(q + k * 32 + lane) : 0;
+            for (int k = 0; k < WORDS; k++) b.w[i][u][k] = inside ? __ldg(q + k * 32 + lane) : 0;
         }
 #pragma unroll
         for (int n = 0; n < GROUPS; n++) {
@@ -105,7 +104,7 @@ __device__ __forceinline__ void load(Batch& b, const uint4* values, const unsign
 #pragma unroll
             for (int h = 0; h < PIECES; h++) {
                 const uint4 part =
-                    there && token < tokens ? read(p + h) : make_uint4(0, 0, 0, 0);
+                    there && token < tokens ? __ldg(p + h) : make_uint4(0, 0, 0, 0);
                 b.x[n][u][4 * h] = part.x;
                 b.x[n][u][4 * h + 1] = part.y;
                 b.x[n][u][4 * h + 2] = part.z;
@@ -130,30 +129,6 @@ __device__ __forceinline__ void work(const Batch& b, const unsigned* table, cons
     }
 }
 
-// Where a kernel begins before the last one is done: let the next one do so too, have the cache ask
-// for what the first blocks will take, which does no harm whoever writes it, and wait.
-__device__ __forceinline__ void begin_early(const uint4* values, const unsigned* index,
-                                            const int tile, const int tile_rows,
-                                            const int column_tiles) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    unsigned processors;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(processors));
-    const int i = threadIdx.x;
-    if (EARLY_BYTES && blockIdx.x < RESIDENT * processors && i < TILES && tile + i < tile_rows) {
-        const int first = min(column_tiles, EARLY_BYTES / (LOADS * 512 * TILES));
-        const int words_row = (column_tiles + WORD_TILES - 1) / WORD_TILES;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(values + (long long)(tile + i) * column_tiles * LOADS * 32),
-                        "r"(first * LOADS * 512) : "memory");
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(index + (long long)(tile + i) * words_row * WORDS * 32),
-                        "r"((first + WORD_TILES - 1) / WORD_TILES * WORDS * 128) : "memory");
-    }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
     few(const uint4* values, const unsigned* index, const REAL* X, const long long x_row,
         const REAL* bias, const int* rows, REAL* out, const int M, const int tokens,
@@ -169,7 +144,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
     constexpr int STEP = WARPS * AHEAD;
     Batch now;
     int j = warp * AHEAD;
-    begin_early(values, index, tile, tile_rows, column_tiles);
     load(now, values, index, X, x_row, tile, tile_rows, column_tiles, j, mine, lane);
     fill_table(table);
     __syncthreads();
@@ -375,7 +349,7 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
             v[u][4 * l + 3] = part.w;
         }
 #pragma unroll
-        for (int k = 0; k < WORDS; k++) w[u][k] = read(q + k * 32);
+        for (int k = 0; k < WORDS; k++) w[u][k] = __ldg(q + k * 32);
     }
     fill_table(table);
     __syncthreads();

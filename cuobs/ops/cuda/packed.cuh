@@ -28,25 +28,10 @@ constexpr int TILE_BITS = 32 * WORDS / WORD_TILES;
 
 __constant__ unsigned TABLE_OF_MASK[MASKS * SELECTORS] = TABLE;
 
-// Loads that stay where they are. The compiler takes __ldg for a load of what never changes, and
-// moved it to before griddepcontrol.wait.
 __device__ __forceinline__ uint4 stream(const uint4* p) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint4 read(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ unsigned read(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 

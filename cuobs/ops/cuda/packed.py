@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cupy
 import numpy as np
 
-from cuobs.ops.cuda import early, loader, packed_hopper
+from cuobs.ops.cuda import loader, packed_hopper
 from cuobs.ops.cuda.packed_layout import columns_of, expands, order, rows_of
 from cuobs.ops.cuda.packed_ways import (
     FEW,
@@ -205,13 +205,16 @@ def room_bytes(layout, way, tokens):
 
 def multiply(layout, dtype, way, operands, stream):
     """Launch the kernels of a way that is not "unpack"."""
-    named, number = partial(function, layout, dtype), cupy.cuda.runtime.getDevice()
     o = operands
     if way.kernel in packed_hopper.KERNELS:
+        number = cupy.cuda.runtime.getDevice()
         here = device(number)
-        parts = shares(layout, way, o.tokens, here)
-        packed_hopper.multiply(named, layout, parts, o, here.processors, number, stream)
+        packed_hopper.multiply(
+            partial(function, layout, dtype), layout, shares(layout, way, o.tokens, here), o,
+            here.processors, number, stream,
+        )  # fmt: skip
         return
+    named = partial(function, layout, dtype, compiled(way))
     form = tiling(layout)
     M = layout.shape[0]
     per_block = way.tiles * (1 if way.kernel == "few" else way.warps)
@@ -222,14 +225,10 @@ def multiply(layout, dtype, way, operands, stream):
     if way.kernel != "few":
         args.append(np.uint64(o.room))
     args += [np.int32(v) for v in (M, o.tokens, form.row_tiles, form.column_tiles)]
-    kernel, block = named(compiled(way), entry(way)), (32 * way.warps, 1, 1)
-    shared = shared_bytes(layout, way)
-    if way.kernel == "few":
-        early.launch(kernel, grid, block, args, shared, stream, number)
-        return
-    kernel.kernel(grid, block, tuple(args), shared, stream)
+    block, shared = (32 * way.warps, 1, 1), shared_bytes(layout, way)
+    named(entry(way)).kernel(grid, block, tuple(args), shared, stream)
     if way.splits > 1:
-        named(compiled(way), "add").kernel(
+        named("add").kernel(
             (-(-o.tokens * M // 256), 1, 1), (256, 1, 1),
             (np.uint64(o.room), np.uint64(o.bias), np.uint64(o.out), np.int32(M),
              np.int32(o.tokens), np.int32(way.splits)), 0, stream,

@@ -77,8 +77,6 @@ FEW = {
     2: (Way("few", 2, 8, 2, 1, 2, True), Way("few", 2, 8, 2, 2, 2), Way("few", 2, 4, 2, 2, 4)),
     4: (Way("few", 4, 8, 1, 2, 2), Way("few", 4, 8, 2, 1, 2), Way("few", 4, 16, 1, 2, 1)),
 }
-# Bytes that the L2 cache is asked for by a block of "few" that waits for the kernel before.
-EARLY_BYTES = 64 * 1024
 SLICES = (1, 2, 4, 8)
 # Blocks of a cluster that share columns. Of some numbers not as many clusters fit as there are
 # processors for, since these lie in groups of a few sizes.
@@ -277,7 +275,6 @@ def defines(layout, dtype, way):
     if way.kernel == "few":
         return common | {
             "FEW": 1, "TILES": way.tiles, "AHEAD": way.depth, "PREFETCH": way.ahead,
-            "EARLY_BYTES": EARLY_BYTES,
         }
     return common | {"MANY": 1, "TILES": way.tiles, "STAGES": way.depth}
 
