@@ -201,8 +201,9 @@ def solve_layer(recipe, settings, layer, H, pull=None, outside=0):
     """New weights, mask, costs or None, and whether solves converged, on H's namespace.
 
     The weights are in the precision of the `Layer`'s own, and verified to be finite and to obey
-    the pattern. Where `pull` is given, an (M, K) array, the target is raised by pull Hλ⁻¹, with the
-    factor of Hλ that the method uses. Under the limit of the settings count the bytes `outside`,
+    the pattern. Where `pull` is given, a function that gives an (M, K) array, the target is raised
+    by that times Hλ⁻¹, with the factor of Hλ that the method uses; it is called when the factor is
+    under way. Under the limit of the settings count the bytes `outside`,
     which the caller holds.
     """
     xp = arrays.namespace(H)

@@ -79,23 +79,36 @@ def energies(W, W_pruned, H, unit):
     return whole, lost
 
 
-def energies_together(parts, H):
+def energies_together(parts, H, precision):
     """`energies` of each of several (W, W_pruned, unit), whose rows are multiplied together.
 
-    A GPU has too little to do with few rows at a time.
+    A GPU has too little to do with few rows at a time. Its tensor cores take part, by products that
+    keep the digits of float32.
     """
-    xp, found = arrays.namespace(H), []
+    xp = arrays.namespace(H)
     with np.errstate(over="ignore", invalid="ignore"):
-        found.append(_energy(xp.concatenate([W / unit for W, _, unit in parts]), H, axis=1))
-        away = xp.concatenate([W_pruned - W for W, W_pruned, _ in parts])
-        stops = np.cumsum([len(W) for W, _, _ in parts])
-        for (W, _, unit), stop in zip(parts, stops.tolist(), strict=True):
-            away[stop - len(W) : stop] /= unit
-        found.append(_energy(away, H, axis=1))
-    sums = [part.sum(1) for part in np.split(arrays.to_numpy(xp.stack(found)), stops[:-1], axis=1)]
+        whole = xp.concatenate([W / unit for W, _, unit in parts])
+        away = xp.concatenate([(W_pruned - W) / unit for W, W_pruned, unit in parts])
+        found = arrays.to_numpy(xp.stack([row_energies(D, H, precision) for D in (whole, away)]))
+    stops = np.cumsum([len(W) for W, _, _ in parts])
+    sums = [part.sum(1) for part in np.split(found, stops[:-1], axis=1)]
     for (W, _, _), pair in zip(parts, sums, strict=True):
         _check_energy(sum(pair), W)
     return [tuple(pair.tolist()) for pair in sums]
+
+
+def row_energies(D, H, precision):
+    """`output_energy` of each row, an array of float64, by tensor cores where `precision` lets."""
+    xp = arrays.namespace(H)
+    found = xp.zeros(len(D))
+    for a, b in strips(len(H), BLOCKS):
+        # Symmetric: its rows lie as tensor cores take the columns of an operand.
+        rows, product = H[a:b, :b].copy(), xp.empty((len(D), b - a), D.dtype)
+        rows[:, a:] *= 0.5
+        gemm(D[:, :b], rows.T, product, precision=precision, exact=True)
+        product *= D[:, a:b]
+        found += 2 * product.sum(1, dtype="float64")
+    return found
 
 
 def _check_energy(energy, W):
@@ -118,19 +131,14 @@ def output_energy(D, H):
 
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
-    return float(_energy(D, H))
-
-
-def _energy(D, H, axis=None):
-    """`output_energy`, or that of each row, on the namespace, where a GPU is not waited for."""
-    energy = 0.0
+    energy = 0.0  # on a GPU, which is waited for at the end
     for a, b in strips(len(H), BLOCKS):
         part = D[:, a:b]
         product = matmul(part, 0.5 * H[a:b, a:b])
         if a:
             gemm(D[:, :a], H[:a, a:b], product, beta=1)
-        energy = energy + 2 * (product * part).sum(axis, dtype="float64")
-    return energy
+        energy = energy + 2 * (product * part).sum(dtype="float64")
+    return float(energy)
 
 
 def loss_bytes(size):

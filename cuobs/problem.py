@@ -7,6 +7,7 @@ theirs overflows or vanishes; it changes no digit of a result.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,23 +130,29 @@ class Problem:
             W /= weight_unit
         return cls(W, H, diagonal, layout, settings, weight_unit, hessian_unit, outside)
 
-    def pull(self, right: Any) -> None:
-        """Raise the target by right Hλ⁻¹.
+    def pull(self, right: Callable) -> None:
+        """Raise the target by right() Hλ⁻¹.
 
         Parameters
         ----------
-        right : array, shape (M, K)
-            In the weight's own order.
+        right : callable
+            Gives an array (M, K) in the weight's own order, when the factor is under way.
 
         Raises
         ------
         numpy.linalg.LinAlgError
             H is not positive definite.
         """
-        self.check_definite()
-        right = views.permute(right, self.layout) / (self.weight_unit * self.hessian_unit)
-        alive = self.diagonal != 0
-        self.W = self.W + factors.factor_solve(self.R, right.astype(self.dtype, copy=False)) * alive
+        inverse = self._inverse_beside_factor() if self.settings.shares > 1 else None
+        self.R  # noqa: B018
+        right = views.permute(right(), self.layout) / (self.weight_unit * self.hessian_unit)
+        self.check_factored()
+        right = right.astype(self.dtype, copy=False)
+        if inverse is None:
+            raised = factors.factor_solve(self.R, right)
+        else:
+            raised = factors.inverse_factor_solve(inverse, right, self.precision)
+        self.W = self.W + raised * (self.diagonal != 0)
 
     @property
     def xp(self):
@@ -231,16 +238,29 @@ class Problem:
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
         if self._shared:
-            try:
-                R, _ = factors.factor_by_rows(self.H, self.settings.by_rows, self.precision)
-            except np.linalg.LinAlgError:
-                raise np.linalg.LinAlgError(NOT_DEFINITE) from None
-            _check_factor_of(self.H, R)
-            return R
+            return self._factor_together()[0]
         R = factors.reversed_cholesky(self.H, self._info)
         if arrays.device_name(self.xp) == "cpu":
             self.check_factored()
         return R
+
+    def _factor_together(self, inverted=False):
+        """R, and R⁻¹ where it is wanted, by all who share the rows."""
+        try:
+            R, U = factors.factor_by_rows(
+                self.H, self.settings.by_rows, self.precision, inverted=inverted
+            )
+        except np.linalg.LinAlgError:
+            raise np.linalg.LinAlgError(NOT_DEFINITE) from None
+        _check_factor_of(self.H, R)
+        return R, U
+
+    def _inverse_beside_factor(self):
+        """R⁻¹, with R made too: of several who share the rows, each solves for few of them."""
+        if not self._shared:
+            return factors.upper_inverse(self.R, self.precision)
+        self.R, inverse = self._factor_together(inverted=True)
+        return inverse
 
     @property
     def _shared(self):

@@ -45,7 +45,7 @@ STEPS = (
     (layer, "resolve", "re-solve"),
     (rows, "solve_layer", "pruning"),
     (rows, "_losses", "losses"),
-    (processes.Ranks, "gather", "rows of all processes"),
+    (processes.Ranks, "begin_gather", "rows of all processes"),
     (loop, "prune_rows", "checks and copies"),
     (resident.Resident, "load", "blocks to the device"),
     (resident.Resident, "store", "blocks back"),

@@ -524,9 +524,21 @@ def test_energies_of_several_weights(xp):
         pair = (part / unit for part in (W, pruned - W))
         expected.append([np.trace(part @ H @ part.T) for part in pair])
         parts.append((xp.asarray(W), xp.asarray(pruned), unit))
-    np.testing.assert_allclose(energies_together(parts, xp.asarray(H)), expected, rtol=1e-10)
+    found = energies_together(parts, xp.asarray(H), "tensor")
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
     with pytest.raises(ValueError, match="overflows float64"):
-        energies_together([(*parts[0][:2], 1e-160)], xp.asarray(H))
+        energies_together([(*parts[0][:2], 1e-160)], xp.asarray(H), "fp32")
+
+
+@pytest.mark.gpu
+def test_energies_on_tensor_cores(cp, monkeypatch):
+    monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 1)
+    W, H = layers.random_layer(64, 512)
+    pruned = W * np.tile([True, False], 256)
+    expected = [np.trace(part @ H @ part.T) for part in (W, pruned - W)]
+    given = [cp.asarray(array, "float32") for array in (W, pruned, H)]
+    found = energies_together([(*given[:2], 1.0)], given[2], "tensor")
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
 
 
 def test_a_hessian_that_is_none():

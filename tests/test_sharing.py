@@ -14,7 +14,7 @@ from layers import random_layer
 import cuobs
 from cuobs import Recipe, Settings, problem, sharing
 from cuobs.ops import factors
-from cuobs.problem import Pruned
+from cuobs.problem import Problem, Pruned
 
 SHARED = [(name, {}) for name in cuobs.methods() if Recipe("2:4", name).by_row] + [
     ("true-obs", {"group": 4})
@@ -113,6 +113,34 @@ def test_large_hessians_are_factored_together(three, monkeypatch):
     monkeypatch.setattr(sharing._Share, "by_rows", lambda *args: 1.1 * by_rows(*args))
     with pytest.raises((RuntimeError, np.linalg.LinAlgError)):
         Recipe("2:4", "admm").run(W, H, three)
+
+
+class Alone:
+    """One of two that share rows, who makes what both would."""
+
+    size = 2
+
+    def by_rows(self, function, rows):
+        return function(slice(0, rows))
+
+
+@pytest.mark.parametrize("shared_from", [16, 8192])
+def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, shared_from):
+    monkeypatch.setattr(problem, "SHARED_FROM", shared_from)
+    monkeypatch.setattr(factors, "LEAF", 20)
+    W, H = random_layer(9, 48, dead=(5,))
+    right = random_layer(9, 48, seed=1)[0] @ H
+    found, layout = [], Recipe("2:4", "admm").pattern.compile(*W.shape)
+    for others in None, Alone():
+        settings = Settings(device="cpu", dtype="float64", others=others)
+        made = Problem.build(W, H, layout, 0.01, settings)
+        made.pull(lambda: right)
+        found.append((made.W, made.R))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-10)
+    made = Problem.build(W, -H, layout, 0.01, settings)
+    with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+        made.pull(lambda: right)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -53,9 +53,18 @@ class Ranks:
 
     def add_up(self, *sums):
         """Make tensors that hold sums over this process's windows those over all, in place."""
-        if self.size > 1:
-            for tensor in sums:
-                distributed.all_reduce(tensor)
+        self.begin_add_up(*sums)()
+
+    def begin_add_up(self, *sums):
+        """A function after which `add_up` is done; until it is called, a GPU may work on."""
+        sums = sums if self.size > 1 else ()
+        begun = [distributed.all_reduce(tensor, async_op=True) for tensor in sums]
+
+        def finish():
+            while begun:
+                begun.pop(0).wait()
+
+        return finish
 
     def add_up_gradients(self, weights):
         """Make gradients of sums over this process's windows those over all, in place."""

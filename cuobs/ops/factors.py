@@ -237,6 +237,30 @@ def factor_solve(R: Any, B: Any) -> Any:
     return scipy.linalg.solve_triangular(R, half, trans=1, check_finite=False).T
 
 
+def inverse_factor_solve(U, B, precision="fp32"):
+    """`factor_solve` by the inverse U of the factor: B UᵀU.
+
+    Its products keep the digits of float32 on tensor cores too, and take less time there than
+    substitutions.
+
+    Parameters
+    ----------
+    U : array, shape (K, K)
+        Zeros below the diagonal.
+    B : array, shape (M, K)
+    precision : {"tensor", "fp32"}
+
+    Returns
+    -------
+    array, shape (M, K)
+    """
+    half, lower = _times_lower(B, U, precision), namespace(U).ascontiguousarray(U.T)
+    out = namespace(B).empty_like(half)
+    for a, b in strips(len(U), STRIPS, STRIP):
+        gemm(half[:, :b], lower[a:b, :b].T, out[:, a:b], precision=precision, exact=True)
+    return out
+
+
 def inverse(A: Any, precision: str = "fp32") -> Any:
     """Inverse of a symmetric positive definite matrix, by its reversed factor.
 

@@ -124,7 +124,7 @@ def test_a_pull_is_the_target_by_the_methods_own_factor(pattern, scale):
     recipe, settings = Recipe(pattern, "sparsegpt"), Settings("cpu", "float64")
     found = [
         solve_layer(recipe, settings, check_layer(W, goal, "float64"), H, right)
-        for goal, right in ((target, None), (None, pull))
+        for goal, right in ((target, None), (None, lambda: pull))
     ]
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6, atol=1e-9)
     assert (found[0][1] == found[1][1]).all() and not found[1][0][:, 5].any()

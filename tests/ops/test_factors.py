@@ -192,15 +192,23 @@ def test_factors_refuse_other_arrays(xp):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("M, K", [(3, 5), (40, 200)])
-def test_factor_solve(xp, rng, dtype, M, K):
+@pytest.mark.parametrize("precision", ["tensor", "fp32"])
+def test_factor_solve(xp, rng, monkeypatch, dtype, M, K, precision):
+    """By the factor and by its inverse, all digits of float32 on tensor cores too."""
+    if xp is not np:
+        monkeypatch.setattr("cuobs.ops.cuda.products.SPLIT_FROM", 1)
+    monkeypatch.setattr(factors, "STRIP", 64)
     X = rng.standard_normal((2 * K, K))
     H, B = X.T @ X / K + np.eye(K), rng.standard_normal((M, K))
     R = factors.reversed_cholesky(xp.asarray(H, dtype))
     given = xp.asarray(B, dtype)
-    found = arrays.to_numpy(factors.factor_solve(R, given))
     expected = np.linalg.solve(H, B.T).T
     tolerance = 1e-12 if dtype == "float64" else 1e-4
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    inverse = factors.upper_inverse(R, precision)
+    for found in (
+        factors.factor_solve(R, given), factors.inverse_factor_solve(inverse, given, precision)
+    ):  # fmt: skip
+        np.testing.assert_allclose(arrays.to_numpy(found), expected, rtol=tolerance, atol=tolerance)
     assert (arrays.to_numpy(given) == B.astype(dtype)).all()
 
 

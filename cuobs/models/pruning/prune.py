@@ -504,7 +504,7 @@ def _prune_groups(job, index, block, passage):
         moments = Moments()
         writes = any(shares[n] for n in names)
         passage.inputs(place, bool(dense_share), writes, moments.update)
-        job.ranks.add_up(*moments.sums())
+        moments.add_up(job.ranks)
         job.source.settle()  # memory is short from here on
         moments.check_finite(job.name(index, group.names[0]))
         memory.make_room(job.device)

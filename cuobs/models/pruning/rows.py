@@ -89,18 +89,23 @@ def _prune_damped(recipe, settings, moments, dense_share, shares, weights, name,
     """New weights, masks and losses, and the damping under which the Hessian was definite."""
     damp, H, calls = recipe.damp, moments.hessian, _calls(recipe, weights, ranks)
     rows = [own for call in calls for own in call.rows]
-    goals = right = [None] * len(weights)
-    if H.is_cuda:  # the method's own factor, in float32, gives the targets
-        dtype = getattr(torch, settings.dtype)
-        right = pulls(weights, moments, dense_share, shares, dtype, rows) or right
+    goals = [None] * len(weights)
+
+    def pull(call):
+        """On a GPU the method's own factor, in its own dtype, gives the targets of what pulls."""
+        own = shares[call.members]
+        if not H.is_cuda or not (dense_share or any(own)):
+            return None
+        parts = weights[call.members], moments, dense_share, own, getattr(torch, settings.dtype)
+        return lambda: arrays.receive(_stacked(pulls(*parts, call.rows)))
     while True:
         try:
             if not H.is_cuda:
                 goals = target_weights(weights, moments, damp, dense_share, shares, rows)
             own, found = replace(recipe, damp=damp), []
             for call in calls:
-                parts = (some[call.members] for some in (weights, goals, right))
-                found += _prune_together(own, settings, call, *parts, H, ranks)
+                parts = (some[call.members] for some in (weights, goals))
+                found += _prune_together(own, settings, call, *parts, pull(call), H, ranks)
             return found, damp
         except np.linalg.LinAlgError as error:
             damp = max(10 * damp, 1e-4)
@@ -134,16 +139,15 @@ def _call(recipe, members, counts, K, ranks):
     return Call(members, shares, [slice(*pair) for pair in bounds])
 
 
-def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
+def _prune_together(recipe, settings, call, weights, goals, pull, H, ranks):
     """(weight, mask, loss) of each linear of a call."""
     own = [W[rows] for W, rows in zip(weights, call.rows, strict=True)]
-    W, goal, pull = (_stacked(parts) for parts in (own, goals, right))
+    W, goal = (_stacked(parts) for parts in (own, goals))
     with arrays.stream_of(W):
         layer = check_layer(W, goal, settings.dtype)
         H, _ = given_hessian(layer, H, settings, settings.namespace(W))
         if call.counts is not None:
             settings = replace(settings, others=ranks)
-        pull = None if pull is None else arrays.receive(pull)
         given = given_of(layer, None, H, settings, arrays.namespace(H))
         footprint.check([recipe], settings, layer.weight.shape, arrays.namespace(H), given)
         new, mask, *_ = solve_layer(recipe, settings, layer, H, pull)
@@ -151,7 +155,7 @@ def _prune_together(recipe, settings, call, weights, goals, right, H, ranks):
         coming = []  # while losses are added up
         if call.counts is not None:
             coming = [ranks.begin_gather(part, call.counts) for part in (new, mask)]
-        losses = _losses(weights, own, _split(new, own), H, call, ranks)
+        losses = _losses(weights, own, _split(new, own), H, call, ranks, settings.precision)
         new, mask = (finish() for finish in coming) if coming else (new, mask)
     masks = mask.split([len(W) for W in weights])
     return list(zip(_split(new, weights), masks, losses, strict=True))
@@ -163,7 +167,7 @@ def _split(stacked, like):
     return [part.to(W.dtype) for part, W in zip(parts, like, strict=True)]
 
 
-def _losses(weights, own, new, H, call, ranks):
+def _losses(weights, own, new, H, call, ranks, precision):
     """The relative loss of each linear, of which this process may have some rows alone."""
     xp = arrays.namespace(H)
 
@@ -177,7 +181,7 @@ def _losses(weights, own, new, H, call, ranks):
     if call.counts is None:
         found = [energies(rows, pruned, H, unit) for rows, pruned, unit in parts]
     else:
-        found = ranks.total(energies_together(list(parts), H))
+        found = ranks.total(energies_together(list(parts), H, precision))
     return [share_lost(*pair) for pair in found]
 
 

@@ -9,6 +9,7 @@ h, ĥ the residual stream just before a layer writes into it, dense and pruned:
 The second form is the one computed: where nothing has been lost yet, it is W to the last bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,7 @@ class Moments:
     hessian: torch.Tensor | None = None
     lost: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    _finish: Callable | None = None
 
     def update(self, Xh, X=None, hidden=None, pruned_hidden=None):
         """Add the tokens of one batch.
@@ -78,8 +80,18 @@ class Moments:
                 else:
                     add_cross_gram(tensor_view(x), inputs, total, precision)
 
+    def add_up(self, ranks):
+        """Make the sums those over all processes' tokens; until `finish`, the Hessian alone is."""
+        ranks.add_up(self.hessian)
+        self._finish = ranks.begin_add_up(*self.sums()[1:])
+
+    def finish(self):
+        """Wait for what other processes add to the sums; a GPU does behind all it has to do."""
+        if self._finish is not None:
+            self._finish()
+
     def sums(self):
-        """The sums that there are, for whoever adds them up over processes in place."""
+        """The sums that there are, the Hessian first."""
         return [s for s in (self.hessian, self.lost, self.residual) if s is not None]
 
     def check_finite(self, name):
@@ -111,6 +123,7 @@ def pulls(weights, moments, dense_share, residual_shares, dtype, rows=None):
     """
     if not dense_share and not any(residual_shares):
         return None
+    moments.finish()
     found, rows = [], rows or [slice(None)] * len(weights)
     for W, residual_share, own in zip(weights, residual_shares, rows, strict=True):
         W = W[own]
