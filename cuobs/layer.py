@@ -224,6 +224,8 @@ def solve_layer(recipe, settings, layer, H, pull=None, outside=0):
 def _apply(recipe, settings, layer, H, layout, pull, outside):
     """`Pruned` with its weights and costs in terms of 1; the problem is gone when it returns."""
     problem = _problem(recipe, settings, layer, H, layout, outside)
+    if settings.shares > 1 and settings.memory_limit is None and recipe.entry.inverts:
+        problem.inverts = functools.partial(recipe.entry.inverts, **recipe.options)
     if pull is not None:
         problem.pull(pull)
     if recipe.exact:

@@ -6,6 +6,7 @@ Targets and Hessians of extraordinary sizes are divided by a power of two, so th
 theirs overflows or vanishes; it changes no digit of a result.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ class Problem:
         Powers of four; 1 for ordinary sizes.
     outside : int
         Bytes under the limit of the settings that the caller holds beside the problem.
+    inverts : callable, optional
+        Called with the problem, gives the matrix that the method will ask the `inverse` of first,
+        where others share the rows: one factors that while another factors H.
     """
 
     W: object
@@ -95,6 +99,7 @@ class Problem:
     weight_unit: float = 1.0
     hessian_unit: float = 1.0
     outside: int = 0
+    inverts: Callable | None = None
 
     @classmethod
     def build(cls, W, H, layout, damp, settings, outside=0):
@@ -237,7 +242,7 @@ class Problem:
 
         On a GPU anything where H is not positive definite, until `check_factored` says so.
         """
-        if self._shared:
+        if self._together:
             return self._factor_together()[0]
         R = factors.reversed_cholesky(self.H, self._info)
         if arrays.device_name(self.xp) == "cpu":
@@ -245,22 +250,34 @@ class Problem:
         return R
 
     def _factor_together(self, inverted=False):
-        """R, and R⁻¹ where it is wanted, by all who share the rows."""
+        """R, R⁻¹ where it is wanted, and the method's first inverse, by all who share the rows."""
+        wanted = [(self.H, True, inverted)]
+        if self.inverts is not None:
+            wanted.append((self.inverts(self), False, True))
+        by_rows = self.settings.by_rows
         try:
-            R, U = factors.factor_by_rows(
-                self.H, self.settings.by_rows, self.precision, inverted=inverted
-            )
+            (R, U), *first = factors.factors_by_rows(wanted, by_rows, self.precision)
         except np.linalg.LinAlgError:
             raise np.linalg.LinAlgError(NOT_DEFINITE) from None
         _check_factor_of(self.H, R)
+        for _, V in first:
+            gram = factors.upper_gram
+            if self._shared:
+                gram = functools.partial(factors.gram_by_rows, by_rows=by_rows)
+            self._first = gram(V, precision=self.precision)
         return R, U
 
     def _inverse_beside_factor(self):
         """R⁻¹, with R made too: of several who share the rows, each solves for few of them."""
-        if not self._shared:
+        if not self._together:
             return factors.upper_inverse(self.R, self.precision)
         self.R, inverse = self._factor_together(inverted=True)
         return inverse
+
+    @property
+    def _together(self):
+        """Whether those who share the rows factor together."""
+        return self._shared or self.inverts is not None
 
     @property
     def _shared(self):
@@ -283,6 +300,8 @@ class Problem:
         numpy.linalg.LinAlgError
             A is not positive definite.
         """
+        if (first := vars(self).pop("_first", None)) is not None:
+            return first
         if self._shared:
             return factors.inverse_by_rows(A, self.settings.by_rows, self.precision)
         return factors.inverse(A, self.precision)

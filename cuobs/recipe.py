@@ -134,6 +134,9 @@ class Method:
         Of a weight with M rows and K columns, in terms of K³ and of M K², an exact re-solve of
         `resolves` included: by them the time of a whole model is predicted, and they say on how
         many devices it pays to share the rows. Without them it does on any number.
+    inverts : callable, optional
+        Called with a `Problem` and every option by name; returns the matrix whose inverse the
+        function asks the problem for first. Several processes make it while they factor H.
     held : (float, float)
         Matrices of float32 like the Hessian and like the weight that pruning in a whole model
         holds at its peak, all copies among them: by them its memory is predicted.
@@ -154,6 +157,7 @@ class Method:
     by_row: object = False
     operations: tuple | None = None
     held: tuple = (8, 8)
+    inverts: object = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -162,6 +166,8 @@ class Method:
             raise TypeError(f"function: found {self.function!r}, expected a function")
         if self.memory is not None and not callable(self.memory):
             raise TypeError(f"memory: found {self.memory!r}, expected a function")
+        if self.inverts is not None and not callable(self.inverts):
+            raise TypeError(f"inverts: found {self.inverts!r}, expected a function")
         if not isinstance(self.by_row, bool) and not callable(self.by_row):
             raise TypeError(f"by_row: found {self.by_row!r}, expected True, False or a function")
         for name in ("operations", "held"):

@@ -125,7 +125,9 @@ class Alone:
 
 
 @pytest.mark.parametrize("shared_from", [16, 8192])
-def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, shared_from):
+@pytest.mark.parametrize("inverts", [None, lambda problem: problem.H + np.eye(48)])
+def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, shared_from, inverts):
+    """And what the method inverts first is made beside the factor, once."""
     monkeypatch.setattr(problem, "SHARED_FROM", shared_from)
     monkeypatch.setattr(factors, "LEAF", 20)
     W, H = random_layer(9, 48, dead=(5,))
@@ -134,11 +136,15 @@ def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, sh
     for others in None, Alone():
         settings = Settings(device="cpu", dtype="float64", others=others)
         made = Problem.build(W, H, layout, 0.01, settings)
+        made.inverts = others and inverts
         made.pull(lambda: right)
         found.append((made.W, made.R))
+        for A in made.H + np.eye(48), made.H:
+            np.testing.assert_allclose(made.inverse(A) @ A, np.eye(48), atol=1e-9)
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-10)
     made = Problem.build(W, -H, layout, 0.01, settings)
+    made.inverts = inverts
     with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
         made.pull(lambda: right)
 

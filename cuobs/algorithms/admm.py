@@ -62,9 +62,7 @@ def admm(problem, schedule="default"):
        pruning for large language models", NeurIPS 2024.
     """
     xp, layout, precision = problem.xp, problem.layout, problem.precision
-    scale = xp.sqrt(problem.H.diagonal())
-    H = problem.H / scale
-    H /= scale[:, None]
+    H, scale = _scaled(problem)
     W = problem.W * scale
     unit = _unit(W)
     W /= unit
@@ -112,6 +110,21 @@ def admm(problem, schedule="default"):
     return Pruned(mask, B)
 
 
+def _scaled(problem):
+    """H with a unit diagonal, and the root of its diagonal."""
+    scale = problem.xp.sqrt(problem.H.diagonal())
+    H = problem.H / scale
+    H /= scale[:, None]
+    return H, scale
+
+
+def inverts(problem, schedule):
+    """What the first step inverts."""
+    H, _ = _scaled(problem)
+    H.ravel()[:: len(H) + 1] += AHEAD * SCHEDULES[schedule].start
+    return H
+
+
 def _unit(W):
     """The power of two in whose terms W suits float16: far from its largest and smallest number.
 
@@ -151,4 +164,5 @@ METHOD = Method(
     by_row=True,
     operations=(6, 180),
     held=(8, 10),
+    inverts=inverts,
 )  # fmt: skip

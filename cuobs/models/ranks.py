@@ -103,7 +103,10 @@ class Ranks:
             begun = [gathered(_plain(whole), own, async_op=True)]
         else:
             parts[self.rank].copy_(own)
-            begun = [distributed.broadcast(p, rank, async_op=True) for rank, p in enumerate(parts)]
+            begun = [
+                distributed.broadcast(part, rank, async_op=True)
+                for rank, part in enumerate(parts) if counts[rank]
+            ]  # fmt: skip
 
         def finish(own=own):  # which is held until then
             for one in begun:

@@ -297,12 +297,17 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
     array, shape (K, K)
     """
     _, U = factor_by_rows(A, by_rows, precision, factor=False, inverted=True)
+    return gram_by_rows(U, by_rows, precision)
+
+
+def gram_by_rows(U, by_rows, precision="fp32"):
+    """`upper_gram` of a triangular matrix, its rows made one by one as in `inverse_by_rows`."""
     # Tensor cores are quickest where both operands are summed over along rows.
-    lower = namespace(A).ascontiguousarray(U.T)
+    lower = namespace(U).ascontiguousarray(U.T)
     del U
 
     def gram(rows):
-        out = namespace(A).zeros((rows.stop - rows.start, len(lower)), lower.dtype)
+        out = namespace(lower).zeros((rows.stop - rows.start, len(lower)), lower.dtype)
         for a, b in _strips(rows):
             into = out[a - rows.start : b - rows.start, a:]
             gemm(lower[a:b, :b], lower[a:, :b].T, into, precision=precision)
@@ -330,35 +335,106 @@ def factor_by_rows(A, by_rows, precision="fp32", factor=True, inverted=False):
     R : array, shape (K, K), or None
     U : array, shape (K, K), or None
     """
+    return factors_by_rows([(A, factor, inverted)], by_rows, precision)[0]
+
+
+def factors_by_rows(wanted, by_rows, precision="fp32"):
+    """`factor_by_rows` of several matrices of one order, step by step side by side.
+
+    Whoever makes rows of a product makes whole pieces of one of the matrices.
+
+    Parameters
+    ----------
+    wanted : list of (array, bool, bool)
+        A, factor and inverted of each.
+    by_rows, precision
+        As in `inverse_by_rows`.
+
+    Returns
+    -------
+    list of (array or None, array or None)
+        R and U of each.
+    """
     noted = []
-    R, U = _factor_by_rows(A, by_rows, precision, factor, inverted, noted)
+    made = _factors_by_rows(wanted, by_rows, precision, noted)
     for info in noted:  # a GPU is not waited for before all is launched
         check_factored(info)
-    return R, U
+    return made
 
 
-def _factor_by_rows(A, by_rows, precision, factor, inverted, noted):
-    K, xp = len(A), namespace(A)
+def _factors_by_rows(wanted, by_rows, precision, noted):
+    K = len(wanted[0][0])
     if K <= LEAF:
+        return _leaves(wanted, by_rows, precision, noted)
+    m = K // 2
+    below = [(A[m:, m:], factor, True) for A, factor, _ in wanted]
+    below = _factors_by_rows(below, by_rows, precision, noted)
+    beside = [
+        _beside(A, U22, by_rows, precision)
+        for (A, _, _), (_, U22) in zip(wanted, below, strict=True)
+    ]
+    above = [
+        (_left_of(A, R12, by_rows, precision), *which)
+        for (A, *which), R12 in zip(wanted, beside, strict=True)
+    ]
+    above = _factors_by_rows(above, by_rows, precision, noted)
+    return [
+        _together(*pieces, by_rows, precision, *which)
+        for (_, *which), *pieces in zip(wanted, above, beside, below, strict=True)
+    ]
+
+
+def _leaves(wanted, by_rows, precision, noted):
+    """R and R⁻¹ of matrices in one piece; of several, each is made by one and sent to all."""
+    xp = namespace(wanted[0][0])
+    if len(wanted) == 1:
+        ((A, factor, inverted),) = wanted
         noted.append(xp.zeros(1, np.int32))
         R = reversed_cholesky(A, noted[-1])
-        return R if factor else None, upper_inverse(R, precision) if inverted else None
-    m = K // 2
-    R22, U22 = _factor_by_rows(A[m:, m:], by_rows, precision, factor, True, noted)
-    R12 = by_rows(lambda rows: _times_lower(A[rows, m:], U22, precision), m)
-    R11, U11 = _factor_by_rows(
-        by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m),
-        by_rows, precision, factor, inverted, noted,
-    )  # fmt: skip
+        return [(R if factor else None, upper_inverse(R, precision) if inverted else None)]
+
+    def make(own):
+        made = xp.zeros((own.stop - own.start, 2, *wanted[0][0].shape), wanted[0][0].dtype)
+        for both, (A, _, inverted) in zip(made, wanted[own], strict=True):
+            info = xp.zeros(1, np.int32)
+            both[0] = reversed_cholesky(A, info)
+            if inverted:
+                both[1] = upper_inverse(both[0], precision)
+            both[0, :1, 0] += xp.where(info, np.nan, 0).astype(made.dtype)  # others are told so
+        return made
+
+    made = by_rows(make, len(wanted))
+    noted.append(xp.isnan(made[:, 0, 0, 0]).astype(np.int32))
+    return [
+        (both[0].copy() if factor else None, both[1].copy() if inverted else None)
+        for both, (_, factor, inverted) in zip(made, wanted, strict=True)
+    ]
+
+
+def _beside(A, U22, by_rows, precision):
+    """R₁₂ of `factor_by_rows`."""
+    m = len(A) - len(U22)
+    return by_rows(lambda rows: _times_lower(A[rows, m:], U22, precision), m)
+
+
+def _left_of(A, R12, by_rows, precision):
+    """P − R₁₂R₁₂ᵀ."""
+    m = len(R12)
+    return by_rows(lambda rows: A[rows, :m] - _exact(R12[rows], R12.T, precision), m)
+
+
+def _together(above, R12, below, by_rows, precision, factor, inverted):
+    """R and R⁻¹ of their pieces, each where it is wanted."""
+    (R11, U11), (R22, U22) = above, below
     R = _upper(R11, R12, R22) if factor else None
     if not inverted:
         return R, None
-    lower = xp.ascontiguousarray(U22.T)
+    lower = namespace(U22).ascontiguousarray(U22.T)
 
     def corner(rows):
         return _times_lower(_lower_times(lower, R12.T, rows, precision), U11, precision)
 
-    U12 = -by_rows(corner, K - m).T
+    U12 = -by_rows(corner, len(U22)).T
     return R, _upper(U11, U12, U22)
 
 
