@@ -15,7 +15,7 @@ from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
 # Order up to which a matrix is factored in one piece, where others are by rows.
-LEAF = 4096
+LEAF = 8192
 # Strips that products with a triangle are made in at most, each without the zeros beside it, and of
 # what order a GPU is busy with one for longer than it takes to launch it.
 STRIPS, STRIP = 4, 2048

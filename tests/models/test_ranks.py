@@ -181,16 +181,15 @@ def test_two_processes_prune_exactly_as_one(place, method, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     one, two = place / f"{device}-{method}", place / f"{device}s-{method}"
+    words = command(place, two, "--method", method, "--dtype", "float64", "--precision", "fp32",
+                    device=device)  # fmt: skip
+    # CUDA does not outlive a fork, and what has to be imported anew begins at once.
+    begun = start(2, "-m", "cuobs", *words) if device == "cuda" else None
     report = prune_folder(
         place / "source", one, f"{place}/tokens.npz:t", device=device, method=method,
         dtype="float64", precision="fp32",
     )  # fmt: skip
-    words = command(place, two, "--method", method, "--dtype", "float64", "--precision", "fp32",
-                    device=device)  # fmt: skip
-    if device == "cpu":
-        found = together(place, main, words)
-    else:  # CUDA does not outlive a fork
-        found = finished(start(2, "-m", "cuobs", *words))
+    found = finished(begun) if begun else together(place, main, words)
     assert found.returncode == 0, found.stderr
     assert losses(two)[0] == pytest.approx([row.loss for row in report.layers], rel=1e-3)
     models = [load_model(folder).state_dict() for folder in (one, two)]
@@ -205,11 +204,14 @@ def test_processes_learn_what_one_learns(tmp_path, device):
     """Tuning, distillation and rotation: the same steps, gradients added up."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
+    begun = None
+    if device == "cuda":  # which does not outlive a fork
+        begun = start(2, learn_together.__file__, tmp_path / "two.npz", device)
     learn_together.main(tmp_path / "one.npz", device)
-    if device == "cpu":
+    if begun:
+        found = finished(begun)
+    else:
         found = together(tmp_path, learn_together.main, tmp_path / "two.npz", device)
-    else:  # CUDA does not outlive a fork
-        found = finished(start(2, learn_together.__file__, tmp_path / "two.npz", device))
     assert found.returncode == 0, found.stderr
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert set(one) == set(two)
