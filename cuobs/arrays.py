@@ -204,7 +204,13 @@ def hand_back(array, like, cast=True):
             to_numpy(array)
         )
         return tensor.to(like.device, like.dtype if cast else tensor.dtype)
-    array = _cupy_of(array) if _is_cuda(like) else to_numpy(array)
+    if _is_cuda(like):
+        import cupy
+
+        with cupy.cuda.Device(_device_number(like)):
+            array = _cupy_of(array)
+            return array.astype(like.dtype, copy=False) if cast else array
+    array = to_numpy(array)
     return array.astype(like.dtype, copy=False) if cast else array
 
 
@@ -283,7 +289,7 @@ def stream_of(*arrays):
     import cupy
 
     if not _is_torch(first):
-        with cupy.cuda.Device(receive(first).device.id):
+        with cupy.cuda.Device(_device_number(first)):
             yield
         return
     import torch
@@ -371,6 +377,16 @@ def _is_cuda(array):
     if hasattr(array, "__dlpack_device__") and not isinstance(array, np.ndarray):
         return array.__dlpack_device__()[0] == 2
     return False
+
+
+def _device_number(array):
+    """Of the GPU that an array lies on; CuPy would copy one of another GPU to the current one."""
+    if hasattr(array, "__dlpack_device__"):
+        return array.__dlpack_device__()[1]
+    import cupy
+
+    pointer = array.__cuda_array_interface__["data"][0]
+    return cupy.cuda.runtime.pointerGetAttributes(pointer).device
 
 
 def _from_torch(tensor):
