@@ -63,9 +63,21 @@ def bytes_of_rows(groups=GROUPS):
 
 
 def bytes_of_factors(groups=GROUPS, leaf=LEAF):
-    """Bytes that factoring and inverting the largest Hessian gathers."""
-    K = max(K for K, _, _ in groups)
-    return bytes_of_factor(K, leaf, False) + INVERSES * (bytes_of_factor(K, leaf) + 4 * K * K)
+    """Bytes that factors and inverses gather: small Hessians', first inverses beside, the rest."""
+    found = 0
+    for K, _, _ in groups:
+        found += bytes_of_pair(K, leaf)
+        if K > leaf:
+            found += (INVERSES - 1) * bytes_of_factor(K, leaf) + INVERSES * 4 * K * K
+    return found
+
+
+def bytes_of_pair(K, leaf):
+    """Bytes that a factor with its inverse and another inverse gather, made side by side."""
+    if K <= leaf:
+        return 4 * 4 * K * K
+    m = K // 2
+    return 2 * 4 * m * (m + 2 * (K - m)) + bytes_of_pair(K - m, leaf) + bytes_of_pair(m, leaf)
 
 
 def bytes_of_factor(K, leaf, inverted=True):

@@ -34,6 +34,20 @@ def test_bytes_of_factors_are_those_that_are_gathered(monkeypatch, K, inverted):
         assert sum(sizes) == scaling.bytes_of_factor(K, 16, inverted=False)
 
 
+@pytest.mark.parametrize("K", [56, 57, 16])
+def test_bytes_of_factors_side_by_side(monkeypatch, K):
+    monkeypatch.setattr(factors, "LEAF", 16)
+    sizes = []
+
+    def by_rows(function, rows):
+        sizes.append(function(slice(0, rows)))
+        return sizes[-1]
+
+    H = np.eye(K, dtype=np.float32)
+    factors.factors_by_rows([(H, True, True), (2 * H, False, True)], by_rows)
+    assert sum(made.nbytes for made in sizes) == scaling.bytes_of_pair(K, 16)
+
+
 def test_bytes_of_sums_are_those_that_are_added_up():
     torch = pytest.importorskip("torch")
     from cuobs.models.pruning.targets import Moments
