@@ -115,7 +115,7 @@ def run(arguments, method, target, ranks):
     before, first, *others = np.diff(marks)
     if ranks.leads:
         show(report, method, target, ranks.size, before, first, *others)
-    return min(others)
+    return min(others, default=first)
 
 
 def run_stepwise(arguments, method, target):
@@ -147,8 +147,9 @@ def show_steps(steps, alone, ranks):
 def show(report, method, target, size, before, first, *others):
     """Print the seconds of blocks, the memory and the loss of a run."""
     gib = [n / 2**30 for n in (report.memory_predicted, report.memory_peak)]
+    then = f"then {min(others):.3f} to {max(others):.3f} s a block; " if others else ""
     print(f"\n{method}, {target}, {size} GPU: {before:.1f} s before, first block {first:.2f} s, "
-          f"then {min(others):.3f} to {max(others):.3f} s a block; memory {gib[0]:.1f} GiB "
+          f"{then}memory {gib[0]:.1f} GiB "
           f"predicted, {gib[1]:.1f} at the peak ({gib[0] / gib[1] - 1:+.0%}); mean loss "
           f"{np.mean([row.loss for row in report.layers]):.6f}", flush=True)  # fmt: skip
     if (method, target) in BEFORE:
