@@ -139,6 +139,17 @@ def _whole(rows, unit):
 def _share(function, count, rows, workers, settings):
     """Spread ranges over threads, each with one BLAS thread: on small products more of them wait
     for each other longer than they compute."""
+    ranges = ((start, min(start + rows, count)) for start in range(0, count, rows))
+    with blas.one_thread():
+        if workers == 1 or rows >= count:
+            for start, stop in ranges:
+                function(start, stop)
+                settings.report(stop, count)
+        else:
+            _spread(function, ranges, count, workers, settings)
+
+
+def _spread(function, ranges, count, workers, settings):
     waiting = collections.deque()
 
     def finish():
@@ -146,13 +157,12 @@ def _share(function, count, rows, workers, settings):
         future.result()
         settings.report(stop, count)
 
-    with blas.one_thread(), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for start in range(0, count, rows):
+            for start, stop in ranges:
                 # Each that waits takes a kilobyte.
                 if len(waiting) == AHEAD * workers:
                     finish()
-                stop = min(start + rows, count)
                 waiting.append((stop, pool.submit(function, start, stop)))
             while waiting:
                 finish()

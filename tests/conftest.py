@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import zlib
 from pathlib import Path
@@ -17,6 +18,12 @@ TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "smollm2"
 # Where whole models, or the lack of PyTorch in what is imported, are tested.
 MODEL_TESTS = ("models/", "pytorch/", "cli/test_models_", "cli/test_view", "cli/test_early_")
+# Files that take longest: where each goes to one process as a whole, they go first.
+LONGEST = (
+    "algorithms/test_figures.py", "models/test_ranks.py", "models/test_prune_model.py",
+    "algorithms/test_methods.py", "test_memory_limit.py", "models/test_model_folders.py",
+)  # fmt: skip
+FEW_PROCESSES = 4
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,16 +105,23 @@ def example():
     return np.load(EXAMPLE / "W.npy", mmap_mode="r"), np.load(EXAMPLE / "X.npy", mmap_mode="r")
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A checkpoint's folder in several shards, with a tokenizer and files of its own."""
+@pytest.fixture(scope="session")
+def made_source(tmp_path_factory):
+    """What each test has a copy of."""
     from small_models import make_source
 
-    return make_source(tmp_path / "source")
+    return make_source(tmp_path_factory.mktemp("made") / "source")
+
+
+@pytest.fixture
+def source(made_source, tmp_path):
+    """A checkpoint's folder in several shards, with a tokenizer and files of its own."""
+    return shutil.copytree(made_source, tmp_path / "source")
 
 
 def pytest_configure(config):
     share_cores()
+    keep_files_whole(config.option)
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
 
@@ -125,6 +139,13 @@ def share_cores():
             os.sched_setaffinity(0, mine)
 
 
+def keep_files_whole(option):
+    """Let each of a few workers of pytest-xdist have whole files: their tests share what is made.
+    """
+    if getattr(option, "dist", "no") == "load" and len(option.tx) <= FEW_PROCESSES:
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
 def pytest_collection_finish():
     """What was imported is there to stay: no search for garbage looks at it again."""
     gc.collect()
@@ -133,9 +154,15 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        path = item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
-        if path.startswith(MODEL_TESTS):
+        if inside(item).startswith(MODEL_TESTS):
             item.add_marker(pytest.mark.model)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: inside(item) not in LONGEST)
+
+
+def inside(item):
+    """The path of a test's file in this folder."""
+    return item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
 
 
 def pytest_ignore_collect(collection_path):

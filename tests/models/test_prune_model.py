@@ -4,6 +4,7 @@ import copy
 import importlib
 import warnings
 import weakref
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,10 +25,16 @@ def pruned(model, tokens, **options):
     return model, prune_model(model, tokens, device="cpu", **options)
 
 
-def test_patterns_are_obeyed_in_every_family(family, tokens):
+@cache
+def outcome(family, target, drop):
+    """A model, what the windows of `make_tokens` make of it, and the report; not to be changed."""
     model = make_model(family)
+    return model, *pruned(model, make_tokens(), target=target, drop_first_token=drop)
+
+
+def test_patterns_are_obeyed_in_every_family(family):
+    model, found, report = outcome(family, "mixed", True)
     before = weights_of(model)
-    found, report = pruned(model, tokens)
     assert len(report.layers) == len(linears(find_blocks(model)[1]))
     for row in report.layers:
         module = found.get_submodule(row.name)
@@ -57,8 +64,8 @@ def test_other_methods(tokens, method):
 @pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
 @pytest.mark.parametrize("drop", [True, False])
 def test_reported_loss_is_that_of_running_the_layer(family, tokens, target, drop):
-    dense = make_model(family)
-    found, report = pruned(dense, tokens, target=target, drop_first_token=drop)
+    dense, found, report = outcome(family, target, drop)
+    found = copy.deepcopy(found)
     name, blocks = find_blocks(found)
     first = int(drop)
 
@@ -173,17 +180,15 @@ def test_second_sweep_changes_nothing(tokens):
 
 
 def test_mixed_without_shares_is_pruned(family, tokens):
-    model = make_model(family)
+    model, plain, b = outcome(family, "pruned", True)
     mixed, a = pruned(model, tokens, target="mixed", dense_share=0, residual_share=0)
-    plain, b = pruned(model, tokens, target="pruned")
     assert same(weights_of(mixed), weights_of(plain))
     assert [row.loss for row in a.layers] == [row.loss for row in b.layers]
 
 
 def test_mixed_with_the_dense_share_alone_is_dense(tokens):
-    model = make_model("llama")
+    model, dense, _ = outcome("llama", "dense", True)
     mixed, _ = pruned(model, tokens, target="mixed", dense_share=1, residual_share=0)
-    dense, _ = pruned(model, tokens, target="dense")
     assert same(weights_of(mixed), weights_of(dense))
 
 
@@ -220,8 +225,8 @@ def test_shares_by_depth(tokens):
     assert gates == [0, 0, 0]
 
 
-def test_padding_takes_no_part(family):
-    model, tokens = make_model(family), make_tokens()
+def test_padding_takes_no_part(family, tokens):
+    model, unmasked, _ = outcome(family, "mixed", True)
     mask = np.ones_like(tokens)
     for i in range(len(tokens)):
         mask[i, : i % 5] = 0
@@ -229,9 +234,9 @@ def test_padding_takes_no_part(family):
     assert (other != tokens).any()
     a, first = pruned(model, tokens, attention_mask=mask)
     b, second = pruned(model, other, attention_mask=mask)
+    others = weights_of(b)
     for name, tensor in weights_of(a).items():
-        torch.testing.assert_close(tensor, weights_of(b)[name], rtol=1e-4, atol=1e-5)
-    unmasked, _ = pruned(model, tokens)
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5)
     assert not same(weights_of(a), weights_of(unmasked))
 
 
@@ -342,7 +347,7 @@ def test_bfloat16(tokens):
     model = make_model("llama").bfloat16()
     found, report = pruned(model, tokens)
     assert all(t.dtype == torch.bfloat16 for t in found.state_dict().values())
-    reference = pruned(make_model("llama"), tokens)[1]
+    reference = outcome("llama", "mixed", True)[2]
     for row, other in zip(report.layers, reference.layers, strict=True):
         assert cuobs.verify(found.get_submodule(row.name).weight.data.float(), "2:4")
         assert row.loss == pytest.approx(other.loss, rel=0.2, abs=0.02)
@@ -371,8 +376,9 @@ def test_batches_change_little(tokens):
     model = make_model("llama")
     a, _ = pruned(model, tokens, batch_tokens=24)
     b, _ = pruned(model, tokens, batch_tokens=10_000)
+    others = weights_of(b)
     for name, tensor in weights_of(a).items():
-        torch.testing.assert_close(tensor, weights_of(b)[name], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=1e-3)
 
 
 def test_same_run_gives_the_same_bits(family, tokens):
@@ -381,8 +387,7 @@ def test_same_run_gives_the_same_bits(family, tokens):
 
 
 def test_drift_is_that_of_the_hidden_states(tokens):
-    model = make_model("llama")
-    found, report = pruned(model, tokens, drop_first_token=False)
+    model, found, report = outcome("llama", "mixed", False)
     ids = torch.tensor(tokens)
     states = []
     for m in (model, found):
