@@ -11,9 +11,10 @@ from cuobs import blas
 from cuobs.arrays import device_name, size_text
 from cuobs.cores import cores
 
-# On the CPU, row groups that make little of the time between products, and bytes for each worker.
+# On the CPU, row groups that make little of the time between products, and bytes for each worker,
+# which are filled again and again: more of them are slower.
 CPU_ROWS = 16
-CPU_BYTES = 2**29
+CPU_BYTES = 2**27
 # Ranges that wait for each of them.
 AHEAD = 4
 # On a GPU, row groups that keep it busy, and bytes that they may take unless told otherwise.

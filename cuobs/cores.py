@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-from pathlib import Path
 
 __all__ = ["cores"]
 
@@ -20,14 +19,14 @@ def cores(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    quotas = [count, *_quotas(groups, Path(root))]
+    quotas = [count, *_quotas(groups, str(root))]
     return max(1, math.ceil(min(quotas)))
 
 
 def _quotas(groups, root):
     """The quotas of all groups that the process is in, inner and outer, in cores."""
     try:
-        lines = Path(groups).read_text().splitlines()
+        lines = _read(groups).splitlines()
     except OSError:
         return
     for line in lines:
@@ -35,22 +34,26 @@ def _quotas(groups, root):
         if controllers and "cpu" not in controllers.split(","):
             continue
         # The first version of control groups has a tree for each controller.
-        inner = (root / controllers if controllers else root) / path.lstrip("/")
-        for folder in (inner, *inner.parents):
+        outer = os.path.join(root, controllers)
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
             with contextlib.suppress(OSError, ValueError):
-                yield _quota(folder)
-            if folder == root:
-                break
+                yield _quota(os.path.join(outer, *parts[:depth]))
 
 
 def _quota(folder):
     """The quota of a group in cores; ValueError or OSError where it has none."""
-    if (folder / "cpu.max").exists():
-        quota, period = (folder / "cpu.max").read_text().split()
-    else:
+    try:
+        quota, period = _read(os.path.join(folder, "cpu.max")).split()
+    except FileNotFoundError:
         quota, period = (
-            (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            _read(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period")
         )
     if int(quota) <= 0:
         raise ValueError
     return int(quota) / int(period)
+
+
+def _read(path):
+    with open(path) as file:
+        return file.read()

@@ -7,18 +7,13 @@ them go again; `at_hand` and `cuobs.models.pruning.resident` keep them for longe
 import contextlib
 import types
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from cuobs.cores import cores
 from cuobs.models.checkpoints.names import TensorReader
-from cuobs.models.threads import callers_stream
-
-# Tensors that are read side by side: to have each in memory of its own takes longer than reading.
-READERS = 8
+from cuobs.models.threads import callers_stream, side_by_side
 
 
 class Slot(NamedTuple):
@@ -158,10 +153,9 @@ class Parked:
                     return copies[slot.name]
                 return self.take(slot, device).to(device)
 
-        with ThreadPoolExecutor(min(cores(), READERS)) as pool:
-            for slot, tensor in zip(self.slots, pool.map(found, self.slots), strict=True):
-                slot.tensor.data = tensor
-                slot.held[slot.key] = slot.tensor
+        for slot, tensor in zip(self.slots, side_by_side(found, self.slots), strict=True):
+            slot.tensor.data = tensor
+            slot.held[slot.key] = slot.tensor
 
     def _release(self):
         for slot in self.slots:

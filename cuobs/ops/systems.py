@@ -162,7 +162,7 @@ def masked_factor_solve(A: Any, B: Any, mask: Any, out: Any) -> None:
     """
     _check_factor_solve(A, B, mask, out)
     for m in range(len(B)):
-        kept = np.flatnonzero(mask[m])
+        kept = mask[m].nonzero()[0]
         if not kept.size:
             continue
         solution, info = _solved_row(A, B[m, kept], kept)
@@ -175,7 +175,7 @@ def masked_factor_solve(A: Any, B: Any, mask: Any, out: Any) -> None:
 
 def _solved_row(A, right, kept):
     posv = scipy.linalg.get_lapack_funcs("posv", (A,))
-    block = A[kept].take(kept, axis=1)
+    block = A.take(kept, axis=0).take(kept, axis=1)
     _, solution, info = posv(block.T, right, lower=1, overwrite_a=True)
     return solution, info
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from layers import prune
 
-from cuobs.problem import Problem
+from cuobs.ops import factors
 
 # (pattern, method, rows, options, loss), damp 0.01
 LOSSES = []
@@ -134,22 +134,29 @@ def layer(example):
 
 @pytest.fixture(scope="module", autouse=True)
 def factors_in_common():
-    """Of a damped Hessian of the layer NumPy has its factors once: no method may change them."""
-    build, last = Problem.build, {}
+    """What NumPy makes of the layer's Hessian, damped or shifted, it makes once.
 
-    def with_factors(W, H, *args):
-        problem = build(W, H, *args)
-        if isinstance(H, np.ndarray):
-            key = H.dtype.char, problem.H.diagonal().tobytes()
-            before = vars(last.get(key, problem))
-            last[key] = problem
-            for name in {"R", "R_inverse", "C"} & before.keys():
-                vars(problem)[name] = before[name]
-                before[name].flags.writeable = False
-        return problem
+    No method may change it: it is read-only.
+    """
+    made = {}
+
+    def once(function):
+        def known(A, *rest):
+            if not isinstance(A, np.ndarray):
+                return function(A, *rest)
+            # What was made before is known by itself, a Hessian by a part of its numbers.
+            key = id(A) if id(A) in made else (A.dtype.char, A[::48].tobytes())
+            if (function, key) not in made:
+                result = function(A, *rest)
+                result.flags.writeable = False
+                made[function, key] = made[id(result)] = result
+            return made[function, key]
+
+        return known
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "build", with_factors)
+        for name in "reversed_cholesky", "upper_inverse", "upper_gram":
+            patch.setattr(factors, name, once(getattr(factors, name)))
         yield
 
 

@@ -8,7 +8,6 @@ weights that the run writes. The marker goes last, when everything else is in it
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from os import PathLike
 
@@ -19,7 +18,6 @@ from safetensors.torch import safe_open
 import cuobs
 from cuobs import files
 from cuobs.containers import read_header, write_tensors
-from cuobs.cores import cores
 from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import (
@@ -41,9 +39,10 @@ from cuobs.models.checkpoints.source import (
     safetensors_header,
     unfinished,
 )
-from cuobs.models.parked import READERS, around, parked, state_of
+from cuobs.models.parked import around, parked, state_of
 from cuobs.models.report import BlockReport
 from cuobs.models.structure import linears
+from cuobs.models.threads import side_by_side
 from cuobs.torch.packed import pack_tensor
 
 # What a config says that changes no result: how it was written, and in what the weights lie.
@@ -128,9 +127,8 @@ def fingerprint(model, blocks):
     for name, tensor in around(model, blocks):
         digests.add(result, tensor, f"{name} ")
         del tensor
-    with ThreadPoolExecutor(min(cores(), READERS)) as pool:
-        for found in pool.map(digest, blocks):
-            result.update(found.encode())
+    for found in side_by_side(digest, blocks):
+        result.update(found.encode())
     return result.hexdigest()
 
 

@@ -25,6 +25,8 @@ TORCH = {
 }  # fmt: skip
 # Rows of a tensor that are compared to know that two are the same.
 ROWS = 16
+# Bytes that are read as quickly as some of their rows.
+SMALL = 2**16
 
 
 class TensorReader:
@@ -59,8 +61,9 @@ class TensorReader:
                 return (tensor if rows is None else tensor[rows]).clone()
         rows = None if not entry.shape else rows
         with open(path, "rb", buffering=0) as file:
-            if rows is None:
-                return _take(file, entry.start, entry.shape, TORCH[entry.dtype])
+            if rows is None or entry.nbytes <= SMALL:
+                whole = _take(file, entry.start, entry.shape, TORCH[entry.dtype])
+                return whole if rows is None else whole[rows]
             row = entry._replace(shape=entry.shape[1:])
             parts = [
                 _take(file, entry.start + i * row.nbytes, row.shape, TORCH[entry.dtype])
