@@ -70,6 +70,11 @@ class Scopes:
         return list(itertools.combinations(range(self.count), self.count - self.keep))
 
     @cached_property
+    def chosen(self):
+        """(blocks, choices) 1 where a choice has a block, else 0."""
+        return np.array([[float(b in c) for c in self.choices] for b in range(self.count)])
+
+    @cached_property
     def lost(self):
         """(choices, r, c) True where a choice prunes."""
         return self.among(np.array(self.choices)[:, None, None])
@@ -81,7 +86,7 @@ class Scopes:
 
 @cache
 def enumerate_view(name, M, K):
-    """Walk the view element by element; return (scope, block), each (M, K), and keep."""
+    """Where each element of the view lies; return (scope, block), each (M, K), and keep."""
     view, block, scope, keep = re.fullmatch(
         r"view=(\S+) block=(\S+) scope=(\S+) keep=(\d+)", text_form(name)
     ).groups()
@@ -90,20 +95,20 @@ def enumerate_view(name, M, K):
     blocks_along = [n // b for n, b in zip(shape, block, strict=True)]
     scopes_along = [n // s for n, s in zip(blocks_along, scope, strict=True)]
     assert all(n == s * t * b for n, s, t, b in zip(shape, scope, scopes_along, block, strict=True))
-    scope_of, block_of = np.full(M * K, -1), np.full(M * K, -1)
-    for index in np.ndindex(*shape):
-        offset = sum(i * s for i, s in zip(index, stride, strict=True))
-        assert scope_of[offset] == -1, "the view overlaps"
-        at = [i // b for i, b in zip(index, block, strict=True)]
-        at = [divmod(a, s) for a, s in zip(at, scope, strict=True)]
-        scope_of[offset] = np.ravel_multi_index([a for a, _ in at], scopes_along)
-        block_of[offset] = np.ravel_multi_index([a for _, a in at], scope)
-    assert (scope_of >= 0).all(), "the view leaves elements out"
+    index = np.indices(shape).reshape(len(shape), -1)
+    offset = np.array(stride) @ index
+    assert len(np.unique(offset)) == len(offset), "the view overlaps"
+    assert len(offset) == M * K, "the view leaves elements out"
+    at, within = np.divmod(index // np.array(block)[:, None], np.array(scope)[:, None])
+    scope_of, block_of = np.empty(M * K, int), np.empty(M * K, int)
+    scope_of[offset] = np.ravel_multi_index(at, scopes_along)
+    block_of[offset] = np.ravel_multi_index(within, scope)
     scope_of, block_of = scope_of.reshape(M, K), block_of.reshape(M, K)
     scope_of.flags.writeable = block_of.flags.writeable = False
     return scope_of, block_of, int(keep)
 
 
+@cache
 def scopes(name, M, K):
     """Enumerate the view and find the groups of rows and of columns that its scopes are."""
     scope, block, keep = enumerate_view(name, M, K)
@@ -193,7 +198,7 @@ def choice_costs(w, C, s):
     """
     if len(s.choices) > FEW:
         alone = removal_costs(w, C, s, [(b,) for b in range(s.count)])
-        return alone[..., np.array(s.choices)].sum(-1)
+        return alone @ s.chosen
     return removal_costs(w, C, s, s.choices)
 
 
