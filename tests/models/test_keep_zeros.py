@@ -12,7 +12,7 @@ import torch
 from small_models import make_model, same, weights_of
 from torch import nn
 
-from cuobs.models import KeepZeros, keep_zeros
+from cuobs.models import keep_zeros
 from cuobs.torch import merge_masked
 
 OPTIMIZERS = [
@@ -301,6 +301,8 @@ def test_the_example_ends_in_a_folder_that_still_has_its_pattern(monkeypatch):
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
 def test_transformers_own_loop(tmp_path, optim):
     transformers = pytest.importorskip("transformers")
+    from cuobs.models import KeepZeros  # with the trainer, which takes seconds to import
+
     model = make_model("llama")
     for layer in model.model.layers:
         layer.mlp.up_proj.weight.data[:, ::2] = 0

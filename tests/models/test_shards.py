@@ -1,14 +1,15 @@
 """The files of weights of a model that is pruned block by block are written as blocks finish."""
 
 import os
-from functools import partial
+import shutil
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import make_model, make_source, make_tokens
+from small_models import make_model, make_tokens
 from test_model_folders import contents
 
 from cuobs import files
@@ -23,29 +24,40 @@ from cuobs.models.checkpoints.source import BLOCKS, MARKER, SHARDS, STAGING, Sto
 OPTIONS = {"device": "cpu", "method": "wanda", "shard_size": "20KB"}
 
 
-@pytest.fixture
-def calibration(tmp_path):
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
     """A file of calibration windows."""
-    np.savez(tmp_path / "tokens.npz", windows=make_tokens(8))
-    return f"{tmp_path / 'tokens.npz'}:windows"
+    path = tmp_path_factory.mktemp("calibration") / "tokens.npz"
+    np.savez(path, windows=make_tokens(8))
+    return f"{path}:windows"
 
 
 @pytest.fixture(scope="module")
-def unstopped(tmp_path_factory):
+def unstopped(made_source, calibration, tmp_path_factory):
     """The folder of a run that nothing stops, made once for the same options."""
-    made = {}
 
-    def folder(**options):
-        key = str(options)
-        if key not in made:
-            place = tmp_path_factory.mktemp("unstopped")
-            np.savez(place / "tokens.npz", windows=make_tokens(8))
-            made[key] = place / "whole"
-            prune_folder(make_source(place / "source"), made[key],
-                         f"{place / 'tokens.npz'}:windows", **{**OPTIONS, **options})  # fmt: skip
-        return made[key]
+    @cache
+    def folder(options):
+        place = tmp_path_factory.mktemp("unstopped") / "whole"
+        prune_folder(made_source, place, calibration, **{**OPTIONS, **dict(options)})
+        return place
 
-    return folder
+    return lambda **options: folder(tuple(options.items()))
+
+
+@pytest.fixture(scope="module")
+def stopped(made_source, calibration, tmp_path_factory):
+    """Copies of the folder of a run that ended after two blocks, made once likewise."""
+
+    @cache
+    def folder(options):
+        place = tmp_path_factory.mktemp("stopped") / "out"
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(made_source, place, calibration, **{**OPTIONS, **dict(options)},
+                         on_block=stop_after(2))  # fmt: skip
+        return place
+
+    return lambda place, **options: shutil.copytree(folder(tuple(options.items())), place)
 
 
 def stop_after(blocks):
@@ -102,9 +114,9 @@ def test_entries_keep_the_order_of_the_source():
     assert entries_of(stored, {}, (), torch.bfloat16)["a"].dtype == "BF16"
 
 
-def test_a_finished_block_lies_in_the_files_that_are_to_be(tmp_path, calibration):
+def test_a_finished_block_lies_in_the_files_that_are_to_be(source, tmp_path, calibration):
     """Its weights are nowhere else: the disk holds the model once, from the first block on."""
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
     prune_folder(source, tmp_path / "whole", calibration, **OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         prune_folder(source, out, calibration, **OPTIONS, on_block=stop_after(2))
@@ -138,12 +150,10 @@ def test_a_finished_block_lies_in_the_files_that_are_to_be(tmp_path, calibration
     ],
 )  # fmt: skip
 def test_a_run_goes_on_whatever_the_form_of_what_it_writes(
-    first, then, tmp_path, calibration, unstopped
+    first, then, tmp_path, made_source, calibration, stopped, unstopped
 ):
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        prune_folder(source, out, calibration, **{**OPTIONS, **first}, on_block=stop_after(2))
-    report = prune_folder(source, out, calibration, **{**OPTIONS, **then}, resume=True)
+    out = stopped(tmp_path / "out", **first)
+    report = prune_folder(made_source, out, calibration, **{**OPTIONS, **then}, resume=True)
     assert [block.resumed for block in report.blocks] == [True, True, False]
     assert same_model(unstopped(**then), out)
     assert not (out / BLOCKS).exists()
@@ -220,9 +230,9 @@ def test_a_weight_that_does_not_fit_ends_a_run_with_its_block(tmp_path, calibrat
 
 
 def test_a_block_that_was_finished_in_another_form_is_packed_at_the_end(
-    tmp_path, calibration, unstopped
+    source, tmp_path, calibration, unstopped
 ):
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
     for blocks, options in (1, {}), (2, {"shard_size": "1MB", "resume": True}):
         with pytest.raises(KeyboardInterrupt):
             prune_folder(source, out, calibration, on_block=stop_after(blocks),
@@ -233,9 +243,9 @@ def test_a_block_that_was_finished_in_another_form_is_packed_at_the_end(
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_pattern_that_can_not_be_packed_is_refused_before_weights_are_read(
-    dry_run, tmp_path, calibration, monkeypatch
+    dry_run, source, tmp_path, calibration, monkeypatch
 ):
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
     monkeypatch.setattr(pipeline.loading, "load_model", None)
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj: pattern: found .* masks of a sc"):
         prune_folder(source, out, calibration, packed=True, dry_run=dry_run,
@@ -246,10 +256,10 @@ def test_a_pattern_that_can_not_be_packed_is_refused_before_weights_are_read(
 @pytest.mark.parametrize("at", [0, 4, 8, 9, 13, 17])
 @pytest.mark.parametrize("then", [{}, {"distill": 1}], ids=str)
 def test_stopped_while_files_are_put_in_place(
-    at, then, tmp_path, calibration, monkeypatch, unstopped
+    at, then, source, tmp_path, calibration, monkeypatch, unstopped
 ):
     """Nine files: from the blocks to the others of the model, then to where they belong."""
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
     replace, moved = os.replace, []
 
     def failing(a, b):
@@ -269,9 +279,9 @@ def test_stopped_while_files_are_put_in_place(
 
 
 def test_files_of_an_earlier_try_are_not_taken_for_those_of_a_run(
-    tmp_path, calibration, monkeypatch, unstopped
+    source, tmp_path, calibration, monkeypatch, unstopped
 ):
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
 
     def failing(*_):
         raise KeyboardInterrupt
@@ -289,8 +299,8 @@ def test_files_of_an_earlier_try_are_not_taken_for_those_of_a_run(
 
 
 @pytest.mark.parametrize("fault", ["short", "gone"])
-def test_a_file_that_is_damaged_is_said(fault, tmp_path, calibration):
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+def test_a_file_that_is_damaged_is_said(fault, source, tmp_path, calibration):
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         prune_folder(source, out, calibration, **OPTIONS, on_block=stop_after(1))
     for path in (out / SHARDS).iterdir():
@@ -302,9 +312,9 @@ def test_a_file_that_is_damaged_is_said(fault, tmp_path, calibration):
         prune_folder(source, out, calibration, **OPTIONS, resume=True)
 
 
-def test_a_run_that_is_refused_leaves_nothing(tmp_path, calibration, monkeypatch):
+def test_a_run_that_is_refused_leaves_nothing(source, tmp_path, calibration, monkeypatch):
     """Though the files are there before the dense model is measured."""
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    out = tmp_path / "out"
     monkeypatch.setattr(pipeline, "_perplexity", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="is no number"):
         prune_folder(source, out, calibration, evaluate=[calibration], **OPTIONS)
@@ -312,9 +322,9 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path, calibration, monkeypatch
 
 
 def test_another_run_that_has_begun_in_the_folder_keeps_its_files(
-    tmp_path, calibration, monkeypatch
+    source, tmp_path, calibration, monkeypatch
 ):
-    source, out, lay_out = make_source(tmp_path / "source"), tmp_path / "out", pipeline._lay_out
+    out, lay_out = tmp_path / "out", pipeline._lay_out
 
     def meanwhile(*args):
         begin(out, {"another": 1}, resume=False)
