@@ -109,7 +109,8 @@ class Room:
 
 
 def make_room(device):
-    """Where the device is nearly full, `give_back`."""
+    """Where the device is nearly full, `give_back`; on the CPU, `trim`."""
+    trim(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < total // 4:
@@ -159,6 +160,7 @@ def mapped_files():
 
 def reset(device):
     """Begin to measure the peak anew."""
+    trim(device)
     if device.type == "cuda":
         arrays.give_back()
         torch.cuda.reset_peak_memory_stats(device)

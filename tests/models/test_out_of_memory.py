@@ -1,5 +1,9 @@
 """Where the device's memory is too small for a batch, parts of it give the same model."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import make_model, make_tokens
@@ -176,3 +180,34 @@ def test_predicted_memory_is_about_what_is_used(target, tune):
         model, make_tokens(32, 1024), method="sparsegpt", target=target, tune=tune, device="cuda"
     )
     assert 0.9 * report.memory_peak < report.memory_predicted < 1.5 * report.memory_peak
+
+
+PEAK = """
+from small_models import make_model, make_tokens
+from cuobs.models import memory, prune_model
+
+def used(windows, **options):
+    model, found = make_model("llama", **SIZES).bfloat16(), []
+    report = prune_model(model, make_tokens(windows, 512), method="sparsegpt", device="cpu",
+                         starting=lambda _: found.append(memory.resident()), **options)
+    return report.memory_predicted, report.memory_peak, *found
+
+SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=1,
+             max_position_embeddings=512)
+used(1, target="pruned")  # what libraries keep for themselves, they have from the first on
+print(*used(4, target="pruned"), *used(4), *used(1, target="pruned"), *used(4, tune=1))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures as Linux does")
+def test_predicted_memory_of_a_cpu_is_about_what_is_used():
+    """In a process of its own; fewer windows than a batch may have are no whole batch."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    numbers = list(map(int, found.stdout.split()))
+    assert len(numbers) == 12
+    for predicted, peak, before in zip(*[iter(numbers)] * 3, strict=True):
+        assert 0.85 * peak < predicted < 1.15 * peak
+        assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)

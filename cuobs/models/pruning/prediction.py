@@ -58,7 +58,7 @@ class Work:
     windows, length, width : int
         Of the hidden states.
     batch : int
-        Windows in a batch.
+        Windows in a batch, as many as there are at most.
     element : int
         Bytes of an element of the hidden states and weights.
     block : int
@@ -115,6 +115,11 @@ class Work:
 HELD_BY_TARGET = (2, 5)
 # Bytes of float64 in place of float32 on the CPU, where targets are solved for.
 TARGET_ITEM = {"cpu": 8, "cuda": 4}
+
+
+# What backpropagation keeps of a window beside what a forward takes in float32, about; on the CPU
+# the heap keeps some more.
+KEPT_TO_LEARN = {"cpu": 4, "cuda": 3}
 
 
 def predict(work, device, held=0, states=True):
@@ -207,24 +212,41 @@ def batches_to_hold(work, device, budget, states=True):
 def _phases(work, device, held):
     """Bytes beside weights and hidden states, phase by phase."""
     streams = 2 if work.mixed else 1
+    if device.type == "cpu":
+        yield _probing(work)
     # Until the first group is pruned, the block before is on its way back from a GPU.
     leaving = work.block * (device.type == "cuda")
     for K, rows, stage in work.pruned_groups:
         # Forwards that wait: all that are held, or those of one batch.
         waiting = min(max(held, 1) * work.batch, work.windows) * stage.waits * streams
         sums = 4 * K * K * streams + (4 * K * work.width if work.mixed else 0)
-        # The inputs of tokens that count, and how they differ.
-        taken = work.batch * work.length * K * work.element * (3 if work.mixed else 1)
+        taken = _taken(work, device, K)
         yield leaving + waiting + sums + max(work.batch * (stage.runs - stage.waits), taken)
         leaving = 0
         yield waiting * (held > 0) + sums + _pruning(work, device, K, rows)
     waiting = min(held * work.batch, work.windows) * work.stages[-2].waits * streams
     yield waiting + work.batch * work.stages[-1].runs
     if work.tune:
-        # What backpropagation keeps of a window in float32 is about three times as much, and
         # Adam keeps two numbers of each weight beside it, its gradient and its float32 copy.
-        kept = 3 * min(work.batch, work.tune) * work.stages[-1].runs * 4 // work.element
-        yield kept + 16 * work.block // work.element
+        kept = KEPT_TO_LEARN[device.type] * min(work.batch, work.tune) * work.stages[-1].runs
+        yield (4 * kept + 16 * work.block) // work.element
+
+
+def _taken(work, device, K):
+    """Bytes of the inputs of a batch's tokens that count, and of how they differ."""
+    tokens = work.batch * work.length
+    if device.type == "cuda":
+        return tokens * K * work.element * (3 if work.mixed else 1)
+    # Each is copied where some tokens do not count, and once more where it is no float32.
+    columns, differences = (2 * (K + work.width), K + work.width) if work.mixed else (K, 0)
+    copies = work.element * columns + 4 * columns * (work.element != 4)
+    return tokens * (copies + 4 * differences) + 4 * K * K
+
+
+def _probing(work):
+    """Bytes of a block in float32 and of what one window leaves there: so groups are found."""
+    columns = sum(K + 2 * rows for K, rows in work.groups)
+    return 4 * (work.block // work.element + work.length * columns)
 
 
 def _pruning(work, device, K, rows):
@@ -239,14 +261,20 @@ def _pruning(work, device, K, rows):
     return max(method + 4 * rows * K, target)
 
 
-def stages_of(groups, length, width, element):
-    """The `Stage` of each group and of the end, from shapes alone."""
+def stages_of(groups, length, width, element, streams=False):
+    """The `Stage` of each group and of the end, from shapes alone.
+
+    What enters a group is held beside the residual stream and what is made of that for the block;
+    with ``streams`` beside the stream that is followed from writer to writer too. On the way there
+    also what the linears before have given.
+    """
     window = length * element
-    run, found = 4 * width, []
+    held, before, most, found = (2 + streams) * width, 0, 0, []
     for K, rows in groups:
-        found.append(Stage((K + 4 * width) * window, (run + K) * window))
-        run += rows
-    return [*found, Stage(0, (run + 2 * max(K for K, _ in groups)) * window)]
+        most = max(most, held + before + K)
+        found.append(Stage((held + K) * window, most * window))
+        before = rows
+    return [*found, Stage(0, max(most, held + before + K) * window)]
 
 
 def measure_stages(passing, device):
@@ -286,8 +314,8 @@ def work_of(model, blocks, windows, batch, recipe, device, layers):
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
-    host = host_bytes(model, windows, parked(block) is not None)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    host = host_bytes(model, windows, parked(block) is not None) + untied(model, recipe)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) + untied(model, recipe)
     here = host if device.type == "cpu" else size * (home.type == device.type)
     return _work(block, groups, own, stages, windows, batch, recipe, width, element, here, host)
 
@@ -308,7 +336,7 @@ def work_from_shapes(model, blocks, windows, batch, recipe, device, layers, in_f
         last = shape
     element = next(blocks.parameters()).element_size()
     own = {inner for _, inner in layers.recipes}
-    host = host_bytes(model, windows, in_files)
+    host = host_bytes(model, windows, in_files) + untied(model, recipe)
     here = host if device.type == "cpu" else 0
     return _work(blocks[0], groups, own, None, windows, batch, recipe, width, element, here, host)
 
@@ -330,16 +358,25 @@ def host_bytes(model, windows, in_files):
         embedding = model.get_input_embeddings().weight
         rows = min(len(embedding), PAGE_ROWS * windows.tokens.numel())
         size = rows * embedding.shape[1] * embedding.element_size()
+    memory.trim(torch.device("cpu"))
     return max(memory.resident(), LIBRARIES + size)
+
+
+def untied(model, recipe):
+    """Bytes of a head that is tied to the embedding until a rotation unties it."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    return head.weight.nbytes if recipe.rotate and tied else 0
 
 
 def _work(block, named, own, stages, windows, batch, recipe, width, element, model, host):
     """A `Work` from the names and shapes of the linears that share inputs, and who is pruned."""
     count, length = windows.tokens.shape
     groups = [(some[0][1][1], sum(rows for _, (rows, _) in some)) for some in named]
+    if stages is None:
+        stages = stages_of(groups, length, width, element, recipe.residual_share != (0, 0))
     return Work(
-        groups, stages or stages_of(groups, length, width, element), count, length, width, batch,
-        element,
+        groups, stages, count, length, width, min(batch, count), element,
         block=sum(p.numel() * p.element_size() for p in block.parameters()),
         model=model,
         follows=recipe.follows,

@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
+from cuobs.models import memory
 from cuobs.models.blocks import run, windows_of
-from cuobs.models.memory import Room
 from cuobs.models.pruning.scratch import at_home
 from cuobs.models.pruning.walk import Stops
 
@@ -29,7 +29,7 @@ class Streams:
         For each block and each batch, the block's other arguments; see `blocks.capture`.
     counts : list of tensor of bool, shape (B, T), or None
         Which tokens of a batch enter the sums; None if all do.
-    room : Room
+    room : cuobs.models.memory.Room
     held : int
         Batches whose forwards wait inside a block while a group is pruned. Those of the others are
         run again from the block's start, which takes longer and less memory.
@@ -39,7 +39,7 @@ class Streams:
     pruned: list
     calls: list
     counts: list
-    room: Room
+    room: memory.Room
     held: int = 0
 
     @classmethod
@@ -128,6 +128,7 @@ class Passage:
                 if residual:
                     h, hh = _take(found[1][1], chosen), _take(found[0][1], chosen)
                 del found
+                self._trim()
                 function(Xh, X, h, hh)
             finally:
                 self._release(walks)
@@ -160,6 +161,7 @@ class Passage:
         # One by one into place: a second copy of all of them may not fit.
         for batch in range(len(states)):
             states[batch] = self._out(name, batch)
+            self._trim()
 
     def _out(self, name, batch):
         states = getattr(self.streams, name)
@@ -213,6 +215,10 @@ class Passage:
         for walk in walks:
             if id(walk) not in waiting:
                 walk.close()
+
+    def _trim(self):
+        """Give back what forwards leave behind: each has a thread and with it a heap of its own."""
+        memory.trim(next(self.block.parameters()).device)
 
     def _let_go(self):
         for walk in self._waiting.values():
