@@ -1,5 +1,7 @@
 """cuobs prune-model, eval-model, speedup: they need the extra ``model``, imported when called."""
 
+import json
+import math
 import os
 import sys
 
@@ -228,7 +230,8 @@ def _arguments(config, target):
                 help="The dense model: say how near DIR is to it.")
 @options.setting("device")
 @trust
-def eval_model(folder, text, sequence_length, against, device, trust_remote_code):
+@options.as_json
+def eval_model(folder, text, sequence_length, against, device, trust_remote_code, as_json):
     """Measure the perplexity of the model in DIR (or a .gguf) on a text.
 
     The text is tokenised once and cut into windows without overlap, the tail is dropped; in each
@@ -236,12 +239,21 @@ def eval_model(folder, text, sequence_length, against, device, trust_remote_code
     next-token distributions, nats a token, and in how many places both hold the same token for
     the likeliest.
     """
-    models = load()
+    models = load(as_json)
     found = models.evaluate_folder(
         folder, text, sequence_length, against=against, device=device,
-        progress=View().progress, trust_remote_code=trust_remote_code,
+        progress=View(as_json).progress, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     windows, length = found.tokens.shape
+    if as_json:
+        near = found.agreement and {"model": against, **found.agreement._asdict()}
+        # JSON has no infinity.
+        measured = found.perplexity if math.isfinite(found.perplexity) else None
+        click.echo(json.dumps({
+            "model": folder, "text": text, "windows": windows, "length": length,
+            "perplexity": measured, "against": near,
+        }, indent=2))  # fmt: skip
+        return
     click.echo(f"text        {text}: {windows} windows of {length} tokens")
     click.echo(f"perplexity  {found.perplexity:.2f}")
     if found.agreement is not None:

@@ -1,5 +1,6 @@
 """cuobs verify"""
 
+import json
 import os
 import sys
 
@@ -16,8 +17,9 @@ NAMED = 10
 @click.command(cls=options.Command, short_help="Check a weight, or a pruned model.")
 @click.argument("w", metavar="W|DIR", type=click.Path())
 @options.pattern
+@options.as_json
 @click.pass_context
-def verify(ctx, w, pattern):
+def verify(ctx, w, pattern, as_json):
     """Check a weight, or a pruned model, for its pattern.
 
     The exit code is 1 where it is broken.
@@ -27,10 +29,12 @@ def verify(ctx, w, pattern):
     """
     if os.path.isdir(w):
         given = ctx.get_parameter_source("pattern") not in options.NOT_GIVEN
-        return _verify_folder(w, pattern if given else None)
+        return _verify_folder(w, pattern if given else None, as_json)
     files.existing_file(files.split(w)[0], "a weight, or the folder of a pruned model")
     common.check_array("W", w)
     found = cuobs.verify(files.load(w), pattern)
+    if as_json:
+        return _say({"weight": w, "pattern": pattern.label, **_content(found)})
     if found:
         click.echo(f"{w} obeys {pattern.label} ({pattern.keeps}) in {found.scopes} scopes")
         return
@@ -42,12 +46,35 @@ def verify(ctx, w, pattern):
     sys.exit(1)
 
 
-def _verify_folder(folder, pattern):
-    models.load()
+def _say(content):
+    """Print what was found as JSON; the exit code is 1 where a pattern is broken."""
+    click.echo(json.dumps(content, indent=2))
+    sys.exit(0 if content["obeys"] else 1)
+
+
+def _content(found):
+    """What JSON says of a `cuobs.Verification`."""
+    first = found.first and [int(place) for place in found.first]
+    return {"obeys": bool(found), "scopes": found.scopes, "broken": found.broken, "first": first}
+
+
+def _layer(layer):
+    """What JSON says of a `LayerVerification`."""
+    found = dict.fromkeys(("obeys", "scopes", "broken", "first"))
+    found |= {} if layer.found is None else _content(layer.found)
+    return {"name": layer.name, "pattern": layer.pattern.label, **found, "obeys": bool(layer),
+            "outside": layer.outside}  # fmt: skip
+
+
+def _verify_folder(folder, pattern, as_json):
+    models.load(as_json)
     from cuobs.models.checkpoints.verifying import verify_folder
 
     layers = verify_folder(folder, pattern)
     bad = [layer for layer in layers if not layer]
+    if as_json:
+        obeys = bool(layers) and not bad
+        return _say({"model": folder, "obeys": obeys, "layers": [_layer(x) for x in layers]})
     for layer in bad[:NAMED]:
         click.echo(f"{layer.name}: {_fault(layer)}")
     if len(bad) > NAMED:

@@ -381,6 +381,11 @@ def test_verify():
     assert run("verify", "V.npy", "--pattern", "block16-row8").stdout == (
         "V.npy obeys block16-row8 (keep 1 of 2 blocks of 16) in 16 scopes\n"
     )
+    found = json.loads(run("verify", "V.npy", "--pattern", "2:4", "--json", code=1).stdout)
+    assert found == {"weight": "V.npy", "pattern": "2:4", "obeys": False, "scopes": 128,
+                     "broken": 1, "first": [1, 16]}  # fmt: skip
+    found = json.loads(run("verify", "V.npy", "--pattern", "block16-row8", "--json").stdout)
+    assert found["obeys"] and found["scopes"] == 16 and found["first"] is None
 
 
 def test_compare(monkeypatch):

@@ -13,7 +13,7 @@ from small_models import make_tokens
 
 from cuobs import Recipe, verify
 from cuobs.config import load_config
-from cuobs.models import load_masks, load_model
+from cuobs.models import Agreement, load_masks, load_model
 
 
 @pytest.fixture
@@ -55,6 +55,15 @@ def test_prune_and_eval(cuobs, source, tokens_file, tmp_path):
         result = cuobs("eval-model", folder, "--text", f"{tokens_file}:text", "--device", "cpu")
         assert result.exit_code == 0, result.output
         assert f"perplexity  {expected}" in result.output
+    result = cuobs("eval-model", out, "--text", f"{tokens_file}:text", "--device", "cpu", "--json",
+                   "--against", source)  # fmt: skip
+    found = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{found['perplexity']:.2f}" == pruned and found["against"]["model"] == str(source)
+    near = Agreement(*(found["against"][key] for key in Agreement._fields))
+    assert near.text() in text
+    tokens = np.load(tokens_file)["text"]
+    assert [found["windows"], found["length"]] == list(tokens.shape)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -63,6 +63,14 @@ def test_transposed_weights(pruned):
     (bad,) = [layer for layer in verify_folder(out) if not layer]
     assert (bad.name, bad.found.broken, bad.found.first) == (name[:-7], 1, (5, 0))
     assert bad.outside == 1
+    result = verify(out, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and (found["model"], found["obeys"]) == (str(out), False)
+    assert len(found["layers"]) == 12
+    assert [layer for layer in found["layers"] if not layer["obeys"]] == [{
+        "name": name[:-7], "pattern": "2:4", "obeys": False, "scopes": bad.found.scopes,
+        "broken": 1, "first": [5, 0], "outside": 1,
+    }]  # fmt: skip
 
 
 def test_one_element_in_bfloat16_and_several_files(pruned):
@@ -105,6 +113,9 @@ def test_a_layer_that_is_gone(pruned):
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     result = verify(out)
     assert result.exit_code == 1 and "up_proj: no weight of this name" in result.output
+    (bad,) = [layer for layer in json.loads(verify(out, "--json").stdout)["layers"]
+              if not layer["obeys"]]  # fmt: skip
+    assert bad["name"].endswith("up_proj") and bad["scopes"] is bad["first"] is None
 
 
 def test_patterns_of_single_layers(pruned):
@@ -114,6 +125,8 @@ def test_patterns_of_single_layers(pruned):
     assert {x.pattern.label for x in layers if "down_proj" in x.name} == {"4:8"}
     result = verify(out)
     assert result.exit_code == 0 and result.output.count("obeys") == 2
+    result = verify(out, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["obeys"]
     assert verify(out, "--pattern", "1:4").exit_code == 1
 
 
