@@ -13,7 +13,7 @@ from small_models import make_model, make_tokens
 from test_model_folders import contents
 
 from cuobs import files
-from cuobs.models import pipeline, prune_folder
+from cuobs.models import pipeline, prune_folder, unpack_folder
 from cuobs.models.checkpoints import destination
 from cuobs.models.checkpoints.checkpoint import begin
 from cuobs.models.checkpoints.destination import entries_of
@@ -206,6 +206,30 @@ def test_files_in_any_form_are_filled_block_by_block(
         assert all(torch.equal(begun[f"{n}.index"], final[f"{n}.index"]) for n in masks)
     beside = {f"{n}.weight" for n in masks} if "narrower" in form else set()
     assert {n for n in kept if n.endswith(".weight")} == beside
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family, dtype", [("llama", torch.float16), ("gpt2", torch.float32)])
+def test_what_lies_packed_is_what_a_run_goes_on_with(
+    family, dtype, device, tmp_path, calibration
+):
+    """Packed and unpacked on the device, into the weights of a run that does neither."""
+    make_model(family).to(dtype).save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    run = partial(prune_folder, tmp_path / "source", calibration=calibration,
+                  evaluate=[calibration], **OPTIONS | {"device": device})  # fmt: skip
+    dense = run(tmp_path / "dense")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", packed=True, on_block=stop_after(2))
+    packed = run(tmp_path / "out", packed=True, resume=True)
+    unpack_folder(tmp_path / "out", tmp_path / "again")
+    found, expected = (
+        {n: t for path in (tmp_path / name).glob("*.safetensors") for n, t in
+         load_file(path).items()}
+        for name in ("again", "dense")
+    )  # fmt: skip
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert packed.perplexity == dense.perplexity
 
 
 def test_a_weight_that_does_not_fit_ends_a_run_with_its_block(tmp_path, calibration, unstopped):
