@@ -111,6 +111,15 @@ def test_no_weight_is_counted_that_is_not_there(method):
     assert least <= SLACK * (taken + bound + 0.5 * W.nbytes)
 
 
+@pytest.mark.parametrize("method", ["obs-local", "obs-full", "obs-interleaved", "obs-ordered"])
+def test_a_piece_of_scopes_goes_before_the_next_comes(method):
+    W, H = layer(method, 256, 256)
+    arguments = {"hessian": H, "method": method, "device": "cpu"}
+    least = asked(W, **arguments)
+    taken, _ = peak(W, **arguments, memory_limit=least)
+    assert taken <= SLACK * arrays.parse_size(least)
+
+
 @pytest.mark.parametrize("options", [
     {"method": "true-obs", "group": 1}, {"method": "true-obs", "order": "shared"},
     {"method": "obs-ordered", "group": 1}, {"method": "obs-ordered", "group": 1000},

@@ -317,6 +317,7 @@ def select(w: Any, C: Any, layout: Any) -> tuple:
     best, gap = xp.empty((m, n), w.dtype), xp.empty((m, n), w.dtype)
     for part, *found in _chosen(w, C, layout):
         blocks[:, part], best[part], gap[part] = found
+        del found  # before the next piece is made
     return blocks, best, gap
 
 
@@ -324,8 +325,9 @@ def _chosen(w, C, layout):
     """Pieces of row groups, each with what `choose` finds there."""
     own = C.ndim > 3
     for part in pieces(namespace(w), w.shape[1], select_bytes(layout, w.dtype.itemsize, own)):
-        costs = candidate_costs(w[:, part], C[:, :, part] if own else C, layout)
-        yield part, *choose(costs, layout)
+        yield part, *choose(
+            candidate_costs(w[:, part], C[:, :, part] if own else C, layout), layout
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -371,6 +373,7 @@ def select_mask(w: Any, C: Any, layout: Any, out: Any) -> None:
         True = kept; rows may be those of a wider array. Overwritten.
     """
     r = w.shape[2]
-    for part, pruned, _, _ in _chosen(w, C, layout):
+    for part, pruned, *rest in _chosen(w, C, layout):
         rows = out[part.start * r : part.stop * r]
         rows[...] = ~expand(pruned, layout).reshape(rows.shape)
+        del pruned, rest
