@@ -6,14 +6,11 @@ The layers differ, so each loss is set over that of SparseGPT on the same layer.
 stands beside its variant (splits, group, order, schedule) that loses least.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cuobs.plotting import label_points
+from perf.published import from_results
 from perf.published.rows import PATTERNS, ROWS
 
 
@@ -47,7 +44,7 @@ def _named_once(found):
 
 
 def draw(results, path):
-    """One panel a pattern."""
+    """Draw results into a file, one panel a pattern."""
     figure = Figure(figsize=(13, 9), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True)
@@ -73,9 +70,4 @@ def draw(results, path):
 
 
 def main(argv):
-    """Draw the results that are named first into the file that is named second."""
-    parser = argparse.ArgumentParser("perf.published picture", description=main.__doc__)
-    parser.add_argument("results", type=Path, help="what 'run' wrote")
-    parser.add_argument("target", type=Path)
-    arguments = parser.parse_args(argv)
-    draw(json.loads(arguments.results.read_text()), arguments.target)
+    from_results(argv, "picture", draw)

@@ -5,11 +5,10 @@
 Only what stands between the two marks in RESULTS.rst is written anew.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 from cuobs.comparing import rst_table
+from perf.published import from_results
 from perf.published.rows import PATTERNS, ROWS
 from perf.published.stages import table
 
@@ -153,9 +152,4 @@ def _seconds(value):
 
 
 def main(argv):
-    """Write the file that is named second from the results that are named first."""
-    parser = argparse.ArgumentParser("perf.published report", description=main.__doc__)
-    parser.add_argument("results", type=Path, help="what 'run' wrote")
-    parser.add_argument("target", type=Path)
-    arguments = parser.parse_args(argv)
-    write(json.loads(arguments.results.read_text()), arguments.target)
+    from_results(argv, "report", write)
