@@ -107,7 +107,7 @@ def row_energies(D, H, precision):
         rows[:, a:] *= 0.5
         gemm(D[:, :b], rows.T, product, precision=precision, exact=True)
         product *= D[:, a:b]
-        found += 2 * product.sum(1)
+        found += 2 * product.sum(1, dtype="float64")
     return found
 
 
