@@ -15,7 +15,7 @@ __all__ = ["first"]
 # What the rows of a share may be a multiple of.
 UNITS = (1, 2, 4, 8, 16, 32, 64)
 # Operations on rows that another device has to take over to pay for itself: for as long as H100 and
-# H200 take for them, about 25 ms, its thread copies the Hessian and waits for Python's lock.
+# H200 take for them, about 30 ms, its thread copies the Hessian and waits for Python's lock.
 WORTH = 1.2e13
 # Those of an exact re-solve, in terms of M K², as `Method.operations` has them.
 RESOLVE = 100
