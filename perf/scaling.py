@@ -3,16 +3,17 @@
     python -m perf.scaling
 
 For a Llama of 8B shape, admm with the target mixed, 2:4, 128 windows of 2048 tokens: the seconds of
-one GPU, and how much of each step is left on two, come from ``torchrun --nproc-per-node 2 -m
-perf.whole_model --alone`` on H200, those of N are
+one GPU, and how much of each step is left on two, come from ``perf.whole_model`` on H100, those of
+N are
 
     T(N) = windows / N + rows / N + leaves + products / N + each + links(N)
 
 where windows are forwards and sums, rows what pruning does with rows of weights, leaves and
-products what it takes to factor and invert the largest Hessian together (one GPU does it in one
-piece), and each what does not divide: finding groups, small factors, passes over Hessians,
-launches and small products of row solves. Sums cross the links by an all-reduce,
-2 (N - 1) / N of their bytes a GPU; rows and factors are gathered, (N - 1) / N of theirs.
+products what of factors and inverses divides between two and what does not, and each what else does
+not: finding groups, passes over Hessians, launches and small products of row solves. Several GPUs
+make targets and losses by other products than one, so that there is less of rows. Sums cross the
+links by an all-reduce, 2 (N - 1) / N of their bytes a GPU; rows and factors are gathered,
+(N - 1) / N of theirs.
 """
 
 from typing import NamedTuple
@@ -20,12 +21,12 @@ from typing import NamedTuple
 # (K, rows of all its linears, whether it writes into the residual stream) of each group.
 GROUPS = ((4096, 6144, False), (4096, 4096, True), (4096, 28672, False), (14336, 4096, True))
 WIDTH = 4096
-# Seconds of one GPU, by step.
-WINDOWS, ROWS, EACH = 0.916, 0.692, 0.236
-# Those of factoring the largest Hessian once and inverting it INVERSES times, in one piece; and in
-# pieces of at most LEAF columns and by products: what an order of 4096 takes, and from two GPUs.
-INVERSES, LEAF = 4, 4096
-WHOLE, LEAVES, PRODUCTS = 0.275, 0.053, 0.290
+# Seconds of one GPU, by step, and those of rows that several divide.
+WINDOWS, ROWS, ROWS_OF_SEVERAL, EACH = 0.931, 0.787, 0.722, 0.080
+# Those of factors and inverses, by what one and two GPUs take; how often the largest Hessian is
+# inverted, and the order of the largest piece of it that is factored whole.
+LEAVES, PRODUCTS = 0.127, 0.216
+INVERSES, LEAF = 4, 8192
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
 # between hosts; bytes a second that a sum and a gather move into a GPU from its host's links, and
 # what an adapter moves between hosts.
@@ -35,20 +36,16 @@ GPUS_OF_A_HOST = 8
 
 
 class Case(NamedTuple):
-    """So many GPUs, with so many network adapters of 400 Gb/s in each host.
-
-    ``apart`` says that each GPU factors for itself.
-    """
+    """So many GPUs, with so many network adapters of 400 Gb/s in each host."""
 
     name: str
     gpus: int
     adapters: int = 8
-    apart: bool = False
 
 
 CASES = (
-    Case("1 GPU", 1), Case("2, apart", 2, apart=True), Case("2", 2), Case("8", 8),
-    Case("64, 8 adapters", 64), Case("64, 1 adapter", 64, 1),
+    Case("1 GPU", 1), Case("2", 2), Case("8", 8), Case("64, 8 adapters", 64),
+    Case("64, 1 adapter", 64, 1),
 )  # fmt: skip
 
 
@@ -100,15 +97,14 @@ def seconds(case):
     """Seconds of a block by step, the links' by what crosses them."""
     n, others = case.gpus, (case.gpus - 1) / case.gpus
     latency = STEPS * LATENCY[n > GPUS_OF_A_HOST] * (n > 1)
-    apart = case.apart or n == 1
     return {
         "forwards and sums": WINDOWS / n,
-        "rows": ROWS / n,
-        "factors": WHOLE if apart else LEAVES + PRODUCTS / n,
+        "rows": ROWS if n == 1 else ROWS_OF_SEVERAL / n,
+        "factors": LEAVES + PRODUCTS / n,
         "not divided": EACH,
         "links: sums": 2 * others * bytes_of_sums() / rate(case, SUMS),
         "links: rows": others * bytes_of_rows() / rate(case, GATHERS),
-        "links: factors": 0.0 if apart else others * bytes_of_factors() / rate(case, GATHERS),
+        "links: factors": others * bytes_of_factors() / rate(case, GATHERS),
         "links: numbers": latency,
     }
 
