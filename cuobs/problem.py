@@ -300,7 +300,8 @@ class Problem:
         numpy.linalg.LinAlgError
             A is not positive definite.
         """
-        if (first := vars(self).pop("_first", None)) is not None:
+        first, self.inverts = vars(self).pop("_first", None), None  # what is asked now is the first
+        if first is not None:
             return first
         if self._shared:
             return factors.inverse_by_rows(A, self.settings.by_rows, self.precision)

@@ -133,10 +133,12 @@ class Method:
     operations : (float, float), optional
         Of a weight with M rows and K columns, in terms of K³ and of M K², an exact re-solve of
         `resolves` included: by them the time of a whole model is predicted, and they say on how
-        many devices it pays to share the rows. Without them it does on any number.
+        many devices it pays to share the rows. Without them it does on any number, and (2, 4) is
+        predicted by.
     inverts : callable, optional
         Called with a `Problem` and every option by name; returns the matrix whose inverse the
-        function asks the problem for first. Several processes make it while they factor H.
+        function asks the problem for first, and never another before it. Several processes make it
+        while they factor H.
     held : (float, float)
         Matrices of float32 like the Hessian and like the weight that pruning in a whole model
         holds at its peak, all copies among them: by them its memory is predicted.

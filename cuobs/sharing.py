@@ -62,12 +62,16 @@ def stackable(pattern, counts, K):
 
 
 def paying(recipe, shape, most):
-    """How many devices make it quickest to prune a weight of a shape, where there are so many."""
+    """How many devices make it quickest to prune a weight of a shape, where there are so many.
+
+    Fewer than there are, where its rows can be shared out over as many.
+    """
     M, K = shape
     if recipe.entry.operations is None:
         return most
     each = recipe.entry.operations[1] + RESOLVE * (recipe.exact and not recipe.entry.resolves)
-    return max(n for n in range(1, most + 1) if n == 1 or each * M * K**2 >= WORTH * n * (n - 1))
+    pays = [n for n in range(2, most + 1) if each * M * K**2 >= WORTH * n * (n - 1)]
+    return max((n for n in pays if row_counts(recipe, M, K, n)), default=1)
 
 
 class Place(NamedTuple):

@@ -143,6 +143,12 @@ def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, sh
             np.testing.assert_allclose(made.inverse(A) @ A, np.eye(48), atol=1e-9)
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-10)
+    # A factor that comes after the first inverse brings no other.
+    made = Problem.build(W, H, layout, 0.01, settings)
+    made.inverts = inverts
+    made.inverse(made.H + np.eye(48))
+    made.R  # noqa: B018
+    np.testing.assert_allclose(made.inverse(made.H) @ made.H, np.eye(48), atol=1e-9)
     made = Problem.build(W, -H, layout, 0.01, settings)
     made.inverts = inverts
     with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
@@ -288,6 +294,10 @@ def test_no_more_devices_than_pay():
     assert sharing.paying(dataclasses.replace(sweep, refine="exact"), (4096, 8192), 8) == 2
     assert sharing.paying(Recipe("2:4", "true-obs"), (12, 16), 8) == 8
     assert sharing.paying(admm, (2**20, 8192), 8) == 8
+    # Scopes of three rows: 9207 are shared out over three devices, and not over two.
+    thirds = Recipe(cuobs.Pattern(scope=(3, 4), keep=6), "admm")
+    assert [sharing.paying(thirds, (9207, K), 3) for K in (4096, 8192)] == [1, 3]
+    assert sharing.paying(admm, (9207, 4096), 3) == 2
 
 
 def test_a_device_that_does_not_pay_has_no_rows(three, monkeypatch):

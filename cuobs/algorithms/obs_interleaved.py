@@ -111,7 +111,7 @@ def memory(size, splits):
 
 SPLITS = Option("splits", int, default=64, help="Spans of columns.")
 SPLIT = Method("obs-split", "obs-full span by span, C updated between", obs_split, (SPLITS,),
-               memory=split_memory, by_row=True)
+               memory=split_memory, by_row=True, operations=(2, 4))
 METHOD = Method(
     "obs-interleaved", "obs-split, masks chosen span by span", obs_interleaved, (SPLITS,),
     memory=memory, by_row=True, operations=(2, 4),

@@ -329,12 +329,12 @@ def test_what_torchrun_ends_says_so_in_one_sentence(place):
     assert "Stopped" not in found.stderr and "Traceback" not in found.stderr
 
 
-def learn(state=None, on=False, passes=2, **options):
+def learn(state=None, on=False, **options):
     """What distilling a small model comes to, and its weights."""
     model = prune_all(make_model("llama"))
     masks = {n: m.weight != 0 for n, m in linears(model).items() if "layers" in n}
     report = distill(
-        model, make_model("llama"), masks, make_tokens(18), passes=passes, rate=1e-3, resume=on,
+        model, make_model("llama"), masks, make_tokens(18), passes=2, rate=1e-3, resume=on,
         state=state, save_seconds=0.0, **options,
     )  # fmt: skip
     return report, torch.cat([m.weight.detach().flatten() for m in linears(model).values()])
@@ -378,7 +378,7 @@ def test_distillation_goes_on_with_another_number_of_processes(tmp_path, monkeyp
 
 def test_weights_are_shared_out_where_they_do_not_fit(tmp_path, monkeypatch):
     """Each of three learns slices, of which some are filled up; the last step has two windows."""
-    expected, weights = learn(passes=1)
+    expected, weights = learn()
 
     def several():
         share_weights_out(monkeypatch)
@@ -390,7 +390,7 @@ def test_weights_are_shared_out_where_they_do_not_fit(tmp_path, monkeypatch):
 
         monkeypatch.setattr(torch.optim, "AdamW", noted)
         with joined("cpu") as ranks:
-            report, found = learn(passes=1)
+            report, found = learn()
             assert 0 <= held[0] - learning() / 3 < 100
             assert report.divergence == pytest.approx(expected.divergence, rel=1e-4)
             assert report.kept == expected.kept and report.memory_predicted

@@ -244,7 +244,7 @@ def test_on_a_second_device(monkeypatch, tokens):
     # One way for each: to compile all and to measure them takes a minute.
     monkeypatch.setattr(packed_ways, "ways", lambda *given: ways(*given)[:1])
     monkeypatch.setattr(packed_ways, "_known", lru_cache(packed_ways._known.__wrapped__))
-    for pattern in ("2:4", "4:8", "block16-row8"):
+    for pattern in PATTERNS:
         for device in ("cuda:0", "cuda:1"):
             packed, W, b = module(pattern, dtype=torch.float16, device=device)
             x = torch.randn(tokens, 160, device=device, dtype=torch.float16)
