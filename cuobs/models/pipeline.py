@@ -163,6 +163,7 @@ def _open(run, view, options, ranks):
     else:
         model = loading.load_model(source, run.trust_remote_code)
         names = names_in_files(source, model, skipped)
+    forms = packed_forms(model, recipe) if run.packed else {}
     warming = warming or _warm(source, recipe, place)  # now that the GGUF is known to be whole
     if recipe.rotate:
         check_all_known(model, source, names)
@@ -175,7 +176,7 @@ def _open(run, view, options, ranks):
     mixture, mask, texts = ranks.agree(found)
     for line in _protocol_lines(run, mixture, texts) if ranks.leads else ():
         view.say(line)
-    laid = _lay_out(run, recipe, model, names)
+    laid = _lay_out(run, recipe, names, forms)
     return _Job(
         run, view, ranks, recipe, place, model, names, mixture, mask, texts, laid, warming
     )
@@ -249,7 +250,7 @@ def open_parked(source, trust_remote_code=False, names=None, skipped=lambda name
     return model, names
 
 
-def _lay_out(run, recipe, model, names):
+def _lay_out(run, recipe, names, forms):
     """The files of weights that are written as blocks finish; none where that can't be.
 
     Weights that are not final before the last block are kept beside the finished blocks until the
@@ -257,7 +258,6 @@ def _lay_out(run, recipe, model, names):
     """
     if whole_for(run, recipe):
         return Laid()
-    forms = packed_forms(model, recipe) if run.packed else {}
     stored = run.source.stored
     return lay_out_run(run.dst, stored, names, forms, run.save_dtype, run.shard_bytes)
 

@@ -798,6 +798,17 @@ def test_gguf_in_another_dtype(tmp_path, calibration):
     assert {t.dtype for t in weights_in(out).values()} == {torch.float32}
 
 
+def test_gguf_that_can_not_be_packed_is_not_pruned(tmp_path, calibration):
+    path, out, done = tmp_path / "tiny.gguf", tmp_path / "out", []
+    write_gguf(path)
+    with pytest.raises(ValueError, match="proj: pattern: found 12870 masks of a scope"):
+        prune_folder(
+            path, out, calibration, pattern="8:16", method="magnitude", packed=True, device="cpu",
+            on_block=lambda report, blocks: done.append(blocks),
+        )  # fmt: skip
+    assert not done and not out.exists()
+
+
 def test_gguf_with_tensors_that_are_not_read(tmp_path, calibration):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, more={"nextn.eh_proj": np.zeros((32, 48), np.float32)})
