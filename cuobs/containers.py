@@ -4,6 +4,7 @@ What is kept is copied piece by piece and not decoded, whatever its dtype; no ar
 """
 
 import json
+import os
 import shutil
 import zipfile
 from typing import NamedTuple
@@ -94,6 +95,8 @@ def read_header(path):
     """The entries of a .safetensors file by name, and its metadata or None."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
+        if length > os.fstat(f.fileno()).st_size:
+            raise ValueError(f"{path}: found a broken or truncated .safetensors file")
         header = json.loads(f.read(length))
     metadata = header.pop(METADATA, None)
     entries = {}

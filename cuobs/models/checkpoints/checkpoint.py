@@ -17,7 +17,7 @@ from safetensors.torch import safe_open
 
 import cuobs
 from cuobs import files
-from cuobs.containers import read_header, write_tensors
+from cuobs.containers import write_tensors
 from cuobs.models import digests
 from cuobs.models.checkpoints.marker import check_began_with, sync
 from cuobs.models.checkpoints.names import (
@@ -211,13 +211,13 @@ def set_aside(folder, title, tensors, metadata=None):
     """Keep tensors in a file beside the finished blocks; a dict of `Stored`."""
     path = _path_aside(folder, title)
     _write(path, tensors, metadata)
-    return safetensors_header("", path)
+    return safetensors_header("", path)[0]
 
 
 def aside(folder, title):
     """What was `set_aside`, and the metadata of its file; None where nothing was."""
     path = _path_aside(folder, title)
-    return (safetensors_header("", path), read_header(path)[1]) if os.path.exists(path) else None
+    return safetensors_header("", path) if os.path.exists(path) else None
 
 
 def _path_aside(folder, title):
@@ -244,16 +244,19 @@ def finished(folder, index):
 
 def in_place(folder, index):
     """Where the weights of a finished block lie that are written as they will be in the end."""
-    return _elsewhere(_block_path(os.path.abspath(folder), index))
+    path = _block_path(os.path.abspath(folder), index)
+    return _elsewhere(path, safetensors_header("", path)[1])
 
 
 def _record(path):
     """Where the tensors of a finished block lie, and what its file says of it."""
-    return _elsewhere(path) | safetensors_header("", path), read_header(path)[1]
+    stored, metadata = safetensors_header("", path)
+    return _elsewhere(path, metadata) | stored, metadata
 
 
-def _elsewhere(path):
-    found, folder = json.loads(read_header(path)[1].get("elsewhere", "{}")), os.path.dirname(path)
+def _elsewhere(path, metadata):
+    """Where its weights lie that are not in the file at a path, as its metadata says."""
+    found, folder = json.loads(metadata.get("elsewhere", "{}")), os.path.dirname(path)
     places = {name: _absolute(fields, folder) for name, fields in found.items()}
     for place in places.values():
         for part in place[:2] if isinstance(place, StoredPacked) else (place,):

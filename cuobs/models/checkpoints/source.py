@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from cuobs.containers import read_header
+
 # What is public; the rest is for the package.
 __all__ = ["unfinished"]
 
@@ -381,7 +383,7 @@ def _names(folder, names):
     for name in names:
         if name.endswith(".safetensors"):
             with contextlib.suppress(ValueError):
-                stored = safetensors_header(folder, name)
+                stored, _ = safetensors_header(folder, name)
                 found |= {(key, tensor.shape) for key, tensor in stored.items()}
     return found
 
@@ -409,7 +411,7 @@ def _header(src, folder, name):
     if not name.endswith(".safetensors"):
         return _torch_header(src, folder, name)
     try:
-        return safetensors_header(folder, name)
+        return safetensors_header(folder, name)[0]
     except ValueError as error:
         raise ValueError(
             f"{src}: found a model that does not open ({error}), expected whole weights"
@@ -417,27 +419,27 @@ def _header(src, folder, name):
 
 
 def safetensors_header(folder, name):
-    """The tensors of a safetensors file, in the order of its bytes: a dict of `Stored`."""
+    """The tensors of a safetensors file, in the order of its bytes, and its metadata or None.
+
+    Returns
+    -------
+    stored : dict of str to Stored
+    metadata : dict of str or None
+    """
     path = os.path.join(folder, name)
-    size = os.path.getsize(path)
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        rows = sorted((*e["data_offsets"], key, e["dtype"], e["shape"]) for key, e in
-                      entries.items())  # fmt: skip
-        end = max((row[1] for row in rows), default=0)
+        entries, metadata = read_header(path)
+        ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size, item[0]))
+        stored = {
+            key: Stored(name, entry.dtype, tuple(entry.shape), entry.offset)
+            for key, entry in ordered
+        }
+        end = max((entry.offset + entry.size for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{name} is damaged or no safetensors file") from None
-    if 8 + length + end > size:
+    if end > os.path.getsize(path):
         raise ValueError(f"{name} is truncated")
-    return {
-        key: Stored(name, dtype, tuple(shape), 8 + length + start)
-        for start, _, key, dtype, shape in rows
-    }
+    return stored, metadata
 
 
 def _torch_header(src, folder, name):

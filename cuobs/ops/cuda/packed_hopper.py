@@ -5,6 +5,7 @@ driver writes them.
 """
 
 import ctypes
+import math
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from cuobs.ops.packed import kept_places, tiling
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNELS = ("sparse", "expanded")
 BLOCK_ROWS, TILE_ROWS, FOLD = 128, 16, 64
+BLOCK_TILES = BLOCK_ROWS // TILE_ROWS
 # Of a block: warps that multiply; another brings everything in.
 CONSUMERS = 8
 THREADS = 32 * (CONSUMERS + 1)
@@ -140,7 +142,7 @@ def folds(layout):
 def tile_bytes(layout):
     """Bytes of the tiles of a block's rows, values and index words."""
     form = tiling(layout)
-    return BLOCK_ROWS // TILE_ROWS * (512 * form.loads + 128 * form.words)
+    return BLOCK_TILES * (512 * form.loads + 128 * form.words)
 
 
 def stage_bytes(layout, way):
@@ -259,8 +261,7 @@ def maps(layout, way, operands, row_tiles):
     lines = (32, TILE_ROWS) if way.kernel == "sparse" else (256, form.loads)
     values = _tiles(o.values, UINT16, lines, form.column_tiles, row_tiles,
                     SWIZZLE_64 if way.kernel == "sparse" else PLAIN)  # fmt: skip
-    groups = -(-form.column_tiles // form.word_tiles)
-    index = _tiles(o.index, UINT32, (32, form.words), groups, row_tiles, PLAIN)
+    index = _tiles(o.index, UINT32, (32, form.words), form.index_shape[1], row_tiles, PLAIN)
     return values, index, inputs
 
 
@@ -270,7 +271,7 @@ def _tiles(address, element, lines, across, down, swizzle):
     tile = line * lines[1]
     return tensor_map(
         address, element, (*lines, across, down), (line, tile, tile * across),
-        (*lines, 1, BLOCK_ROWS // TILE_ROWS), swizzle,
+        (*lines, 1, BLOCK_TILES), swizzle,
     )  # fmt: skip
 
 
@@ -315,9 +316,23 @@ def multiply(function, layout, shares, operands, processors, number, stream):
         grid = -(-pieces // THREADS), 1, 1
         kernel = function(shares[0].way, "arrange")
         early.launch(kernel, grid, (THREADS, 1, 1), args, 0, stream, number)
-    for way, first, count in shares:
-        _multiply_rows(function(way, "product"), layout, way, _from_row(layout, o, first), first,
-                       count, processors, number, stream)  # fmt: skip
+    for share in shares:
+        args = arguments(layout, share, o)
+        kernel = function(share.way, "product")
+        grid = grid_blocks(share.way, share.count, o.tokens, processors), 1, 1
+        shared = shared_bytes(layout, share.way)
+        early.launch(kernel, grid, (THREADS, 1, 1), args, shared, stream, number)
+
+
+def arguments(layout, share, operands):
+    """What the product of some blocks of rows is launched with."""
+    o, form = _from_row(layout, operands, share.first), tiling(layout)
+    row_tiles = min(share.count * BLOCK_TILES, form.row_tiles - share.first * BLOCK_TILES)
+    sizes = layout.shape[0], o.tokens, row_tiles, form.column_tiles
+    return [
+        *maps(layout, share.way, o, row_tiles), *(np.uint64(a) for a in (o.bias, o.rows, o.out)),
+        *(np.int32(n) for n in sizes),
+    ]  # fmt: skip
 
 
 def _from_row(layout, operands, first):
@@ -325,27 +340,12 @@ def _from_row(layout, operands, first):
     if not first:
         return operands
     o, form = operands, tiling(layout)
-    tiles, rows = first * BLOCK_ROWS // TILE_ROWS, first * BLOCK_ROWS
-    groups = -(-form.column_tiles // form.word_tiles)
+    tiles, rows = first * BLOCK_TILES, first * BLOCK_ROWS
     return o._replace(
-        values=o.values + tiles * form.column_tiles * form.loads * 512,
-        index=o.index + tiles * groups * form.words * 128,
+        values=o.values + 2 * tiles * math.prod(form.values_shape[1:]),
+        index=o.index + 4 * tiles * math.prod(form.index_shape[1:]),
         bias=o.bias and o.bias + 2 * rows, out=o.out + 2 * rows,
     )  # fmt: skip
-
-
-def _multiply_rows(kernel, layout, way, operands, first, count, processors, number, stream):
-    """Launch the product of some blocks of rows, whose operands begin with the first of them."""
-    form, o = tiling(layout), operands
-    row_tiles = min(count * (BLOCK_ROWS // TILE_ROWS),
-                    form.row_tiles - first * (BLOCK_ROWS // TILE_ROWS))  # fmt: skip
-    args = list(maps(layout, way, o, row_tiles))
-    args += [np.uint64(a) for a in (o.bias, o.rows, o.out)]
-    args += [np.int32(n) for n in (layout.shape[0], o.tokens, row_tiles, form.column_tiles)]
-    blocks = grid_blocks(way, count, o.tokens, processors)
-    early.launch(
-        kernel, (blocks, 1, 1), (THREADS, 1, 1), args, shared_bytes(layout, way), stream, number
-    )
 
 
 def variants():
