@@ -204,14 +204,9 @@ def hand_back(array, like, cast=True):
             to_numpy(array)
         )
         return tensor.to(like.device, like.dtype if cast else tensor.dtype)
-    if _is_cuda(like):
-        import cupy
-
-        with cupy.cuda.Device(_device_number(like)):
-            array = _cupy_of(array)
-            return array.astype(like.dtype, copy=False) if cast else array
-    array = to_numpy(array)
-    return array.astype(like.dtype, copy=False) if cast else array
+    with stream_of(like):
+        array = _cupy_of(array) if _is_cuda(like) else to_numpy(array)
+        return array.astype(like.dtype, copy=False) if cast else array
 
 
 def to_numpy(array):

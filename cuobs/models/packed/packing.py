@@ -70,7 +70,7 @@ class Packing:
     def lines(self) -> Iterator[str]:
         """A summary in lines of text."""
         share = f"{self.after / self.before:.4f}" if self.before else "-"
-        yield f"packed       {len(self.modules)} linears by {', '.join(self._patterns())}"
+        yield f"packed       {len(self.modules)} linears by {self.config()['pattern']}"
         yield (
             f"weights      {self.before / 2**20:.1f} MiB dense, {self.after / 2**20:.1f} MiB "
             f"packed ({share})"
@@ -84,9 +84,6 @@ class Packing:
     def config(self) -> dict:
         """What ``config.json`` says of it."""
         return packed_config(self.modules)
-
-    def _patterns(self):
-        return list(dict.fromkeys(self.modules.values()))
 
 
 def packed_config(modules):

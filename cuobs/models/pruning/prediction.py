@@ -314,8 +314,9 @@ def work_of(model, blocks, windows, batch, recipe, device, layers):
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
-    host = host_bytes(model, windows, parked(block) is not None) + untied(model, recipe)
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) + untied(model, recipe)
+    head = untied(model, recipe)
+    host = host_bytes(model, windows, parked(block) is not None) + head
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) + head
     here = host if device.type == "cpu" else size * (home.type == device.type)
     return _work(block, groups, own, stages, windows, batch, recipe, width, element, here, host)
 

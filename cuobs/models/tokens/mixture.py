@@ -206,7 +206,7 @@ class Unwritten(WindowReader):
 
     def write(self, windows, length, temperature=1.0):
         """Windows of zeros."""
-        return np.zeros((windows, length or self.default_length()), np.int64)
+        return np.zeros((windows, length), np.int64)
 
 
 def special_tokens(source, model, trust_remote_code=False):
