@@ -86,10 +86,7 @@ __device__ __forceinline__ void load(Batch& b, const uint4* values, const unsign
 #pragma unroll
             for (int l = 0; l < LOADS; l++) {
                 const uint4 part = inside ? stream(p + l * 32 + lane) : make_uint4(0, 0, 0, 0);
-                b.v[i][u][4 * l] = part.x;
-                b.v[i][u][4 * l + 1] = part.y;
-                b.v[i][u][4 * l + 2] = part.z;
-                b.v[i][u][4 * l + 3] = part.w;
+                put_words(b.v[i][u] + 4 * l, part);
             }
             const unsigned* q =
                 index + ((long long)(tile + i) * words_row + j / WORD_TILES) * WORDS * 32;
@@ -105,10 +102,7 @@ __device__ __forceinline__ void load(Batch& b, const uint4* values, const unsign
             for (int h = 0; h < PIECES; h++) {
                 const uint4 part =
                     there && token < tokens ? __ldg(p + h) : make_uint4(0, 0, 0, 0);
-                b.x[n][u][4 * h] = part.x;
-                b.x[n][u][4 * h + 1] = part.y;
-                b.x[n][u][4 * h + 2] = part.z;
-                b.x[n][u][4 * h + 3] = part.w;
+                put_words(b.x[n][u] + 4 * h, part);
             }
         }
     }
@@ -286,11 +280,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
         for (int i = 0; i < TILES; i++) {
             unsigned v[4 * LOADS], w[WORDS];
 #pragma unroll
-            for (int l = 0; l < LOADS; l++) {
-                const uint4 part = own[(i * LOADS + l) * 32 + lane];
-                v[4 * l] = part.x, v[4 * l + 1] = part.y, v[4 * l + 2] = part.z;
-                v[4 * l + 3] = part.w;
-            }
+            for (int l = 0; l < LOADS; l++)
+                put_words(v + 4 * l, own[(i * LOADS + l) * 32 + lane]);
 #pragma unroll
             for (int k = 0; k < WORDS; k++) w[k] = own_words[(i * WORDS + k) * 32 + lane];
             expand(table, v, w, shift, a[i]);
@@ -299,11 +290,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
         for (int n = 0; n < GROUPS; n++) {
             unsigned x[PAIRS];
 #pragma unroll
-            for (int h = 0; h < PIECES; h++) {
-                const uint4 part = stage[(n * PIECES + h) * 32 + lane];
-                x[4 * h] = part.x, x[4 * h + 1] = part.y, x[4 * h + 2] = part.z;
-                x[4 * h + 3] = part.w;
-            }
+            for (int h = 0; h < PIECES; h++)
+                put_words(x + 4 * h, stage[(n * PIECES + h) * 32 + lane]);
 #pragma unroll
             for (int i = 0; i < TILES; i++) add_products(sum[i][n], a[i], x);
         }
@@ -343,11 +331,7 @@ extern "C" __global__ void unpack(const uint4* values, const unsigned* index, co
         const unsigned* q =
             index + ((long long)tile * words_row + j / WORD_TILES) * WORDS * 32 + lane;
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const uint4 part = stream(p + l * 32);
-            v[u][4 * l] = part.x, v[u][4 * l + 1] = part.y, v[u][4 * l + 2] = part.z;
-            v[u][4 * l + 3] = part.w;
-        }
+        for (int l = 0; l < LOADS; l++) put_words(v[u] + 4 * l, stream(p + l * 32));
 #pragma unroll
         for (int k = 0; k < WORDS; k++) w[u][k] = __ldg(q + k * 32);
     }

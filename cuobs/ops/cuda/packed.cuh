@@ -70,16 +70,17 @@ __device__ __forceinline__ unsigned permute(const unsigned word, const unsigned 
     return result;
 }
 
+__device__ __forceinline__ void put_words(unsigned* to, const uint4& from) {
+    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+
 // The selectors of a mask, in as few loads as there may be.
 __device__ __forceinline__ void load_selectors(const unsigned* table, const unsigned mask,
                                                unsigned (&selector)[USED]) {
     const unsigned* mine = table + mask * SELECTORS;
 #pragma unroll
-    for (int k = 0; k + 4 <= USED; k += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(mine + k);
-        selector[k] = four.x, selector[k + 1] = four.y;
-        selector[k + 2] = four.z, selector[k + 3] = four.w;
-    }
+    for (int k = 0; k + 4 <= USED; k += 4)
+        put_words(selector + k, *reinterpret_cast<const uint4*>(mine + k));
     if constexpr (USED % 4 >= 2) {
         const uint2 both = *reinterpret_cast<const uint2*>(mine + USED / 4 * 4);
         selector[USED / 4 * 4] = both.x, selector[USED / 4 * 4 + 1] = both.y;
