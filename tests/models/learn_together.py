@@ -1,11 +1,14 @@
 """What processes learn together: run by test_ranks.py, alone and under torchrun.
 
-    python learn_together.py OUT DEVICE
+    python learn_together.py steps OUT DEVICE
+    python learn_together.py slices FOLDER DEVICE
 
-OUT is an .npz of numbers by which one can tell whether all came to the same.
+OUT is an .npz of numbers by which one can tell whether all came to the same; into FOLDER each
+process writes one, which says who of how many it is, and the first the last state.
 """
 
 import copy
+import os
 import sys
 from unittest import mock
 
@@ -43,10 +46,10 @@ def tuned(ranks, device):
     return {"errors": errors, "tuned": flat(linears(pruned).values())}
 
 
-def distilled(device, ranks, sliced=False):
-    """Divergences and a model's weights; the last step has a single window.
+def distilled(device, spare=0, **options):
+    """The report and a model's weights; the last step has a single window.
 
-    Where it is `sliced`, one process finds that its device has no room for all weights.
+    The device is said to have so many bytes to ``spare`` where it holds all weights.
     """
     dense = make_model("llama").to(device)
     model = prune_all(copy.deepcopy(dense))
@@ -55,14 +58,12 @@ def distilled(device, ranks, sliced=False):
     mask[2, 7:] = 0
     needed = 12 * sum(modules[name].weight.numel() for name in masks)
     needed += 8 * sum(parameter.numel() for parameter in model.parameters())
-    room = needed - (sliced and ranks.size > 1 and ranks.rank == 0)
-    with mock.patch.object(memory, "whole", lambda device: room):
+    with mock.patch.object(memory, "whole", lambda device: needed + spare):
         report = distill(
-            model, dense, masks, make_tokens(WINDOWS - 3), attention_mask=mask, passes=2, rate=1e-3
-        )
-    name = "sliced" if sliced else "distilled"
-    weights = flat(modules[name] for name in masks)
-    return {f"divergence, {name}": report.divergence, name: weights}
+            model, dense, masks, make_tokens(WINDOWS - 3), attention_mask=mask, passes=2, rate=1e-3,
+            **options,
+        )  # fmt: skip
+    return report, flat(modules[name] for name in masks)
 
 
 def rotated(device):
@@ -76,15 +77,33 @@ def flat(modules):
     return torch.cat([module.weight.detach().cpu().flatten() for module in modules]).numpy()
 
 
-def main(path, device):
+def steps(path, device):
+    """All that learns, each process holding all weights."""
     with joined(device) as ranks:
         place = torch.device(device)
         found = tuned(ranks, place) | rotated(device)
-        found |= distilled(place, ranks) | distilled(place, ranks, sliced=True)
+        report, weights = distilled(place)
+        found |= {"divergence": report.divergence, "distilled": weights}
         if ranks.leads:
             np.savez(path, **found)
 
 
+def slices(folder, device):
+    """Distillation where the first of several processes has a byte too little for all weights."""
+    with joined(device) as ranks, mock.patch.object(
+        torch.optim, "AdamW", wraps=torch.optim.AdamW
+    ) as optimizer:
+        report, weights = distilled(
+            torch.device(device), -1 if ranks.size > 1 and ranks.leads else 0, save_seconds=0.0,
+            state=os.path.join(folder, f"state-{ranks.size}"),
+        )  # fmt: skip
+        np.savez(
+            os.path.join(folder, f"{ranks.rank}-{ranks.size}.npz"), weights=weights,
+            divergence=report.divergence, kept=report.kept, predicted=report.memory_predicted,
+            held=sum(weight.numel() for weight in optimizer.call_args.args[0]),
+        )  # fmt: skip
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    {"steps": steps, "slices": slices}[sys.argv[1]](*sys.argv[2:])

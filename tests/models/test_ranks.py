@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cuobs_cli import main
+from safetensors.torch import load_file
 from small_models import make_model, make_source, make_tokens, prune_all
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -199,28 +200,30 @@ def test_two_processes_prune_exactly_as_one(place, method, device):
         assert (kept[0] == kept[1]).float().mean() > 0.99, name
 
 
+def begin_learning(folder, processes, function, path, device):
+    """Begin a function of `learn_together` in several processes; gives what ends it."""
+    if device == "cpu":
+        return lambda: together(folder, function, path, device, processes=processes)
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} CUDA devices")
+    # CUDA does not outlive a fork, and what has to be imported anew begins at once.
+    begun = start(processes, learn_together.__file__, function.__name__, path, device)
+    return lambda: finished(begun)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_processes_learn_what_one_learns(tmp_path, device):
     """Tuning, distillation and rotation: the same steps, gradients added up."""
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    begun = None
-    if device == "cuda":  # which does not outlive a fork
-        begun = start(2, learn_together.__file__, tmp_path / "two.npz", device)
-    learn_together.main(tmp_path / "one.npz", device)
-    if begun:
-        found = finished(begun)
-    else:
-        found = together(tmp_path, learn_together.main, tmp_path / "two.npz", device)
+    begun = begin_learning(tmp_path, 2, learn_together.steps, tmp_path / "two.npz", device)
+    learn_together.steps(tmp_path / "one.npz", device)
+    found = begun()
     assert found.returncode == 0, found.stderr
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert set(one) == set(two)
         for name in one:
-            away = np.linalg.norm(two[name] - one[name]) / np.linalg.norm(one[name])
-            assert away < (1e-4 if device == "cpu" else 1e-2), name
+            assert apart(two[name], one[name]) < (1e-4 if device == "cpu" else 1e-2), name
         assert one["errors"][1] < 0.95 * one["errors"][0]
-        for divergence in (one["divergence, distilled"], one["divergence, sliced"]):
-            assert divergence.min() < 0.95 * divergence[0]
+        assert one["divergence"].min() < 0.95 * one["divergence"][0]
         assert one["share"][1] < one["share"][0]
 
 
@@ -376,28 +379,37 @@ def test_distillation_goes_on_with_another_number_of_processes(tmp_path, monkeyp
     assert (again - weights).norm() < 1e-4 * weights.norm()
 
 
-def test_weights_are_shared_out_where_they_do_not_fit(tmp_path, monkeypatch):
-    """Each of three learns slices, of which some are filled up; the last step has two windows."""
-    expected, weights = learn()
-
-    def several():
-        share_weights_out(monkeypatch)
-        held, adam = [], torch.optim.AdamW
-
-        def noted(given, **options):
-            held.append(sum(weight.numel() for weight in given))
-            return adam(given, **options)
-
-        monkeypatch.setattr(torch.optim, "AdamW", noted)
-        with joined("cpu") as ranks:
-            report, found = learn()
-            assert 0 <= held[0] - learning() / 3 < 100
-            assert report.divergence == pytest.approx(expected.divergence, rel=1e-4)
-            assert report.kept == expected.kept and report.memory_predicted
-            assert (found - weights).norm() < 1e-4 * weights.norm(), ranks.rank
-
-    found = together(tmp_path, several, processes=3)
+@pytest.mark.parametrize(
+    ("device", "processes"), [("cpu", 3), pytest.param("cuda", 2, marks=pytest.mark.gpu)]
+)
+def test_processes_learn_in_slices_where_weights_do_not_fit(tmp_path, device, processes):
+    """Of three some slices are filled up; of the last step's single window not all have a part."""
+    # Gradients of tensor cores are rounded for as many windows as run at once.
+    near, nearly = (1e-4, 1e-4) if device == "cpu" else (1e-2, 5e-2)
+    begun = begin_learning(tmp_path, processes, learn_together.slices, tmp_path, device)
+    learn_together.slices(tmp_path, device)
+    found = begun()
     assert found.returncode == 0, found.stderr
+    one, *several = (
+        dict(np.load(tmp_path / f"{rank}-{size}.npz"))
+        for size in (1, processes) for rank in range(size)
+    )  # fmt: skip
+    assert one["held"] == learning() and one["divergence"].min() < 0.95 * one["divergence"][0]
+    for own in several:
+        assert 0 <= own["held"] - learning() / processes < 100
+        assert own["divergence"] == pytest.approx(one["divergence"], rel=nearly)
+        assert own["kept"] == one["kept"] > 0 and own["predicted"] > 0
+        assert apart(own["weights"], one["weights"]) < near
+        assert np.array_equal(own["weights"], several[0]["weights"])
+    whole, gathered = (load_file(tmp_path / f"state-{size}") for size in (1, processes))
+    assert set(whole) == set(gathered)
+    for name, tensor in whole.items():
+        assert apart(gathered[name].numpy(), tensor.numpy()) < nearly, name
+
+
+def apart(found, expected):
+    """‖found − expected‖ / ‖expected‖."""
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def test_a_model_that_slices_do_not_fit_either_is_refused(tmp_path, monkeypatch):
