@@ -28,32 +28,30 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
+def explaining(meaning, errors=(RuntimeError, IndexError)):
+    """Say what it means where something does not run: an error made of the first line of why.
+
+    What PyTorch's functions raise counts, but not that a device is full.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except errors as error:
+        raise meaning(str(error).partition("\n")[0]) from error
+
+
 def running_alone(length=None):
     """Say what it means where a block does not run for one window, of a length, of a batch."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError) as error:
-        raise not_by_window(first_line(error), length) from error
+    return explaining(lambda reason: not_by_window(reason, length))
 
 
-@contextlib.contextmanager
 def taking_windows():
     """Say what it means where a model does not run for windows of this length."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"tokens: found windows that the model itself does not run for ({first_line(error)}), "
-            "expected others: shorter ones where they are longer than its positions"
-        ) from error
-
-
-def first_line(error):
-    return str(error).partition("\n")[0]
+    return explaining(lambda reason: ValueError(
+        f"tokens: found windows that the model itself does not run for ({reason}), expected "
+        "others: shorter ones where they are longer than its positions"
+    ))  # fmt: skip
 
 
 def not_finite(place):

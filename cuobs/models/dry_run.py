@@ -7,11 +7,9 @@ import torch
 
 from cuobs.models.pruning.prediction import (
     check_host,
-    hold,
-    place_of_states,
-    predict,
     predict_host,
     seconds_a_block,
+    settle,
     states_of,
     work_from_shapes,
 )
@@ -52,9 +50,7 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
         model, blocks, windows, batch, recipe, device, layers, in_files
     )
     check_host(work, device, host_memory)
-    place = place_of_states(work, device, host_memory)
-    held = hold(work, device, host_memory, place == "device")
-    report.memory_predicted = predict(work, device, held, place == "device")
+    place, held, report.memory_predicted = settle(work, device, host_memory)
     if device.type != "cpu":
         host = predict_host(work, device, place == "host")
         say(f"memory       about {host / 2**30:.2f} GiB of the host")

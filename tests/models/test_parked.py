@@ -27,7 +27,7 @@ from cuobs.models import (
 from cuobs.models.checkpoints.names import match
 from cuobs.models.checkpoints.source import find_source
 from cuobs.models.parked import Parked, at_hand, park, parked, state_of
-from cuobs.models.pruning import prune
+from cuobs.models.pruning import prediction, prune
 from cuobs.models.pruning.layers import choose_layers
 from cuobs.models.pruning.prediction import (
     check_host,
@@ -342,7 +342,7 @@ def test_where_hidden_states_lie_changes_nothing(
     source, made = make_source(tmp_path / "source"), []
     options = {"device": device, "method": "sparsegpt", "tune": tune, "batch_tokens": 96}
     prune_folder(source, tmp_path / "in", calibration, **options)
-    monkeypatch.setattr(prune, "place_of_states", lambda *_: made.append(1) or place)
+    monkeypatch.setattr(prediction, "place_of_states", lambda *_: made.append(1) or place)
     prune_folder(source, tmp_path / "out", calibration, **options)
     assert made and written(tmp_path / "out") == written(tmp_path / "in")
 

@@ -252,10 +252,15 @@ def _pack_block(stored, read, shared, patterns, place, modules):
         if reason:
             part.left[name] = reason
             continue
-        values, index = (t.cpu() for t in pack_tensor(weight, own, file_name))
-        _note(part, name, weight, values, index, pattern_text(own))
-        packed[file_name], packed[index_name(file_name)] = values, index
+        packed |= _packed(part, name, weight, own, file_name)
     return packed, part
+
+
+def _packed(found, name, weight, pattern, file_name):
+    """A linear's packed tensors by their names in the files; it is counted as packed."""
+    values, index = (tensor.cpu() for tensor in pack_tensor(weight, pattern, name))
+    _note(found, name, weight, values, index, pattern_text(pattern))
+    return {file_name: values, index_name(file_name): index}
 
 
 class Form(NamedTuple):
@@ -334,9 +339,7 @@ def pack_changed(model, changed, names, pattern_of, keep):
                 if reason:
                     found.left[name] = reason
                     continue
-                values, index_of = (t.cpu() for t in pack_tensor(weight, own, name))
-                _note(found, name, weight, values, index_of, pattern_text(own))
-                packed[file_name], packed[index_name(file_name)] = values, index_of
+                packed |= _packed(found, name, weight, own, file_name)
         changed |= keep(index, packed) if packed else {}
     if not found.modules:
         _refuse("model", found)

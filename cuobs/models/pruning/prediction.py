@@ -175,6 +175,30 @@ def place_of_states(work, device, limit):
     return "device" if device.type == "cpu" else "host"
 
 
+def settle(work, device, limit):
+    """How a model is pruned in the memory that there is.
+
+    Parameters
+    ----------
+    work : Work
+    device : torch.device
+    limit : int or None
+        Bytes of the host's memory that may be used.
+
+    Returns
+    -------
+    place : {"device", "host", "scratch"}
+        See `place_of_states`.
+    held : int
+        See `hold`.
+    peak : int
+        See `predict`.
+    """
+    place = place_of_states(work, device, limit)
+    held = hold(work, device, limit, place == "device")
+    return place, held, predict(work, device, held, place == "device")
+
+
 def predict_host(work, device, states=True):
     """Bytes of the host's memory that will be in use at the peak, at least.
 
@@ -417,7 +441,7 @@ def seconds_a_block(work, held, rate):
     return operations / (REACHED * rate)
 
 
-def hold(work, device, limit=None, states=True):
+def hold(work, device, limit, states):
     """How many batches may wait inside a block, by the memory that is free, or may be used."""
     free = memory.free(device)
     if device.type == "cpu":

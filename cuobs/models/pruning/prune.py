@@ -24,14 +24,7 @@ from cuobs.models.parked import parked
 from cuobs.models.pruning.checks import check_alone, check_by_window
 from cuobs.models.pruning.groups import probe
 from cuobs.models.pruning.layers import check_limit, choose_layers
-from cuobs.models.pruning.prediction import (
-    check_host,
-    hold,
-    place_of_states,
-    predict,
-    work_from_shapes,
-    work_of,
-)
+from cuobs.models.pruning.prediction import check_host, settle, work_from_shapes, work_of
 from cuobs.models.pruning.resident import Resident
 from cuobs.models.pruning.rows import prune_rows, zeros
 from cuobs.models.pruning.scratch import at_home, states_at
@@ -212,9 +205,7 @@ def prune_model(
         if warming is not None:  # by the shapes in files, which may lie there transposed
             _warm(recipe, blocks, device).finish()
         work = work_of(model, blocks, mine, batch, recipe, device, layers)
-        place = place_of_states(work, device, host_memory)
-        held = hold(work, device, host_memory, place == "device")
-        report.memory_predicted = predict(work, device, held, place == "device")
+        place, held, report.memory_predicted = settle(work, device, host_memory)
         if starting:
             starting(report)
         if stream is not None:

@@ -4,7 +4,6 @@ Norm scales go into the linears that read them, then everything that reads or wr
 rotated. All in float64; what a model is made of is told by `cuobs.models.rotating.residual`.
 """
 
-import contextlib
 import copy
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from cuobs.models import memory
-from cuobs.models.blocks import as_dtype, capture, evaluating, first_line, run
+from cuobs.models.blocks import as_dtype, capture, evaluating, explaining, run
 from cuobs.models.rotating.residual import (
     Norm,
     explain,
@@ -138,17 +137,11 @@ def examine(model, tokens, device=None):
     return Stream(prefix, hidden.shape[-1], tuple(streams), embeddings, norm, head)
 
 
-@contextlib.contextmanager
 def _in_float64(where):
     """Say that a block does not run in float64, where that is so."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # what PyTorch's functions raise
-        raise refused(
-            f"that {where} does not run in float64 ({first_line(error)})", "one that does"
-        ) from error
+    return explaining(lambda reason: refused(
+        f"that {where} does not run in float64 ({reason})", "one that does"
+    ), RuntimeError)  # fmt: skip
 
 
 def random_basis(batch, size, generator):

@@ -80,6 +80,8 @@ def packed_matmul(values, index, layout, X, bias=None):
 
 def _record(function):
     """What a function enqueues, as a graph that keeps its memory to itself."""
+    # A new stream each time: one that is kept would record what other threads enqueue on it, and
+    # would have to be locked.
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
     stream.wait_event(cupy.cuda.get_current_stream().record())
     with cupy.cuda.using_allocator(pool.malloc), stream:
