@@ -186,38 +186,38 @@ def fold_block(block, stream, basis=None, values=None, orders=()):
         Of the columns of each of ``stream.inner``.
     """
     modules = dict(block.named_modules())
-    readers = [name for norm in stream.norms for name in norm.readers]
-    names = dict.fromkeys([*readers, *stream.writers])
-    W = {name: oriented(modules[name]).double() for name in names}
-    b = {
-        name: modules[name].bias.data.double()
-        for name in names
-        if modules[name].bias is not None
-    }
-    for norm in stream.norms:
-        for name in norm.readers:
-            W[name] = W[name] * norm.scale.to(W[name])
-        make_neutral(modules[norm.name], norm)
+    names = dict.fromkeys([n for norm in stream.norms for n in norm.readers] + [*stream.writers])
     if basis is not None:
-        basis = basis.to(next(iter(W.values())))
-        for name in readers:
-            W[name] = W[name] @ basis
-        for name in stream.writers:
-            W[name] = basis.T @ W[name]
-            if name in b:
-                b[name] = b[name] @ basis
+        basis = basis.to(modules[next(iter(names))].weight.device, torch.float64)
+    for norm in stream.norms:
+        make_neutral(modules[norm.name], norm)
+    for name in names:  # one at a time: in float64 a weight takes up to four times as much
+        weight, bias = oriented(modules[name]), modules[name].bias
+        b = None if bias is None else bias.data.double()
+        W, b = _folded(name, weight.double(), b, stream, basis, values, orders)
+        weight.copy_(W)
+        if b is not None:
+            bias.copy_(b)
+
+
+def _folded(name, W, b, stream, basis, values, orders):
+    """A linear's weight and bias, float64, as `fold_block` gives them to it."""
+    scales = [norm.scale for norm in stream.norms if name in norm.readers]
+    for scale in scales:
+        W = W * scale.to(W)
+    if basis is not None and scales:
+        W = W @ basis
+    if basis is not None and name in stream.writers:
+        W, b = basis.T @ W, b if b is None else b @ basis
     if values is not None:
-        _rotate_values(W, b, stream.values, values)
+        W, b = _rotated_values(name, W, b, stream.values, values.to(W))
     for inner, order in zip(stream.inner, orders, strict=False):
-        for name in inner.sources:
-            W[name] = W[name][order.to(W[name].device)]
-            if name in b:
-                b[name] = b[name][order.to(b[name].device)]
-        W[inner.target] = W[inner.target][:, order.to(W[inner.target].device)]
-    for name in names:
-        oriented(modules[name]).copy_(W[name])
-        if name in b:
-            modules[name].bias.copy_(b[name])
+        order = order.to(W.device)
+        if name in inner.sources:
+            W, b = W[order], b if b is None else b[order]
+        if name == inner.target:
+            W = W[:, order]
+    return W, b
 
 
 def make_neutral(module, norm):
@@ -227,17 +227,19 @@ def make_neutral(module, norm):
         module.get_parameter(name).data.fill_(value)
 
 
-def _rotate_values(W, b, heads, R2):
-    source, target = heads.source, heads.target
-    R2, rows, columns = (t.to(W[source].device) for t in (R2, heads.rows, heads.columns))
-    R2 = R2.to(W[source].dtype)
-    W[source][rows] = R2.mT @ W[source][rows]
-    if source in b:
-        b[source][rows] = (b[source][rows][:, None] @ R2)[:, 0]
-    flat, queries = columns.flatten(), columns.shape[1]
-    read = W[target][:, flat].unflatten(1, columns.shape)
-    read = read.permute(1, 2, 0, 3) @ R2[:, None].expand(-1, queries, -1, -1)
-    W[target][:, flat] = read.permute(2, 0, 1, 3).flatten(1)
+def _rotated_values(name, W, b, heads, R2):
+    """Weight and bias of a linear that makes values, or reads what attention made of them."""
+    rows, columns = heads.rows.to(W.device), heads.columns.to(W.device)
+    if name == heads.source:
+        W[rows] = R2.mT @ W[rows]
+        if b is not None:
+            b[rows] = (b[rows][:, None] @ R2)[:, 0]
+    if name == heads.target:
+        flat, queries = columns.flatten(), columns.shape[1]
+        read = W[:, flat].unflatten(1, columns.shape)
+        read = read.permute(1, 2, 0, 3) @ R2[:, None].expand(-1, queries, -1, -1)
+        W[:, flat] = read.permute(2, 0, 1, 3).flatten(1)
+    return W, b
 
 
 @torch.no_grad()
@@ -332,8 +334,10 @@ def _times(weight, scale, basis, device):
     basis = basis.to(device)
     for rows in weight.split(PIECE):
         wide = rows.to(device).double()
-        wide = wide if scale is None else wide * scale.to(device)
+        if scale is not None:
+            wide *= scale.to(device)
         rows.copy_(wide @ basis)
+        del wide  # before the next is made
 
 
 def _distance(a, b):
@@ -394,7 +398,9 @@ def _tail(model, outside, hidden, basis):
     for rows in oriented(module).split(PIECE):
         rows = rows.to(hidden)
         z = before @ rows.T
-        folded = after @ (rows * norm.scale.to(rows) @ basis).T
+        rows = rows * norm.scale.to(rows)
+        folded = after @ (rows @ basis).T
+        del rows  # before the next are made
         error, whole = error + float((folded - z).square().sum()), whole + float(z.square().sum())
     if not error <= ROUNDING**2 * whole:
         raise refused(

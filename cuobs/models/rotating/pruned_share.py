@@ -57,7 +57,7 @@ class _PrunedShare(torch.autograd.Function):
         pruned = scopes.n_blocks - scopes.keep
         mask = scores <= smallest(scores, pruned)[..., None]
         total = S.sum((1, 2)).clamp_min(1e-30)
-        share = (scores * mask).sum((1, 2, 3)) / total
+        share = scores.masked_fill_(~mask, 0).sum((1, 2, 3)) / total
         ctx.save_for_backward(W, h, scopes.scatter(mask), share, total)
         return share
 
@@ -65,7 +65,7 @@ class _PrunedShare(torch.autograd.Function):
     def backward(ctx, gradient):
         W, h, mask, share, total = ctx.saved_tensors
         # d(pruned/total) = (mask - share) dS / total, S = W² h
-        V = (mask.float() - share[:, None, None]).mul_(W)
+        V = mask.float().sub_(share[:, None, None]).mul_(W)
         V.mul_((gradient / total)[:, None, None])
         to_h = (V * W).sum(1)
         return V.mul_(2 * h[:, None]), to_h, None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cuobs.models import memory
 from cuobs.models.ranks import current
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
@@ -145,7 +146,7 @@ class Objective:
     ----------
     stream : cuobs.models.rotating.folding.Stream
     gathered : list of cuobs.models.rotating.rotation_moments.BlockMoments
-        Emptied of weights.
+        Emptied, so that nothing is held twice.
     patterns : dict of Pattern
         By the name of a linear.
     inverse : bool
@@ -160,10 +161,11 @@ class Objective:
         names = dict.fromkeys(name for block in gathered for name in block.norms)
         having = {n: [i for i, b in enumerate(gathered) if n in b.norms] for n in names}
         self.norms = [
-            torch.stack([gathered[i].norms[name] for i in blocks])
+            _stacked([gathered[i].norms.pop(name) for i in blocks])
             for name, blocks in having.items()
         ]
         self.stacks = _stack(stream, gathered, patterns, self.heads, having, device)
+        gathered.clear()
         self.size = sum(stack.weight.numel() for stack in self.stacks)
         if not self.stacks:
             labels = ", ".join(dict.fromkeys(p.label for p in patterns.values())) or "it"
@@ -209,14 +211,20 @@ class Objective:
         scales = [root.detach().requires_grad_() for root in roots]
         total = 0.0
         for stack, part in islice(self._pieces(), ranks.rank, None, ranks.size):
-            W, h = self._rotated(stack, part, bases, scales)
-            share = pruned_share(W, h, stack.scopes).sum()
-            loss = share * (W[0].numel() / self.size)
-            loss.backward()
-            total += loss.detach()
+            total += self._backward(stack, part, bases, scales)
         ranks.add_up_gradients([*bases, *scales])
         _back(roots, scales)
         return ranks.total(float(total))
+
+    def _backward(self, stack, part, bases, scales):
+        """What some weights add to the objective, and to the gradients; nothing else stays."""
+        W, h = self._rotated(stack, part, bases, scales)
+        share = pruned_share(W, h, stack.scopes).sum()
+        loss = share * (W[0].numel() / self.size)
+        del W, h
+        memory.trim(self.device)
+        loss.backward()
+        return loss.detach()
 
     @torch.no_grad()
     def scopes_in_order(self, generators):
@@ -350,7 +358,7 @@ def _stack(stream, gathered, patterns, heads, having, device):
             scale = torch.stack([gathered[i].scales[name] for i in blocks])
         stacks.append(
             Stack(
-                torch.stack([gathered[i].weights.pop(name) for i in blocks]),
+                _stacked([gathered[i].weights.pop(name) for i in blocks]),
                 Scopes(layout, device),
                 writes,
                 None if norm is None else among(list(having.values())[norm], norm),
@@ -358,4 +366,14 @@ def _stack(stream, gathered, patterns, heads, having, device):
                 scale,
             )
         )
+        memory.trim(device)
     return stacks
+
+
+def _stacked(parts):
+    """Tensors of a list in one; the list lets go of each as soon as it is copied."""
+    whole = parts[0].new_empty(len(parts), *parts[0].shape)
+    for i in range(len(parts)):
+        whole[i] = parts[i]
+        parts[i] = None
+    return whole

@@ -81,20 +81,18 @@ def gather(model, stream, tokens, mask, counted, patterns, device, recipe):
     with evaluating(model):
         hidden, calls = capture(model, blocks, list(zip(parts, masks, strict=True)), device)
         for index, (block, part) in enumerate(zip(blocks, stream.blocks, strict=True)):
-            own = calls[index]
+            where, own = f"{stream.prefix}.{index}", calls[index]
             block = copy.deepcopy(block).to(device)
             fold_block(block, part)
             whole = recipe.compensated or recipe.permute
             sums = _sums(block, part, hidden, own, counts, room, ranks, whole=whole)
             if not all(bool(total.isfinite().all()) for total in sums.values()):
-                raise not_finite(f"in {stream.prefix}.{index}")
-            found.append(_measured(block, part, sums, device, recipe))
-            if recipe.permute:
-                where = f"{stream.prefix}.{index}"
-                found[-1] = _dealt(found[-1], part, sums, where, patterns, recipe.damp)
+                raise not_finite(f"in {where}")
+            found.append(_measured(block, part, sums, where, patterns, device, recipe))
             for name, W in found[-1].weights.items():
                 found[-1].weights[name] = W.to(home)
             own.clear()
+            del block, sums  # before those of the next
             memory.trim(device)
     return found
 
@@ -112,34 +110,43 @@ def _sums(block, part, hidden, calls, counts, room, ranks, whole):
     """Mean second moments of what linears read, while the hidden states pass through a block."""
     modules = linears(block)
     inputs = {norm.readers[0]: None for norm in part.norms} | dict.fromkeys(part.writers)
-    seen, sums = {}, defaultdict(float)
+    chosen, new, sums = None, {}, defaultdict(float)
 
     def watch(name):
-        return lambda _, args: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
+        def look(_, args):
+            x = args[0].reshape(-1, args[0].shape[-1])
+            new[name] = _moment(name, x[chosen].float(), part, whole)
+
+        return look
+
+    def passed(start, stop):
+        nonlocal chosen
+        call = windows_of(calls[i], start, stop, len(hidden[i]))
+        chosen = counts[i][start:stop].flatten().nonzero().flatten().to(hidden[i].device)
+        new.clear()
+        out = run(block, hidden[i][start:stop], call)
+        return out, {name: new.pop(name) for name in list(new)}
 
     handles = [modules[name].register_forward_pre_hook(watch(name)) for name in inputs]
     try:
-        for i, (call, counted) in enumerate(zip(calls, counts, strict=True)):
-
-            def passed(start, stop, i=i, call=call, counted=counted):
-                call = windows_of(call, start, stop, len(hidden[i]))
-                out = run(block, hidden[i][start:stop], call)
-                chosen = counted[start:stop].flatten().nonzero().flatten().to(out.device)
-                new = {n: _moment(n, x[chosen].float(), part, whole) for n, x in seen.items()}
-                seen.clear()
-                return out, new
-
-            results = room.each(len(hidden[i]), passed)
-            hidden[i] = torch.cat([out for out, _ in results])
-            for _, new in results:
-                for name, moment in new.items():
-                    sums[name] += moment
+        for i in range(len(hidden)):
+            hidden[i] = _added(sums, room.each(len(hidden[i]), passed))
     finally:
         for handle in handles:
             handle.remove()
     ranks.add_up(*sums.values())
     tokens = ranks.total(sum(int(c.sum()) for c in counts))
-    return {name: total / tokens for name, total in sums.items()}
+    for total in sums.values():
+        total /= tokens
+    return dict(sums)
+
+
+def _added(sums, results):
+    """What leaves a block for a batch, whose moments are added to the sums."""
+    for _, new in results:
+        for name in list(new):
+            sums[name] += new.pop(name)
+    return results[0][0] if len(results) == 1 else torch.cat([out for out, _ in results])
 
 
 def _moment(name, x, part, whole):
@@ -152,33 +159,41 @@ def _moment(name, x, part, whole):
     return x.square().sum(0)
 
 
-def _measured(block, part, sums, device, recipe):
-    """The `BlockMoments` of the sums."""
+def _measured(block, part, sums, where, patterns, device, recipe):
+    """The `BlockMoments` of the sums, of the weights that have a pattern."""
     modules = linears(block)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
-    weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
-    if recipe.compensated:
-        sums = {name: _damped_inverse(H, recipe.damp) for name, H in sums.items()}
-    heads, scales = None, {}
-    for name in part.writers:
-        form = sums[name]
+    norms = {norm.name: _form(sums[norm.readers[0]], recipe) for norm in part.norms}
+    heads, scales, costs = None, {}, {}
+    for name in part.writers:  # one at a time: an inverse takes five times what its sum does
+        form = _form(sums[name], recipe)
+        diagonal = form.diagonal().clone() if form.ndim == 2 else form
         if part.values is not None and name == part.values.target:
             columns = part.values.columns.to(form.device)
             heads = form if form.ndim == 4 else form[columns[..., None], columns[..., None, :]]
         else:
-            diagonal = form.diagonal() if form.ndim == 2 else form
             scales[name] = 1 / diagonal if recipe.compensated else diagonal
-    norms = {norm.name: sums[norm.readers[0]] for norm in part.norms}
-    return BlockMoments(weights, norms, heads, scales, ())
+        if recipe.permute and any(name == inner.target for inner in part.inner):
+            inverse = form if recipe.compensated else _damped_inverse(sums[name], recipe.damp)
+            costs[name] = inverse.diagonal().clone()
+    names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
+    weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
+    orders = _deal_out(weights, scales, costs, part, where, patterns) if recipe.permute else ()
+    weights = {n: W for n, W in weights.items() if patterns.get(f"{where}.{n}") is not None}
+    return BlockMoments(weights, norms, heads, scales, orders)
 
 
-def _dealt(moments, part, sums, where, patterns, damp):
-    """The same with inner columns dealt out to the scopes by Σ w² / C_jj."""
-    weights, scales, orders = dict(moments.weights), dict(moments.scales), []
+def _form(H, recipe):
+    """In what a basis is measured: H, or the inverse of the damped H."""
+    return _damped_inverse(H, recipe.damp) if recipe.compensated else H
+
+
+def _deal_out(weights, scales, costs, part, where, patterns):
+    """Deal inner columns out to the scopes by Σ w² / C_jj, in place; their orders."""
+    orders = []
     for inner in part.inner:
         W = weights[inner.target]
-        worth = W.float().square().sum(0) / _damped_inverse(sums[inner.target], damp).diagonal()
+        worth = W.float().square().sum(0) / costs[inner.target]
         order = deal(worth, W.shape, patterns.get(f"{where}.{inner.target}"))
         orders.append(order)
         order = order.to(W.device)
@@ -186,7 +201,7 @@ def _dealt(moments, part, sums, where, patterns, damp):
             weights[name] = weights[name][order]
         weights[inner.target] = W[:, order]
         scales[inner.target] = scales[inner.target][order]
-    return moments._replace(weights=weights, scales=scales, orders=tuple(orders))
+    return tuple(orders)
 
 
 def _damped_inverse(H, damp):
@@ -197,6 +212,7 @@ def _damped_inverse(H, damp):
         H.diagonal().add_(damping(undamped, damp - before))
         factor, failed = torch.linalg.cholesky_ex(H)
         if not failed:
+            del H  # room for the inverse
             return torch.cholesky_inverse(factor).float()
         before, damp = damp, max(10 * damp, 1e-4)
 
