@@ -176,24 +176,7 @@ def place_of_states(work, device, limit):
 
 
 def settle(work, device, limit):
-    """How a model is pruned in the memory that there is.
-
-    Parameters
-    ----------
-    work : Work
-    device : torch.device
-    limit : int or None
-        Bytes of the host's memory that may be used.
-
-    Returns
-    -------
-    place : {"device", "host", "scratch"}
-        See `place_of_states`.
-    held : int
-        See `hold`.
-    peak : int
-        See `predict`.
-    """
+    """What `place_of_states`, `hold` and then `predict` give, each in view of those before."""
     place = place_of_states(work, device, limit)
     held = hold(work, device, limit, place == "device")
     return place, held, predict(work, device, held, place == "device")
