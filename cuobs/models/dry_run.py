@@ -5,6 +5,7 @@ from itertools import groupby
 
 import torch
 
+from cuobs.arrays import size_text
 from cuobs.models.pruning.prediction import (
     check_host,
     predict_host,
@@ -13,7 +14,8 @@ from cuobs.models.pruning.prediction import (
     states_of,
     work_from_shapes,
 )
-from cuobs.models.pruning.prune import choose, count_tokens, report_of
+from cuobs.models.pruning.prune import choose, count_tokens, report_of, rotation_of
+from cuobs.models.rotating.rotation_prediction import predict_rotation_host, settle_rotation
 from cuobs.models.structure import linears, oriented
 from cuobs.models.summary import time_text
 
@@ -50,9 +52,15 @@ def plan(model, windows, recipe, device, batch, protocol, say, in_files, host_me
         model, blocks, windows, batch, recipe, device, layers, in_files
     )
     check_host(work, device, host_memory)
-    place, held, report.memory_predicted = settle(work, device, host_memory)
+    rotation = rotation_of(model, windows, layers, recipe, device)
+    taken = settle_rotation(rotation, device, host_memory) if rotation else 0
+    place, held, predicted = settle(work, device, host_memory)
+    report.memory_predicted = max(taken, predicted)
+    if rotation:
+        say(f"rotating     {size_text(taken)} on {device.type}; pruning {size_text(predicted)}")
     if device.type != "cpu":
         host = predict_host(work, device, place == "host")
+        host = max(host, predict_rotation_host(rotation, device)) if rotation else host
         say(f"memory       about {host / 2**30:.2f} GiB of the host")
     if place != "device":
         where = "in a scratch file" if place == "scratch" else "in the host's memory"

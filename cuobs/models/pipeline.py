@@ -46,6 +46,7 @@ from cuobs.models.pruning.warming import Warming
 from cuobs.models.ranks import joined
 from cuobs.models.recovery import agreements, check_room, recover
 from cuobs.models.rotating.folding import untied_config
+from cuobs.models.rotating.rotation_prediction import FEWEST, check_rotation, rotation_work
 from cuobs.models.structure import find_blocks, is_transposed, linears
 from cuobs.models.summary import outcome, summary
 from cuobs.models.tokens.calibration import load_tokens
@@ -153,7 +154,11 @@ def _open(run, view, options, ranks):
     # A GGUF takes seconds to be read for its config alone.
     if source.gguf is None or run.host_memory is not None:
         empty = loading.empty_model(source, run.trust_remote_code)
-        choose(empty, recipe, place, run.host_memory, empty=True)
+        empty.to(loading.weights_dtype(source.stored))
+        _, layers = choose(empty, recipe, place, run.host_memory, empty=True)
+        if recipe.rotate:
+            work = rotation_work(empty, FEWEST, layers.patterns, recipe.rotation, place)
+            check_rotation(work, place, run.host_memory)
         if run.packed:
             packed_forms(empty, recipe)
     warming = None if source.gguf else _warm(source, recipe, place)

@@ -79,6 +79,14 @@ class ModelRecipe:
         """Whether the dense model's hidden states are wanted beside those of the pruned one."""
         return self.target != "pruned" or self.tune > 0
 
+    @property
+    def rotation(self):
+        """How a rotation is learned, a `RotationRecipe`."""
+        return RotationRecipe(
+            steps=self.rotate_steps, score=self.rotate_score, permute=self.rotate_permute,
+            damp=self.config.recipe.damp,
+        )  # fmt: skip
+
     def of(self, name):
         """The `Recipe` of a linear, None where it stays as it is."""
         return self.config.recipe_for(name)

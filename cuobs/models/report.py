@@ -124,7 +124,7 @@ class RotationReport:
         Bytes that a head of its own adds to the model.
     learning, seconds : float
         Of learning alone, moments included; and of everything.
-    memory_peak : int
+    memory_peak, memory_predicted : int
         Bytes on the device (on the CPU: of the process).
     """
 
@@ -140,9 +140,11 @@ class RotationReport:
     learning: float
     seconds: float
     memory_peak: int
+    memory_predicted: int = 0
 
     def summary(self) -> list:
         """Names and values of what there is to say in a table."""
+        told = f" ({size_text(self.memory_predicted)} predicted)" if self.memory_predicted else ""
         heads = f", the values of {self.heads} heads" if self.heads else ""
         untied = f"adds {size_text(self.untied)}" if self.untied else "was one already"
         return [
@@ -150,7 +152,7 @@ class RotationReport:
             ("pruned share", f"{self.before:.4f} of the score before, {self.after:.4f} after"),
             ("logits", f"differ by {self.deviation:.1e} of their norm"),
             ("head of its own", untied),
-            ("rotation", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most"),
+            ("rotation", f"{self.seconds:.1f} s, {size_text(self.memory_peak)} at most{told}"),
         ]
 
     def lines(self) -> list:
@@ -245,7 +247,7 @@ class ModelReport:
     seconds : float
         Of this run: blocks that were read back count as long as reading took.
     memory_predicted, memory_peak : int
-        Bytes on the device (on the CPU: of the process).
+        Bytes on the device (on the CPU: of the process), of the rotation and the blocks.
     whole_seconds, whole_peak : float, int
         From the start of a run over a folder to the writing of another: windows that the model
         writes, rotation, distillation and evaluation included. 0 for a model in memory.

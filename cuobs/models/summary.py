@@ -17,6 +17,7 @@ def summary(report):
     whole = [row.name for row in report.layers if row.loss is None]
     peak, predicted = size_text(report.memory_peak), size_text(report.memory_predicted)
     lines = [] if report.rotation is None else report.rotation.summary()
+    memory = "memory of both" if lines else "memory of pruning"
     for name, near in report.agreement.items():
         lines.append(("to the dense model", f"{name}: {Agreement(**near).text()}"))
     if report.distillation is not None:
@@ -27,7 +28,7 @@ def summary(report):
     lines += [
         ("zeros", f"{report.sparsity:.2%} of the weights in the blocks"),
         ("left as they are", f"{len(whole)} of {len(report.layers)} linears in the blocks"),
-        ("memory of pruning", f"{peak} ({predicted} predicted)"),
+        (memory, f"{peak} ({predicted} predicted)"),
     ]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {value}" for name, value in lines]

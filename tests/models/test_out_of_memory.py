@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import make_model, make_tokens
 
-from cuobs.models import perplexity, prune_model
+from cuobs.models import perplexity, prune_model, rotate
 from cuobs.models.memory import Room
 from cuobs.models.pruning.targets import Moments
 
@@ -211,3 +211,51 @@ def test_predicted_memory_of_a_cpu_is_about_what_is_used():
     for predicted, peak, before in zip(*[iter(numbers)] * 3, strict=True):
         assert 0.85 * peak < predicted < 1.15 * peak
         assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)
+
+
+ROTATED = """
+import torch
+from small_models import make_model, make_tokens
+from cuobs.models import memory, rotate
+
+def used(family, windows, **changes):
+    model = make_model(family, num_attention_heads=4, max_position_embeddings=512, **changes)
+    model = model.bfloat16()
+    memory.trim(torch.device("cpu"))
+    before = memory.resident()
+    report = rotate(model, make_tokens(windows, 512), "2:4", steps=2, device="cpu")
+    return report.memory_predicted, report.memory_peak, before
+
+rotate(make_model("llama"), make_tokens(), "2:4", steps=1, device="cpu")  # as above
+print(*used("llama", 8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1),
+      *used("llama", 1, hidden_size=768, intermediate_size=768, num_hidden_layers=1),
+      *used("llama", 1, hidden_size=256, intermediate_size=2048, num_hidden_layers=2),
+      *used("llama", 1, hidden_size=384, intermediate_size=512, num_hidden_layers=1,
+            vocab_size=30000, tie_word_embeddings=True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures as Linux does")
+def test_predicted_memory_of_a_rotation_is_about_what_is_used():
+    """Most is taken by a batch, by the way back to a generator, by an inverse, by the head."""
+    found = subprocess.run(
+        [sys.executable, "-c", ROTATED], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    numbers = list(map(int, found.stdout.split()))
+    assert len(numbers) == 12
+    for predicted, peak, before in zip(*[iter(numbers)] * 3, strict=True):
+        assert 0.85 * peak < predicted < 1.15 * peak
+        assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width, inner, blocks", [(512, 4096, 12), (2048, 4096, 1)])
+def test_predicted_memory_of_a_rotation_on_a_device(width, inner, blocks):
+    model = make_model(
+        "llama", hidden_size=width, intermediate_size=inner, num_attention_heads=8,
+        num_hidden_layers=blocks, max_position_embeddings=1024,
+    )  # fmt: skip
+    report = rotate(model, make_tokens(16, 1024), "2:4", steps=2, device="cuda")
+    assert 0.85 * report.memory_peak < report.memory_predicted < 1.15 * report.memory_peak

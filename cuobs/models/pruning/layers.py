@@ -30,6 +30,14 @@ class Layers:
     left: dict
     outside: list
 
+    @property
+    def patterns(self):
+        """The pattern of each linear that is pruned, by its name in the model."""
+        return {
+            f"{self.prefix}.{index}.{inner}": own.pattern
+            for (index, inner), own in self.recipes.items()
+        }
+
 
 def choose_layers(model, prefix, blocks, recipe):
     """Say for each linear in the blocks how it is pruned, or why it is not: `Layers`.

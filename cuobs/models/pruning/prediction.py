@@ -321,7 +321,7 @@ def work_of(model, blocks, windows, batch, recipe, device, layers):
             with Passage(streams, 0, block, None, plan, recipe.residual_share != (0, 0)) as passage:
                 stages = measure_stages(passage.steps, device)
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
-    head = untied(model, recipe)
+    head = untied(model) if recipe.rotate else 0
     host = host_bytes(model, windows, parked(block) is not None) + head
     size = sum(p.numel() * p.element_size() for p in model.parameters()) + head
     here = host if device.type == "cpu" else size * (home.type == device.type)
@@ -329,24 +329,31 @@ def work_of(model, blocks, windows, batch, recipe, device, layers):
 
 
 def work_from_shapes(model, blocks, windows, batch, recipe, device, layers, in_files):
-    """The same by shapes alone, of a model in the host's memory, or to be; see `host_bytes`.
-
-    Linears one after the other that take as many columns are a group, which ends with one that
-    gives as many outputs as the hidden states have.
-    """
+    """The same by shapes alone, of a model in the host's memory, or to be; see `host_bytes`."""
     width = model.get_input_embeddings().weight.shape[1]
+    groups = groups_by_shape(blocks[0], width)
+    element = next(blocks.parameters()).element_size()
+    own = {inner for _, inner in layers.recipes}
+    host = host_bytes(model, windows, in_files)
+    host += untied(model) if recipe.rotate else 0
+    here = host if device.type == "cpu" else 0
+    return _work(blocks[0], groups, own, None, windows, batch, recipe, width, element, here, host)
+
+
+def groups_by_shape(block, width):
+    """Names and shapes of a block's linears, by what is taken to be their input.
+
+    Those one after the other that take as many columns are a group, which ends with one that gives
+    as many outputs as the hidden states have, their width.
+    """
     groups, last = [], (0, 0)
-    for inner, module in linears(blocks[0]).items():
+    for inner, module in linears(block).items():
         shape = oriented(module).shape
         if last[1] != shape[1] or last[0] == width:
             groups.append([])
         groups[-1].append((inner, shape))
         last = shape
-    element = next(blocks.parameters()).element_size()
-    own = {inner for _, inner in layers.recipes}
-    host = host_bytes(model, windows, in_files) + untied(model, recipe)
-    here = host if device.type == "cpu" else 0
-    return _work(blocks[0], groups, own, None, windows, batch, recipe, width, element, here, host)
+    return groups
 
 
 def host_bytes(model, windows, in_files):
@@ -370,11 +377,11 @@ def host_bytes(model, windows, in_files):
     return max(memory.resident(), LIBRARIES + size)
 
 
-def untied(model, recipe):
+def untied(model):
     """Bytes of a head that is tied to the embedding until a rotation unties it."""
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
-    return head.weight.nbytes if recipe.rotate and tied else 0
+    return head.weight.nbytes if tied else 0
 
 
 def _work(block, named, own, stages, windows, batch, recipe, width, element, model, host):

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -38,6 +38,7 @@ from cuobs.models.recovery import check_room, recover
 from cuobs.models.report import BlockReport, LayerReport, ModelReport
 from cuobs.models.rotating.folding import examine
 from cuobs.models.rotating.rotation import rotate
+from cuobs.models.rotating.rotation_prediction import rotation_work, settle_rotation
 from cuobs.models.structure import check_plain, find_blocks, linears, oriented
 from cuobs.models.tokens.windows import check_windows
 
@@ -193,6 +194,8 @@ def prune_model(
         work_from_shapes(model, blocks, mine, batch, recipe, device, layers, in_files),
         device, host_memory,
     )
+    rotation = rotation_of(model, windows, layers, recipe, device)
+    taken = settle_rotation(rotation, device, host_memory) if rotation else 0
     begun = warming or _warm(recipe, blocks, device)
     with evaluating(model), memory.one_pool(device):
         check_alone(model, blocks, windows.tokens, windows.mask)
@@ -205,7 +208,8 @@ def prune_model(
         if warming is not None:  # by the shapes in files, which may lie there transposed
             _warm(recipe, blocks, device).finish()
         work = work_of(model, blocks, mine, batch, recipe, device, layers)
-        place, held, report.memory_predicted = settle(work, device, host_memory)
+        place, held, predicted = settle(work, device, host_memory)
+        report.memory_predicted = max(taken, predicted)
         if starting:
             starting(report)
         if stream is not None:
@@ -265,17 +269,19 @@ def _warm(recipe, blocks, device):
 
 def _rotate(model, stream, windows, layers, recipe, device, folder, progress):
     """Rotate the model for the patterns of its linears, or as an unfinished run has done it."""
-    patterns = {
-        f"{layers.prefix}.{index}.{inner}": own.pattern
-        for (index, inner), own in layers.recipes.items()
-    }
     return rotate(
-        model, windows.tokens, patterns, attention_mask=windows.mask,
-        drop_first_token=recipe.drop_first_token, steps=recipe.rotate_steps,
-        score=recipe.rotate_score, permute=recipe.rotate_permute,
-        damp=recipe.config.recipe.damp, device=device, stream=stream,
-        stored=folder and os.path.join(folder, BLOCKS, ROTATION), progress=progress,
+        model, windows.tokens, layers.patterns, attention_mask=windows.mask,
+        drop_first_token=recipe.drop_first_token, **asdict(recipe.rotation), device=device,
+        stream=stream, stored=folder and os.path.join(folder, BLOCKS, ROTATION),
+        progress=progress,
     )  # fmt: skip
+
+
+def rotation_of(model, windows, layers, recipe, device):
+    """What rotating a model first will take, a `RotationWork`; None where it is not rotated."""
+    if not recipe.rotate:
+        return None
+    return rotation_work(model, windows.tokens.shape, layers.patterns, recipe.rotation, device)
 
 
 def share_windows(windows, ranks):
@@ -416,7 +422,8 @@ def _prune_blocks(job, streams, on_block):
     for index in range(len(job.source)):
         report.blocks.append(_prune_block(job, streams, index))
         report.seconds = time.perf_counter() - began
-        report.memory_peak = memory.peak(job.device)
+        before = 0 if report.rotation is None else report.rotation.memory_peak
+        report.memory_peak = max(before, memory.peak(job.device))
         if on_block:
             on_block(report, len(job.source))
 

@@ -38,7 +38,7 @@ ROUNDING = 1e-10
 # The same for logits in the model's own dtype, as a multiple of its machine epsilon, and at most.
 LOGITS, LOGITS_MOST = 2000, 0.5
 # Rows of an embedding in float64 at once.
-PIECE = 16384
+ROWS = 16384
 
 
 class Stream(NamedTuple):
@@ -332,7 +332,7 @@ def _times(weight, scale, basis, device):
     """W diag(scale) R in place, in float64, some rows at a time."""
     device = device or weight.device
     basis = basis.to(device)
-    for rows in weight.split(PIECE):
+    for rows in weight.split(ROWS):
         wide = rows.to(device).double()
         if scale is not None:
             wide *= scale.to(device)
@@ -395,7 +395,7 @@ def _tail(model, outside, hidden, basis):
         make_neutral(own, norm)
         after = own(hidden @ basis)
     error = whole = 0.0
-    for rows in oriented(module).split(PIECE):
+    for rows in oriented(module).split(ROWS):
         rows = rows.to(hidden)
         z = before @ rows.T
         rows = rows * norm.scale.to(rows)

@@ -27,6 +27,11 @@ from cuobs.models.recipe import RotationRecipe
 from cuobs.models.report import RotationReport
 from cuobs.models.rotating import folding
 from cuobs.models.rotating.rotation_learning import Learned, learn
+from cuobs.models.rotating.rotation_prediction import (
+    predict_rotation,
+    rotation_work,
+    settle_rotation,
+)
 from cuobs.models.structure import find_blocks, linears
 from cuobs.models.tokens.windows import check_windows
 
@@ -103,10 +108,10 @@ def rotate(
     Raises
     ------
     ValueError
-        Another basis would be another function (LayerNorm, a norm behind the linears, a scale that
-        does not commute), with the reason, or its activations are not finite; the model is then as
-        it was. Or the folded weights are more than its dtype holds, so that its logits are others,
-        with the deviation; then they are folded already.
+        There is no room for it, or another basis would be another function (LayerNorm, a norm
+        behind the linears, a scale that does not commute), with the reason, or its activations are
+        not finite; the model is then as it was. Or the folded weights are more than its dtype
+        holds, so that its logits are others, with the deviation; then they are folded already.
 
     References
     ----------
@@ -114,7 +119,7 @@ def rotate(
     """
     began = time.perf_counter()
     recipe = RotationRecipe(steps, rate, windows, score, permute, damp)
-    patterns = _patterns_of(model, pattern)
+    patterns = patterns_of(model, pattern)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -122,9 +127,13 @@ def rotate(
     found = check_windows(model, tokens, attention_mask, drop_first_token)
     tokens, counted = found.tokens[:windows], found.keep[:windows]
     mask = None if found.mask is None else found.mask[:windows]
+    work = rotation_work(model, found.tokens.shape, patterns, recipe, device)
     if stream is None:
+        predicted = settle_rotation(work, device)
         check_alone(model, find_blocks(model)[1], tokens, mask)
         stream = folding.examine(model, tokens, device)
+    else:
+        predicted = predict_rotation(work, device)
     identity = {
         "patterns": {name: str(p) for name, p in patterns.items()},
         "tokens": digest(tokens, counted),
@@ -141,6 +150,7 @@ def rotate(
         if stored is not None and ranks.leads:
             store(stored, learned, identity)
     learning = time.perf_counter() - learning
+    memory.trim(device)
     dense = folding.logits_of(model, tokens)
     untied = folding.fold(model, stream, learned.rotation, device)
     return RotationReport(
@@ -155,11 +165,12 @@ def rotate(
         untied=untied,
         learning=learning,
         seconds=time.perf_counter() - began,
+        memory_predicted=predicted,
         memory_peak=memory.peak(device),
     )
 
 
-def _patterns_of(model, pattern):
+def patterns_of(model, pattern):
     """A pattern for each linear of the blocks that counts, by its name."""
     if isinstance(pattern, dict):
         return {name: cuobs.pattern.parse(own) for name, own in pattern.items()}

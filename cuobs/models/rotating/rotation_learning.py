@@ -11,9 +11,7 @@ from cuobs.models.ranks import current
 from cuobs.models.rotating.folding import Rotation
 from cuobs.models.rotating.pruned_share import Scopes, pruned_share
 from cuobs.models.rotating.rotation_moments import compiled, gather
-
-# Elements of weights that are rotated at once.
-PIECE = 2**27
+from cuobs.models.rotating.rotation_prediction import piece_within
 
 
 class Learned(NamedTuple):
@@ -78,6 +76,7 @@ def _descend(objective, steps, rate, progress):
         if step == steps:
             return best, history
         optimizer.zero_grad()
+        memory.trim(bases[0].device)
         _back(bases, leaves)
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -166,6 +165,9 @@ class Objective:
         ]
         self.stacks = _stack(stream, gathered, patterns, self.heads, having, device)
         gathered.clear()
+        moments = sum(M.nbytes for M in (*self.norms, *(h.moments for h in self.heads)))
+        free = memory.free(device)
+        self.piece = current().agree(piece_within(free, moments, device))  # they share the pieces
         self.size = sum(stack.weight.numel() for stack in self.stacks)
         if not self.stacks:
             labels = ", ".join(dict.fromkeys(p.label for p in patterns.values())) or "it"
@@ -257,7 +259,7 @@ class Objective:
         """Each stack, some weights at a time."""
         for stack in self.stacks:
             L, M, K = stack.weight.shape
-            count = max(1, PIECE // (M * K))
+            count = max(1, self.piece // (M * K))
             for start in range(0, L, count):
                 yield stack, slice(start, start + count)
 

@@ -72,12 +72,13 @@ def gather(model, stream, tokens, mask, counted, patterns, device, recipe):
     ranks = current() if len(tokens) >= current().size else Ranks()
     tokens, counted = tokens[ranks.share], counted[ranks.share]
     mask = None if mask is None else mask[ranks.share]
-    batch = max(1, BATCH_TOKENS.get(device.type, 4096) // tokens.shape[1])
+    batch = batch_of(tokens.shape[1], device)
     parts = tokens.split(batch)
     masks = [None] * len(parts) if mask is None else mask.split(batch)
     counts = counted.split(batch)
     found, room = [], memory.Room(batch)
-    home = _home(blocks, device)
+    size = sum(m.weight.numel() for m in linears(blocks).values())
+    home = device if stays(size, device) else torch.device("cpu")
     with evaluating(model):
         hidden, calls = capture(model, blocks, list(zip(parts, masks, strict=True)), device)
         for index, (block, part) in enumerate(zip(blocks, stream.blocks, strict=True)):
@@ -97,13 +98,14 @@ def gather(model, stream, tokens, mask, counted, patterns, device, recipe):
     return found
 
 
-def _home(blocks, device):
-    """Where all weights are kept: the device, or the host where they would fill a third of it."""
-    if device.type != "cuda":
-        return device
-    size = sum(m.weight.numel() for m in linears(blocks).values())
-    free = torch.cuda.mem_get_info(device)[0]
-    return device if 2 * size <= free // 3 else torch.device("cpu")
+def batch_of(length, device):
+    """Windows of a length that run through a block at once."""
+    return max(1, BATCH_TOKENS.get(device.type, 4096) // length)
+
+
+def stays(size, device):
+    """Whether a device holds so many weights: a GPU that they fill no more than a third of."""
+    return device.type != "cuda" or 2 * size <= memory.free(device) // 3
 
 
 def _sums(block, part, hidden, calls, counts, room, ranks, whole):

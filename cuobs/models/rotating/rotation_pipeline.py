@@ -21,8 +21,10 @@ from cuobs.models.pipeline import (
 )
 from cuobs.models.pruning.prune import choose_device
 from cuobs.models.ranks import joined
+from cuobs.models.recipe import RotationRecipe
 from cuobs.models.rotating.folding import check_logits, logits_of, untied_config
-from cuobs.models.rotating.rotation import rotate
+from cuobs.models.rotating.rotation import patterns_of, rotate
+from cuobs.models.rotating.rotation_prediction import FEWEST, check_rotation, rotation_work
 from cuobs.models.tokens.calibration import load_tokens
 from cuobs.models.tokens.mixture import WindowReader, gather, read_given
 
@@ -35,6 +37,8 @@ def rotate_source(run, pattern, options, say, progress):
     with joined(run.device) as ranks:
         if not ranks.leads:
             say, progress = lambda line: None, None
+        if run.source.gguf is None:  # which takes seconds to be read for its config alone
+            _check_room(run, pattern, options)
         model = loading.load_model(run.source, run.trust_remote_code)
         names = names_in_files(run.source, model)
         check_all_known(model, run.source, names)
@@ -64,6 +68,14 @@ def rotate_source(run, pattern, options, say, progress):
             report.deviation = check_logits(model, shown, dense, dtypes.values())
         _write(run, model, names, report, save_dtype)
     return report
+
+
+def _check_room(run, pattern, options):
+    """Refuse a model that there is no room to rotate, before its weights are read."""
+    model, place = loading.empty_model(run.source, run.trust_remote_code), choose_device(run.device)
+    model.to(loading.weights_dtype(run.source.stored))
+    patterns, recipe = patterns_of(model, pattern), RotationRecipe(**options)
+    check_rotation(rotation_work(model, FEWEST, patterns, recipe, place), place)
 
 
 def _read(run, model, progress):
