@@ -50,15 +50,17 @@ def stackable(pattern, counts, K):
         return False
     starts = np.cumsum([0, *counts[:-1]])
     rows = [layout.row_order + start for layout, start in zip(alone, starts, strict=True)]
-    if any(layout.rows != stacked.rows for layout in alone):
-        return False
-    found = {tuple(group) for group in np.concatenate(rows).tolist()}
-    same = all(
-        np.array_equal(layout.column_order, stacked.column_order)
+    return all(
+        layout.rows == stacked.rows
+        and np.array_equal(layout.column_order, stacked.column_order)
         and np.array_equal(layout.blocks, stacked.blocks)
         for layout in alone
-    )
-    return same and found == {tuple(group) for group in stacked.row_order.tolist()}
+    ) and np.array_equal(_in_order(np.concatenate(rows)), _in_order(stacked.row_order))
+
+
+def _in_order(groups):
+    """Row groups by their first rows, which no two have in common."""
+    return groups[np.argsort(groups[:, 0])]
 
 
 def paying(recipe, shape, most):
