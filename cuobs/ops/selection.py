@@ -4,6 +4,7 @@ Arrays are place-major: w has shape (c, m, r, n) for m row groups of r rows and 
 c columns; what is known of the blocks of a scope has shape (blocks, m, n).
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -192,54 +193,75 @@ def candidate_costs(w, C, layout):
 
     Notes
     -----
-    Forward substitution with an L D Lᵀ factor, unrolled over the places of a set. The factor of a
-    set's beginning serves every set that goes on from it.
+    Gaussian elimination: where place p is pruned at the cost w_p² / C_pp, w_i − w_p C_ip / C_pp and
+    C_ij − C_ip C_jp / C_pp are left to those after it. What is left by the beginning of a set
+    serves every set that goes on from it.
     """
     _check_select(w, C, layout)
     xp = namespace(w)
     _, m, r, n = w.shape
     costs = xp.zeros((len(layout.candidates), m, n), w.dtype)
-    for row in range(r):
-        chain = _Chain(w[:, :, row], C if C.ndim == 3 else C[:, :, :, row])
-        for candidate, pruned in enumerate(layout.candidates):
-            places = tuple(np.flatnonzero(pruned[row]).tolist())
-            if places:
-                costs[candidate] += chain.cost(places)
+    for row, sets in enumerate(_sets_of_rows(layout)):
+        _add_costs(costs, sets, w[:, :, row], C[:, :, None] if C.ndim == 3 else C[:, :, :, row])
     return costs
 
 
-class _Chain:
-    """Costs of sets of places, each set's factor grown from that of its beginning."""
+@lru_cache(maxsize=64)
+def _sets_of_rows(layout):
+    """What `_by_first` makes of the places that candidate masks prune in each row of a scope."""
+    rows = [
+        [(tuple(np.flatnonzero(mask).tolist()), k) for k, mask in enumerate(masks)]
+        for masks in layout.candidates.transpose(1, 0, 2)
+    ]
+    return [_by_first([one for one in row if one[0]]) for row in rows]
 
-    def __init__(self, w, C):
-        self.w, self.C = w, C
-        self.known = {}
 
-    def cost(self, places):
-        return self._factor(places)[3]
+def _by_first(sets):
+    """Sets (places, candidate) by their first place.
 
-    def _factor(self, places):
-        """(row of L times D, pivot, forward-substituted weight, cost) of the last place."""
-        if places in self.known:
-            return self.known[places]
-        i = places[-1]
-        scaled, value, pivot, cost = [], self.w[i], self.C[i, i], 0
-        for n, j in enumerate(places[:-1]):
-            row, before, solved, cost = self._factor(places[: n + 1])
-            entry = self.C[i, j]
-            for k in range(n):
-                entry = entry - scaled[k] * row[k]
-            scaled.append(entry)
-            ratio = entry / before
-            pivot = pivot - entry * ratio
-            value = value - ratio * solved
-        # The next place needs this row as unit L.
-        unit = [
-            entry / self._factor(places[: n + 1])[1] for n, entry in enumerate(scaled)
-        ]
-        result = unit, pivot, value, cost + value * value / pivot
-        self.known[places] = result
-        return result
+    Returns
+    -------
+    dict
+        For each place the candidates whose set ends there, the slice of the places that may follow,
+        and, counted from the start of that slice, the sets of what follows by their first place.
+    """
+    found = {}
+    for first in sorted({places[0] for places, _ in sets}):
+        rest = [(places[1:], k) for places, k in sets if places[0] == first]
+        ended = [k for places, k in rest if not places]
+        rest = [one for one in rest if one[0]]
+        start = min((places[0] for places, _ in rest), default=0)
+        stop = max((places[-1] for places, _ in rest), default=-1) + 1
+        rest = [(tuple(place - start for place in places), k) for places, k in rest]
+        found[first] = ended, slice(start, stop), _by_first(rest)
+    return found
+
+
+def _add_costs(costs, sets, w, C, before=0):
+    """Add what sets by their first place cost, given what is left of w and C, to a cost before.
+
+    Shapes (places, m, n) and (places, places, m or 1, n).
+    """
+    while sets:
+        last = max(sets)
+        for place, (ended, places, following) in sets.items():
+            pivot, value = C[place, place], w[place]
+            cost = before + value * value / pivot
+            for candidate in ended:
+                costs[candidate] += cost
+            if following:
+                column = C[places, place]
+                ratio = column / pivot
+                left = column[:, None] * ratio
+                namespace(C).subtract(C[places, places], left, out=left)
+                state = w[places] - ratio * value, left, cost
+                del left
+                if place != last:
+                    _add_costs(costs, following, *state)
+                    del state  # before the next is made
+        sets = following
+        if following:
+            w, C, before = state
 
 
 def choose(costs, layout):
@@ -333,16 +355,27 @@ def _chosen(w, C, layout):
 @lru_cache(maxsize=64)
 def select_bytes(layout, itemsize, own=False):
     """Bytes that `select` makes on the way for a row group, whose C is its own or shared."""
-    known = 0
-    for masks in layout.candidates.transpose(1, 0, 2):
-        places = [tuple(np.flatnonzero(mask).tolist()) for mask in masks]
-        sets = {p[: i + 1] for p in places for i in range(len(p))}
-        # The cost of each that a chain knows, and of more than one place the weight; the pivot and
-        # the row of L, too, if C is its own.
-        known = max(known, sum(2 + own * len(p) if p[1:] else 1 for p in sets))
+    # All row groups share what is left of a shared C.
+    share = 1 if own else 1 / layout.row_groups
+    left = max(math.ceil(_numbers_left(sets, share)) for sets in _sets_of_rows(layout))
     costs = len(layout.candidates)
-    numbers = max(known + costs + 8, 2 * costs + layout.n_blocks + 8)
+    numbers = max(left + costs + 8, 2 * costs + layout.n_blocks + 8)
     return layout.column_groups * (numbers * itemsize + _rank_bytes(layout))
+
+
+def _numbers_left(sets, share):
+    """Numbers of a scope that `_add_costs` holds at the most, with a share of those left of C."""
+    most = held = 0
+    while sets:
+        last = max(sets)
+        for place, (_, places, following) in sets.items():
+            count = places.stop - places.start
+            left = held + 1 + count * (1 + share * count)
+            most = max(most, left + count * (1 + share))
+            if place != last:
+                most = max(most, left + _numbers_left(following, share))
+        held, sets = left - held, following
+    return most
 
 
 def mask_bytes(size):
