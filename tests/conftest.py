@@ -47,6 +47,14 @@ def one_blas_thread():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """Nobody waits until what tests write is on the disk; what can't be is still a fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--require-gpu", action="store_true",

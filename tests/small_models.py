@@ -7,25 +7,25 @@ VOCABULARY = 97
 BLOCKS = 3
 
 
-def make_model(family, seed=0, **changes):
+def make_model(family, seed=0, blocks=BLOCKS, **changes):
     """A random model of a family, float32, in evaluation mode."""
     import torch
     import transformers as t
 
     common = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": blocks, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     heads = {**common, "head_dim": 8}
-    mixed = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    mixed = {"layer_types": (["sliding_attention", "full_attention"] * blocks)[:blocks]}
     own = {
-        "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,
+        "hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 4,
         "vocab_size": VOCABULARY, "max_position_embeddings": 64,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     gpt2 = {
-        "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY,
+        "n_embd": 32, "n_layer": blocks, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY,
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -126,11 +127,16 @@ def give_back():
     arrays.give_back()
 
 
+@lru_cache(maxsize=1)
+def _c_library():
+    return ctypes.CDLL(None)
+
+
 def trim(device):
     """On the CPU, give back what the C library keeps: it would grow with every block."""
     if device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
-            ctypes.CDLL(None).malloc_trim(0)
+            _c_library().malloc_trim(0)
 
 
 def let_go(tensor):
@@ -142,7 +148,7 @@ def let_go(tensor):
     start = tensor.data_ptr() // page * page
     length = tensor.data_ptr() + tensor.nbytes - start
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not everywhere
-        ctypes.CDLL(None).madvise(
+        _c_library().madvise(
             ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
         )
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from cuobs import blas
 from cuobs.arrays import namespace

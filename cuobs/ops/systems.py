@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, real, same_dtype, shaped, square

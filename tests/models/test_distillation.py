@@ -51,7 +51,7 @@ def kl(model, dense, tokens, mask=None):
 
 
 def test_divergence_falls_and_masks_hold(family):
-    dense = make_model(family)
+    dense = make_model(family, blocks=2)
     model, masks = make_pruned(dense)
     start, before = weights_of(dense), weights_of(model)
     tokens = make_tokens(64)
@@ -434,7 +434,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
 def test_in_bfloat16_it_ends_where_float32_does(device, monkeypatch):
-    dense, tokens = make_model("llama"), make_tokens(64)
+    dense, tokens = make_model("llama", blocks=2), make_tokens(64)
     model, masks = make_pruned(dense)
     expected = distill(make_pruned(dense)[0], dense, masks, tokens, passes=3, rate=3e-3)
     monkeypatch.setattr(distillation, "IN_HALF", (device,))

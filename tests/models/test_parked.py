@@ -86,7 +86,7 @@ def open_parked(source):
     ],
 )  # fmt: skip
 def test_same_bits_as_in_memory(family, options, tmp_path, calibration, monkeypatch):
-    source = make_source(tmp_path / "source", family)
+    source = make_source(tmp_path / "source", family, blocks=2)
     given = {"device": "cpu", "evaluate": [calibration.replace("windows", "text")], **options}
     prune_folder(source, tmp_path / "parked", calibration, **given)
     monkeypatch.setattr(pipeline, "whole_for", lambda *_: "a test")
@@ -119,7 +119,7 @@ def test_weights_of_several_dtypes(tmp_path, calibration, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"tune": 1}, {"distill": 1}, {"rotate": True}])
 def test_what_is_measured_is_what_is_written(options, tmp_path, calibration, monkeypatch):
     """Where weights are held in more digits than they are written in; resumed too."""
-    model = make_model("llama").bfloat16()
+    model = make_model("llama", blocks=2).bfloat16()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = parameter.data.float() + 1e-4
@@ -339,7 +339,7 @@ def test_scratch_leaves_memory(tmp_path):
 def test_where_hidden_states_lie_changes_nothing(
     device, place, tune, tmp_path, calibration, monkeypatch
 ):  # fmt: skip
-    source, made = make_source(tmp_path / "source"), []
+    source, made = make_source(tmp_path / "source", blocks=2), []
     options = {"device": device, "method": "sparsegpt", "tune": tune, "batch_tokens": 96}
     prune_folder(source, tmp_path / "in", calibration, **options)
     monkeypatch.setattr(prediction, "place_of_states", lambda *_: made.append(1) or place)
@@ -358,7 +358,7 @@ def test_states_on_the_host_are_taken_out_as_copies(home, tmp_path, calibration,
     assert len(states) == 3 and isinstance(at_home(states), type(home(tmp_path)))
     assert [float(t.sum()) for t in states] == [0, 0, 12]
     assert [float(t.sum()) for t in other] == [0, 6, 12]
-    source = make_source(tmp_path / "source")
+    source = make_source(tmp_path / "source", blocks=2)
     options = {"device": "cpu", "method": "sparsegpt", "tune": 1, "batch_tokens": 96}
     prune_folder(source, tmp_path / "in", calibration, **options)
     monkeypatch.setattr(prune, "states_at", lambda *_: OnHost(home(tmp_path), CPU))

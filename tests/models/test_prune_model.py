@@ -28,7 +28,7 @@ def pruned(model, tokens, **options):
 @cache
 def outcome(family, target, drop):
     """A model, what the windows of `make_tokens` make of it, and the report; not to be changed."""
-    model = make_model(family)
+    model = make_model(family, blocks=2)
     return model, *pruned(model, make_tokens(), target=target, drop_first_token=drop)
 
 
@@ -50,14 +50,14 @@ def test_patterns_are_obeyed_in_every_family(family):
 
 @pytest.mark.parametrize("pattern", ["4:8", "coupled-2:4", "block16-row8", "1:4"])
 def test_other_patterns(tokens, pattern):
-    found, report = pruned(make_model("llama"), tokens, pattern=pattern)
+    found, report = pruned(make_model("llama", blocks=2), tokens, pattern=pattern)
     for row in report.layers:
         assert cuobs.verify(found.get_submodule(row.name).weight.data, pattern)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "true-obs"])
 def test_other_methods(tokens, method):
-    found, report = pruned(make_model("gpt2"), tokens, method=method)
+    found, report = pruned(make_model("gpt2", blocks=2), tokens, method=method)
     assert all(cuobs.verify(oriented(found.get_submodule(r.name)), "2:4") for r in report.layers)
 
 
@@ -298,11 +298,12 @@ def test_a_warning_names_the_line_of_the_caller():
 @pytest.mark.parametrize("target", ["mixed", "pruned", "dense"])
 def test_singular_hessian_is_damped_more_and_said(target):
     # one window of few tokens: fewer than columns
-    model, report = pruned(make_model("llama"), make_tokens(1, 6), damp=0.0, target=target)
+    dense = make_model("llama", blocks=2)
+    model, report = pruned(dense, make_tokens(1, 6), damp=0.0, target=target)
     assert all(row.damp > 0 and "not positive definite" in row.note for row in report.layers)
     for row in report.layers:
         assert cuobs.verify(model.get_submodule(row.name).weight.data, "2:4")
-    _, report = pruned(make_model("llama"), make_tokens(64, 32), damp=0.01, target=target)
+    _, report = pruned(dense, make_tokens(64, 32), damp=0.01, target=target)
     assert all(row.damp == 0.01 and row.note == "" for row in report.layers)
 
 
@@ -344,7 +345,7 @@ def test_few_tokens_are_warned_of_once(tokens, windows, warned):
 
 
 def test_bfloat16(tokens):
-    model = make_model("llama").bfloat16()
+    model = make_model("llama", blocks=2).bfloat16()
     found, report = pruned(model, tokens)
     assert all(t.dtype == torch.bfloat16 for t in found.state_dict().values())
     reference = outcome("llama", "mixed", True)[2]
@@ -382,7 +383,7 @@ def test_batches_change_little(tokens):
 
 
 def test_same_run_gives_the_same_bits(family, tokens):
-    model = make_model(family)
+    model = make_model(family, blocks=2)
     assert same(*(weights_of(pruned(model, tokens, tune=1)[0]) for _ in range(2)))
 
 

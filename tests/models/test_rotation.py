@@ -80,7 +80,7 @@ def random_rotation(stream, seed=1):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FOLD)
 def test_another_basis_gives_the_same_logits(family, tied, dtype, limit):
-    model = make_model(family, tie_word_embeddings=tied)
+    model = make_model(family, blocks=2, tie_word_embeddings=tied)
     tokens = tokens_of()
     stream = folding.examine(model, tokens)
     if dtype == torch.float64:

@@ -169,7 +169,7 @@ FORMS = {
     "packed": {"packed": True}, "packed, narrower": {"packed": True, "save_dtype": "float16"},
     "packed, wider": {"packed": True, "save_dtype": "float32"},
     "packed by several": {
-        "packed": True, "skip": "*.2.*", "layers": {"*mlp.*": {"pattern": "coupled-2:4"}},
+        "packed": True, "skip": "*.1.*", "layers": {"*mlp.*": {"pattern": "coupled-2:4"}},
     },
 }  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_files_in_any_form_are_filled_block_by_block(
     form, family, tmp_path, calibration, monkeypatch
 ):
     """The same bytes as when all is written at the end; what is rounded is kept beside too."""
-    model = make_model(family)
+    model = make_model(family, blocks=2)
     if "narrower" not in form:
         model.bfloat16()
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
@@ -190,7 +190,7 @@ def test_files_in_any_form_are_filled_block_by_block(
     )  # fmt: skip
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(out, on_block=stop_after(2))
+        run(out, on_block=stop_after(1))
     begun = {n: t for path in (out / SHARDS).iterdir() for n, t in load_file(path).items()}
     kept = {n for path in (out / BLOCKS).glob("0*") for n in load_file(path)}
     report = run(out, resume=True)

@@ -41,7 +41,7 @@ def default_dtype(dtype):
 @cache
 def as_it_is(tune):
     """A model pruned in torch's own state, and its report."""
-    model = make_model("llama")
+    model = make_model("llama", blocks=2)
     return model, prune_model(model, make_tokens(), tune=tune, device="cpu")
 
 
@@ -63,7 +63,7 @@ STATES = pytest.mark.parametrize(
 @STATES
 def test_torchs_state_changes_nothing_and_is_left_as_it_was(state, tune):
     plain, expected = as_it_is(tune)
-    inside = make_model("llama")
+    inside = make_model("llama", blocks=2)
     with state():
         grad, mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         cast, place = torch.is_autocast_enabled("cpu"), torch.get_default_device()
@@ -102,8 +102,8 @@ def folder_to_folder(source, path):
 @cache
 def by_magnitude():
     """A pruned model, the dense one and the masks."""
-    dense = make_model("llama")
-    model = prune_all(make_model("llama"))
+    dense = make_model("llama", blocks=2)
+    model = prune_all(make_model("llama", blocks=2))
     masks = {f"model.layers.{n}": m.weight != 0 for n, m in linears(model.model.layers).items()}
     return model, dense, masks
 
@@ -128,7 +128,7 @@ def test_torchs_state_changes_nothing_that_is_done_in_memory(state):
 def of_folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("states")
     np.save(path / "tokens.npy", make_tokens())
-    source = make_source(path / "source")
+    source = make_source(path / "source", blocks=2)
     return source, folder_to_folder(source, path / "plain")
 
 

@@ -119,7 +119,7 @@ def test_padding_is_finite_and_takes_no_part(family):
     other = np.where(mask == 0, 3, tokens)
     found = []
     for ids in (tokens, other):
-        model = make_model(family)
+        model = make_model(family, blocks=2)
         report = prune_model(model, ids, attention_mask=mask, tune=2, device="cpu")
         assert all(after <= before for before, after in (b.tuned for b in report.blocks))
         found.append(model.state_dict())
@@ -132,8 +132,8 @@ def test_windows_of_padding_alone_are_left_out():
     tokens, mask = make_tokens(16), np.ones((16, 24), int)
     mask[8:] = 0
     options = {"tune": 1, "drop_first_token": False, "device": "cpu", "batch_tokens": 16 * 24}
-    padded = prune_model(make_model("llama"), tokens, attention_mask=mask, **options)
-    alone = prune_model(make_model("llama"), tokens[:8], **options)
+    padded = prune_model(make_model("llama", blocks=2), tokens, attention_mask=mask, **options)
+    alone = prune_model(make_model("llama", blocks=2), tokens[:8], **options)
     for mine, theirs in zip(padded.blocks, alone.blocks, strict=True):
         assert mine.tuned == pytest.approx(theirs.tuned, rel=1e-3)
         assert mine.tuned[1] < mine.tuned[0]
@@ -153,7 +153,8 @@ def test_tuned_model_is_nearer_to_the_dense_one():
     tokens = make_tokens(32)
     drifts = []
     for tune in (0, 10):
-        report = prune_model(make_model("llama"), tokens, tune=tune, tune_rate=1e-3, device="cpu")
+        report = prune_model(make_model("llama", blocks=2), tokens, tune=tune, tune_rate=1e-3,
+                             device="cpu")  # fmt: skip
         drifts.append(report.blocks[-1].drift)
         assert report.sparsity == 0.5
     assert drifts[1] < drifts[0]
