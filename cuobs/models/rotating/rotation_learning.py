@@ -278,7 +278,8 @@ class Objective:
 
     def _rotated(self, stack, part, bases, scales):
         """Some weights in the new basis, and what their squares are multiplied with."""
-        W = stack.weight[part].to(self.device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        W = stack.weight[part].to(self.device, dtype)
         stream, values = bases[0].to(W.dtype), bases[1:]
         if stack.values is not None:
             which, places = stack.values

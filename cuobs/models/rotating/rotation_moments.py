@@ -27,7 +27,8 @@ class BlockMoments(NamedTuple):
     Attributes
     ----------
     weights : dict of tensor, shape (M, K)
-        By linear; for a GPU in bfloat16, and on the host where it has no room for all of them.
+        By linear; for a GPU in bfloat16, and on the host where it has no room for all of them;
+        on the CPU in their own dtype, or float32 in place of float64.
     norms : dict of tensor, shape (D, D)
         Moments by norm.
     heads : tensor, shape (heads, queries, d, d), or None
@@ -164,7 +165,6 @@ def _moment(name, x, part, whole):
 def _measured(block, part, sums, where, patterns, device, recipe):
     """The `BlockMoments` of the sums, of the weights that have a pattern."""
     modules = linears(block)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     norms = {norm.name: _form(sums[norm.readers[0]], recipe) for norm in part.norms}
     heads, scales, costs = None, {}, {}
     for name in part.writers:  # one at a time: an inverse takes five times what its sum does
@@ -179,10 +179,17 @@ def _measured(block, part, sums, where, patterns, device, recipe):
             inverse = form if recipe.compensated else _damped_inverse(sums[name], recipe.damp)
             costs[name] = inverse.diagonal().clone()
     names = dict.fromkeys([*(n for norm in part.norms for n in norm.readers), *part.writers])
-    weights = {name: oriented(modules[name]).to(dtype).contiguous() for name in names}
+    weights = {name: _as_kept(oriented(modules[name]), device).contiguous() for name in names}
     orders = _deal_out(weights, scales, costs, part, where, patterns) if recipe.permute else ()
     weights = {n: W for n, W in weights.items() if patterns.get(f"{where}.{n}") is not None}
     return BlockMoments(weights, norms, heads, scales, orders)
+
+
+def _as_kept(W, device):
+    """A weight in what it is kept in: on a GPU bfloat16, else what it has if no float64."""
+    if device.type == "cuda":
+        return W.to(torch.bfloat16)
+    return W.float() if W.element_size() > 4 else W
 
 
 def _form(H, recipe):

@@ -21,7 +21,7 @@ from cuobs.models.structure import find_blocks, is_linear, linears, oriented
 FEWEST = 1, 1
 # Elements of weights that are rotated at once.
 PIECE = 2**27
-# Bytes of a weight while a basis is learned.
+# Bytes of a weight that is rotated; it is kept in no more.
 ITEM = {"cpu": 4, "cuda": 2}
 # Bytes that an element of a piece takes beside that until its gradient is there, of linears that
 # read the stream and of those that write into it, which are transposed.
@@ -184,7 +184,7 @@ def predict_rotation(work, device, piece=PIECE):
 
 def _phases(work, device, piece):
     """Bytes beside the model, phase by phase."""
-    item, double, stay = ITEM[device.type], 8, stays(work.weights, device)
+    item, double, stay = _kept(work, device), 8, stays(work.weights, device)
     sizes = [stay * item * L * M * K for L, M, K in work.stacks]
     kept = sum(sizes)
     # A model is examined, and folded in the end, a block and a piece of the head at a time; a
@@ -198,13 +198,19 @@ def _phases(work, device, piece):
     yield kept + work.moments + max(sizes, default=0)
     kept += work.moments + 4 * STATE * sum(work.generators)
     reads, writes = TAKEN[device.type]
-    moved = item * (not stay)
+    # A copy on the device or in float32 stays until the gradient of what reads the stream.
+    reads += ITEM[device.type] * (not stay or item < ITEM[device.type])
     pieces = [
-        min(L, max(1, piece // (M * K))) * M * K * (moved + (writes if work.width == M else reads))
+        min(L, max(1, piece // (M * K))) * M * K * (writes if work.width == M else reads)
         for L, M, K in work.stacks
     ]
     yield kept + work.moments + max(pieces, default=0)
     yield kept + 4 * BACK * max(work.generators)
+
+
+def _kept(work, device):
+    """Bytes of a weight that is kept."""
+    return min(work.element, 4) if device.type == "cpu" else ITEM[device.type]
 
 
 def _gathering(work):
