@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_models import make_model, make_source, make_tokens
 
+from cuobs.arrays import size_text
 from cuobs.models import memory, prune_folder, prune_model, rotate, rotate_folder
 from cuobs.models.checkpoints import loading
 from cuobs.models.recipe import RotationRecipe
@@ -136,6 +137,15 @@ def test_the_larger_phase_is_what_is_predicted(tmp_path, calibration):
     assert report.memory_predicted == report.rotation.memory_predicted
     assert report.memory_predicted == pytest.approx(planned.memory_predicted, rel=0.01)
     assert report.memory_peak >= report.rotation.memory_peak
+
+
+def test_a_folder_is_told_before_and_after(tmp_path, calibration):
+    source, lines = make_source(tmp_path / "source"), []
+    options = {"steps": 1, "device": "cpu", "say": lines.append}
+    report = rotate_folder(source, tmp_path / "out", calibration, **options)
+    told = size_text(report.memory_predicted)
+    assert f"memory       about {told} on cpu" in lines
+    assert any(f"({told} predicted)" in line for line in report.lines())
 
 
 def test_smaller_pieces_give_the_same_basis(monkeypatch):

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 import cuobs
+from cuobs.arrays import size_text
 from cuobs.models.blocks import plain_torch
 from cuobs.models.checkpoints import loading
 from cuobs.models.checkpoints.destination import changed_tensors, finish
@@ -24,7 +25,12 @@ from cuobs.models.ranks import joined
 from cuobs.models.recipe import RotationRecipe
 from cuobs.models.rotating.folding import check_logits, logits_of, untied_config
 from cuobs.models.rotating.rotation import patterns_of, rotate
-from cuobs.models.rotating.rotation_prediction import FEWEST, check_rotation, rotation_work
+from cuobs.models.rotating.rotation_prediction import (
+    FEWEST,
+    check_rotation,
+    predict_rotation,
+    rotation_work,
+)
 from cuobs.models.tokens.calibration import load_tokens
 from cuobs.models.tokens.mixture import WindowReader, gather, read_given
 
@@ -50,6 +56,8 @@ def rotate_source(run, pattern, options, say, progress):
             mask = load_tokens(mask, run.samples, tokens.shape[1], kinds="biu")
         for line in mixture.lines(run.seed) if ranks.leads else ():
             say(f"calibration  {line}")
+        work, place = _work(run, model, tokens.shape, pattern, options)
+        say(f"memory       about {size_text(predict_rotation(work, place))} on {place.type}")
         shown = torch.as_tensor(tokens[:1])
         dense = logits_of(model, shown)
         report = rotate(
@@ -72,10 +80,15 @@ def rotate_source(run, pattern, options, say, progress):
 
 def _check_room(run, pattern, options):
     """Refuse a model that there is no room to rotate, before its weights are read."""
-    model, place = loading.empty_model(run.source, run.trust_remote_code), choose_device(run.device)
+    model = loading.empty_model(run.source, run.trust_remote_code)
     model.to(loading.weights_dtype(run.source.stored))
-    patterns, recipe = patterns_of(model, pattern), RotationRecipe(**options)
-    check_rotation(rotation_work(model, FEWEST, patterns, recipe, place), place)
+    check_rotation(*_work(run, model, FEWEST, pattern, options))
+
+
+def _work(run, model, windows, pattern, options):
+    """What rotating takes, a `RotationWork`, and the device."""
+    place, recipe = choose_device(run.device), RotationRecipe(windows=run.samples, **options)
+    return rotation_work(model, windows, patterns_of(model, pattern), recipe, place), place
 
 
 def _read(run, model, progress):
