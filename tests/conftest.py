@@ -158,6 +158,7 @@ def pytest_collection_finish():
     """What was imported is there to stay: no search for garbage looks at it again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items):

@@ -182,43 +182,18 @@ def test_predicted_memory_is_about_what_is_used(target, tune):
     assert 0.9 * report.memory_peak < report.memory_predicted < 1.5 * report.memory_peak
 
 
-PEAK = """
+PEAKS = """
+import torch
 from small_models import make_model, make_tokens
-from cuobs.models import memory, prune_model
+from cuobs.models import memory, prune_model, rotate
 
-def used(windows, **options):
+def pruned(windows, **options):
     model, found = make_model("llama", **SIZES).bfloat16(), []
     report = prune_model(model, make_tokens(windows, 512), method="sparsegpt", device="cpu",
                          starting=lambda _: found.append(memory.resident()), **options)
     return report.memory_predicted, report.memory_peak, *found
 
-SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=1,
-             max_position_embeddings=512)
-used(1, target="pruned")  # what libraries keep for themselves, they have from the first on
-print(*used(4, target="pruned"), *used(4), *used(1, target="pruned"), *used(4, tune=1))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures as Linux does")
-def test_predicted_memory_of_a_cpu_is_about_what_is_used():
-    """In a process of its own; fewer windows than a batch may have are no whole batch."""
-    found = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    numbers = list(map(int, found.stdout.split()))
-    assert len(numbers) == 12
-    for predicted, peak, before in zip(*[iter(numbers)] * 3, strict=True):
-        assert 0.85 * peak < predicted < 1.15 * peak
-        assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)
-
-
-ROTATED = """
-import torch
-from small_models import make_model, make_tokens
-from cuobs.models import memory, rotate
-
-def used(family, windows, **changes):
+def rotated(family, windows, **changes):
     model = make_model(family, num_attention_heads=4, max_position_embeddings=512, **changes)
     model = model.bfloat16()
     memory.trim(torch.device("cpu"))
@@ -226,27 +201,47 @@ def used(family, windows, **changes):
     report = rotate(model, make_tokens(windows, 512), "2:4", steps=2, device="cpu")
     return report.memory_predicted, report.memory_peak, before
 
+SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=1,
+             max_position_embeddings=512)
+pruned(1, target="pruned")  # what libraries keep for themselves, they have from the first on
+print(*pruned(4, target="pruned"), *pruned(4), *pruned(1, target="pruned"), *pruned(4, tune=1))
 rotate(make_model("llama"), make_tokens(), "2:4", steps=1, device="cpu")  # as above
-print(*used("llama", 8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1),
-      *used("llama", 1, hidden_size=768, intermediate_size=768, num_hidden_layers=1),
-      *used("llama", 1, hidden_size=256, intermediate_size=2048, num_hidden_layers=2),
-      *used("llama", 1, hidden_size=384, intermediate_size=512, num_hidden_layers=1,
-            vocab_size=30000, tie_word_embeddings=True))
+print(*rotated("llama", 8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1),
+      *rotated("llama", 1, hidden_size=768, intermediate_size=768, num_hidden_layers=1),
+      *rotated("llama", 1, hidden_size=256, intermediate_size=2048, num_hidden_layers=2),
+      *rotated("llama", 1, hidden_size=384, intermediate_size=512, num_hidden_layers=1,
+               vocab_size=30000, tie_word_embeddings=True))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures as Linux does")
-def test_predicted_memory_of_a_rotation_is_about_what_is_used():
-    """Most is taken by a batch, by the way back to a generator, by an inverse, by the head."""
+@pytest.fixture(scope="module")
+def peaks():
+    """Memory predicted, taken and there before, of pruning and of rotating in their own process."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("measures as Linux does")
     found = subprocess.run(
-        [sys.executable, "-c", ROTATED], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    numbers = list(map(int, found.stdout.split()))
-    assert len(numbers) == 12
-    for predicted, peak, before in zip(*[iter(numbers)] * 3, strict=True):
+    rows = [[int(number) for number in line.split()] for line in found.stdout.splitlines()]
+    return [list(zip(*[iter(row)] * 3, strict=True)) for row in rows]
+
+
+def check_predictions(peaks):
+    assert len(peaks) == 4
+    for predicted, peak, before in peaks:
         assert 0.85 * peak < predicted < 1.15 * peak
         assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)
+
+
+def test_predicted_memory_of_a_cpu_is_about_what_is_used(peaks):
+    """Fewer windows than a batch may have are no whole batch."""
+    check_predictions(peaks[0])
+
+
+def test_predicted_memory_of_a_rotation_is_about_what_is_used(peaks):
+    """Most is taken by a batch, by the way back to a generator, by an inverse, by the head."""
+    check_predictions(peaks[1])
 
 
 @pytest.mark.gpu

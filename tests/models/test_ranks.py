@@ -332,16 +332,12 @@ def test_what_torchrun_ends_says_so_in_one_sentence(place):
     assert "Stopped" not in found.stderr and "Traceback" not in found.stderr
 
 
-def small():
-    return make_model("llama", blocks=2)
-
-
 def learn(state=None, on=False, **options):
     """What distilling a small model comes to, and its weights."""
-    model = prune_all(small())
+    model = prune_all(make_model("llama"))
     masks = {n: m.weight != 0 for n, m in linears(model).items() if "layers" in n}
     report = distill(
-        model, small(), masks, make_tokens(18), passes=2, rate=1e-3, resume=on,
+        model, make_model("llama"), masks, make_tokens(18), passes=2, rate=1e-3, resume=on,
         state=state, save_seconds=0.0, **options,
     )  # fmt: skip
     return report, torch.cat([m.weight.detach().flatten() for m in linears(model).values()])
@@ -349,13 +345,13 @@ def learn(state=None, on=False, **options):
 
 def share_weights_out(monkeypatch):
     """Let a device have no room for all weights of a small model, but for slices of them."""
-    size = sum(p.numel() for p in small().parameters())
+    size = sum(p.numel() for p in make_model("llama").parameters())
     monkeypatch.setattr(memory, "whole", lambda device: 12 * learning() + 8 * size - 1)
 
 
 def learning():
     """Weights that learn in a small model."""
-    modules = linears(small()).items()
+    modules = linears(make_model("llama")).items()
     return sum(module.weight.numel() for name, module in modules if "layers" in name)
 
 
