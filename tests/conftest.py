@@ -130,6 +130,7 @@ def source(made_source, tmp_path):
 def pytest_configure(config):
     share_cores()
     keep_files_whole(config.option)
+    gc.disable()
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
 
@@ -155,10 +156,11 @@ def keep_files_whole(option):
 
 
 def pytest_collection_finish():
-    """What was imported is there to stay: no search for garbage looks at it again."""
+    """What is imported is there to stay: no search for garbage looks at it, now or later."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
