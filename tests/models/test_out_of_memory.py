@@ -207,9 +207,9 @@ pruned(1, target="pruned")  # what libraries keep for themselves, they have from
 print(*pruned(4, target="pruned"), *pruned(4), *pruned(1, target="pruned"), *pruned(4, tune=1))
 rotate(make_model("llama"), make_tokens(), "2:4", steps=1, device="cpu")  # as above
 print(*rotated("llama", 8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1),
-      *rotated("llama", 1, hidden_size=768, intermediate_size=768, num_hidden_layers=1),
+      *rotated("llama", 1, hidden_size=640, intermediate_size=640, num_hidden_layers=1),
       *rotated("llama", 1, hidden_size=256, intermediate_size=2048, num_hidden_layers=2),
-      *rotated("llama", 1, hidden_size=384, intermediate_size=512, num_hidden_layers=1,
+      *rotated("llama", 1, hidden_size=256, intermediate_size=512, num_hidden_layers=1,
                vocab_size=30000, tie_word_embeddings=True))
 """
 
