@@ -118,7 +118,7 @@ def made_source(tmp_path_factory):
     """What each test has a copy of."""
     from small_models import make_source
 
-    return make_source(tmp_path_factory.mktemp("made") / "source")
+    return make_source(tmp_path_factory.mktemp("made") / "source", blocks=3)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     """A folder with a source and tokens."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "source").mkdir()
-    make_source(folder / "source")
+    make_source(folder / "source", blocks=3)
     np.savez(folder / "tokens.npz", t=make_tokens(9), text=make_tokens(3, seed=1))
     return folder
 
