@@ -41,6 +41,7 @@ class Streams:
     counts: list
     room: memory.Room
     held: int = 0
+    _places: dict = field(default_factory=dict)
 
     @classmethod
     def begin(cls, hidden, calls, counts, follow, room, held=0):
@@ -52,11 +53,25 @@ class Streams:
         hidden = self.pruned[0]
         return hidden[:1], windows_of(self.calls[index][0], 0, 1, len(hidden))
 
+    def places(self, batch, start, stop):
+        """The places of the tokens that count among those of some windows; None if all do.
+
+        They are looked for once: a GPU is waited for where their number comes out.
+        """
+        if self.counts[batch] is None:
+            return None
+        key = batch, start, stop
+        if key not in self._places:
+            counted = self.counts[batch][start:stop].flatten()
+            self._places[key] = counted.nonzero().flatten()
+        return self._places[key]
+
     def drift(self):
         """‖h − ĥ‖² and ‖h‖² over the tokens that count: a tensor of two."""
         sums = torch.zeros(2, dtype=torch.float32, device=self.pruned[0].device)
-        for h, hh, counted in zip(self.dense, self.pruned, self.counts, strict=True):
-            h, hh = (x.float() if counted is None else x[counted].float() for x in (h, hh))
+        for batch, pair in enumerate(zip(self.dense, self.pruned, strict=True)):
+            counted = self.places(batch, 0, len(pair[0]))
+            h, hh = (_take(x.flatten(0, 1), counted).float() for x in pair)
             sums += torch.stack([(h - hh).square().sum(), h.square().sum()])
         return sums
 
@@ -122,7 +137,7 @@ class Passage:
             walks = self._walks(names, batch, start, stop)
             try:
                 found = [walk.until(place) for walk in walks]
-                chosen = self._chosen(batch, start, stop)
+                chosen = self.streams.places(batch, start, stop)
                 Xh, X = _take(found[0][0], chosen), _take(found[1][0], chosen) if dense else None
                 h = hh = None
                 if residual:
@@ -225,11 +240,7 @@ class Passage:
             walk.close()
         self._waiting.clear()
 
-    def _chosen(self, batch, start, stop):
-        """The places of the tokens that count among those of some windows; None if all do."""
-        counts = self.streams.counts[batch]
-        return None if counts is None else counts[start:stop].flatten().nonzero().flatten()
-
 
 def _take(x, chosen):
+    """The rows of a tensor at some places, or all."""
     return x if chosen is None else x.index_select(0, chosen)
