@@ -11,8 +11,9 @@ from cuobs.modules import weight_of
 from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm, matmul
 
-# Block columns of a Hessian, of which only those above its diagonal are multiplied.
-BLOCKS = 8
+# Block columns of a Hessian, of which only those above its diagonal are multiplied, and of how many
+# columns each is at least where tensor cores multiply.
+BLOCKS, COLUMNS = 8, 2048
 # Share of the whole energy that rounding may take off none at all.
 ROUNDING = 1e-3
 
@@ -53,16 +54,19 @@ def relative_loss(W: Any, W_pruned: Any, H: Any) -> float:
 
 def loss(W, W_pruned, H):
     """`relative_loss` of arrays on one namespace and of one dtype."""
-    return share_lost(*energies(W, W_pruned, H, energy_unit(W, H)))
+    return share_lost(*energies(W, W_pruned, H, *energy_units([W], H)))
 
 
-def energy_unit(W, H):
-    """A power of two: with weights in terms of it no square overflows or vanishes."""
-    size = arrays.largest(W)
-    unit = 2.0 ** (math.frexp(size)[1] - 1) if size else 1.0
+def energy_units(weights, H):
+    """Powers of two: with each weight in terms of its own no square overflows or vanishes."""
+    xp = arrays.namespace(H)
+    ends = [end for W in weights for end in (W.max(), -W.min())]
+    *ends, largest = arrays.to_numpy(xp.stack([*ends, H.diagonal().max()])).tolist()
     # Where the Hessian is tiny, weights as much larger.
-    unit *= 2.0 ** min(0, math.frexp(float(H.diagonal().max()))[1] // 2)
-    return max(unit, float(np.finfo(H.dtype).tiny))
+    more = 2.0 ** min(0, math.frexp(largest)[1] // 2)
+    sizes = [max(map(abs, pair)) for pair in zip(ends[::2], ends[1::2], strict=True)]
+    units = [more * 2.0 ** (math.frexp(size)[1] - 1) if size else more for size in sizes]
+    return [max(unit, float(np.finfo(H.dtype).tiny)) for unit in units]
 
 
 def energies(W, W_pruned, H, unit):
@@ -87,11 +91,12 @@ def energies_together(parts, H, precision):
     """
     xp = arrays.namespace(H)
     with np.errstate(over="ignore", invalid="ignore"):
-        whole = xp.concatenate([W / unit for W, _, unit in parts])
-        away = xp.concatenate([(W_pruned - W) / unit for W, W_pruned, unit in parts])
-        found = arrays.to_numpy(xp.stack([row_energies(D, H, precision) for D in (whole, away)]))
+        whole = [W / unit for W, _, unit in parts]
+        away = [(W_pruned - W) / unit for W, W_pruned, unit in parts]
+        found = row_energies(xp.concatenate(whole + away), H, precision)
     stops = np.cumsum([len(W) for W, _, _ in parts])
-    sums = [part.sum(1) for part in np.split(found, stops[:-1], axis=1)]
+    found = np.split(arrays.to_numpy(found).reshape(2, -1), stops[:-1], axis=1)
+    sums = [part.sum(1) for part in found]
     for (W, _, _), pair in zip(parts, sums, strict=True):
         _check_energy(sum(pair), W)
     return [tuple(pair.tolist()) for pair in sums]
@@ -101,7 +106,7 @@ def row_energies(D, H, precision):
     """`output_energy` of each row, an array of float64, by tensor cores where `precision` lets."""
     xp = arrays.namespace(H)
     found = xp.zeros(len(D))
-    for a, b in strips(len(H), BLOCKS):
+    for a, b in strips(len(H), BLOCKS, COLUMNS):
         # Symmetric: its rows lie as tensor cores take the columns of an operand.
         rows, product = H[a:b, :b].copy(), xp.empty((len(D), b - a), D.dtype)
         rows[:, a:] *= 0.5

@@ -515,8 +515,9 @@ def test_a_loss_neither_overflows_nor_vanishes(xp, scale):
         loss(xp.asarray(W), xp.asarray(pruned), H)
 
 
-def test_energies_of_several_weights(xp):
+def test_energies_of_several_weights(xp, monkeypatch):
     """Multiplied together, each in terms of its own unit; one has no rows at hand."""
+    monkeypatch.setattr("cuobs.loss.COLUMNS", 8)
     D, H = layers.random_layer(28, 40)
     parts, expected = [], []
     for rows, unit in (slice(0, 5), 4.0), (slice(5, 5), 1.0), (slice(5, 14), 2.0**-20):

@@ -9,7 +9,7 @@ import torch
 
 from cuobs import arrays, footprint
 from cuobs.layer import check_layer, given_hessian, given_of, solve_layer
-from cuobs.loss import energies, energies_together, energy_unit, share_lost
+from cuobs.loss import energies, energies_together, energy_units, share_lost
 from cuobs.models.pruning.targets import pulls, target_weights
 from cuobs.models.structure import oriented
 from cuobs.sharing import row_counts, stackable
@@ -174,9 +174,10 @@ def _losses(weights, own, new, H, call, ranks, precision):
     def widened(A):
         return arrays.asarray(arrays.receive(A), xp, H.dtype)
 
+    units = energy_units([widened(W) for W in weights], H)
     parts = (
-        (widened(rows), widened(pruned), energy_unit(widened(W), H))
-        for W, rows, pruned in zip(weights, own, new, strict=True)
+        (widened(rows), widened(pruned), unit)
+        for rows, pruned, unit in zip(own, new, units, strict=True)
     )
     if call.counts is None:
         found = [energies(rows, pruned, H, unit) for rows, pruned, unit in parts]
