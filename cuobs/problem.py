@@ -259,12 +259,12 @@ class Problem:
             (R, U), *first = factors.factors_by_rows(wanted, by_rows, self.precision)
         except np.linalg.LinAlgError:
             raise np.linalg.LinAlgError(NOT_DEFINITE) from None
-        _check_factor_of(self.H, R)
         for _, V in first:
             gram = factors.upper_gram
             if self._shared:
                 gram = functools.partial(factors.gram_by_rows, by_rows=by_rows)
             self._first = gram(V, precision=self.precision)
+        _check_factor_of(self.H, R)
         return R, U
 
     def _inverse_beside_factor(self):
@@ -349,11 +349,13 @@ class Problem:
 
 def _check_factor_of(H, R):
     """Refuse a factor with rows that others have made, where it is none: targets would not tell."""
-    ones = arrays.namespace(H).ones(len(H), H.dtype)
+    xp = arrays.namespace(H)
+    ones = xp.ones(len(H), H.dtype)
     expected = H @ ones
     away = R @ (R.T @ ones) - expected
-    size = float((expected**2).sum()) + float((H.diagonal() ** 2).sum())
-    if not float((away**2).sum()) <= ALIKE**2 * size:
+    sums = xp.stack([(a**2).sum() for a in (away, expected, H.diagonal())])
+    away, expected, diagonal = arrays.to_numpy(sums).tolist()
+    if not away <= ALIKE**2 * (expected + diagonal):
         raise RuntimeError("hessian: found a factor made by several that is none of it")
 
 

@@ -24,9 +24,10 @@ WIDTH = 4096
 # Seconds of one GPU, by step, and those of rows that several divide.
 WINDOWS, ROWS, ROWS_OF_SEVERAL, EACH = 0.931, 0.787, 0.722, 0.080
 # Those of factors and inverses, by what one and two GPUs take; how often the largest Hessian is
-# inverted, and the order of the largest piece of it that is factored whole.
+# inverted, and the orders of the largest pieces that are factored whole, of two side by side and of
+# one.
 LEAVES, PRODUCTS = 0.127, 0.216
-INVERSES, LEAF = 4, 8192
+INVERSES, LEAF, LEAF_OF_ONE = 4, 8192, 4096
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
 # between hosts; bytes a second that a sum and a gather move into a GPU from its host's links, and
 # what an adapter moves between hosts.
@@ -59,13 +60,13 @@ def bytes_of_rows(groups=GROUPS):
     return sum(3 * K * rows for K, rows, _ in groups)
 
 
-def bytes_of_factors(groups=GROUPS, leaf=LEAF):
+def bytes_of_factors(groups=GROUPS):
     """Bytes that factors and inverses gather: small Hessians', first inverses beside, the rest."""
     found = 0
     for K, _, _ in groups:
-        found += bytes_of_pair(K, leaf)
-        if K > leaf:
-            found += (INVERSES - 1) * bytes_of_factor(K, leaf) + INVERSES * 4 * K * K
+        found += bytes_of_pair(K, LEAF)
+        if K > LEAF:
+            found += (INVERSES - 1) * bytes_of_factor(K, LEAF_OF_ONE) + INVERSES * 4 * K * K
     return found
 
 

@@ -17,7 +17,7 @@ scaling = SimpleNamespace(**runpy.run_path(str(ROOT / "perf" / "scaling.py")))
 @pytest.mark.parametrize("K", [56, 57, 16, 33])
 @pytest.mark.parametrize("inverted", [False, True])
 def test_bytes_of_factors_are_those_that_are_gathered(monkeypatch, K, inverted):
-    monkeypatch.setattr(factors, "LEAF", 16)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 16)
     sizes = []
 
     def by_rows(function, rows):

@@ -97,6 +97,7 @@ def test_large_hessians_are_factored_together(three, monkeypatch):
     """R by the target's pull and the inverses of ADMM: some rows by each, the same for all."""
     monkeypatch.setattr(problem, "SHARED_FROM", 16)
     monkeypatch.setattr(factors, "LEAF", 20)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 20)
     W, H = random_layer(12, 96)
     made, by_rows = [], sharing._Share.by_rows
 
@@ -130,6 +131,7 @@ def test_targets_are_pulled_by_the_inverse_where_rows_are_shared(monkeypatch, sh
     """And what the method inverts first is made beside the factor, once."""
     monkeypatch.setattr(problem, "SHARED_FROM", shared_from)
     monkeypatch.setattr(factors, "LEAF", 20)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 20)
     W, H = random_layer(9, 48, dead=(5,))
     right = random_layer(9, 48, seed=1)[0] @ H
     found, layout = [], Recipe("2:4", "admm").pattern.compile(*W.shape)
@@ -363,6 +365,7 @@ def test_two_threads_on_one_gpu(cp, monkeypatch, method):
     monkeypatch.setattr(sharing, "WORTH", 0)
     monkeypatch.setattr(problem, "SHARED_FROM", 64)
     monkeypatch.setattr(factors, "LEAF", 70)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 70)
     two = cuobs.prune(W, devices="2", **keys)
     assert cuobs.verify(two.weight, "2:4") and (two.mask == one.mask).mean() > 0.97
     assert two.loss == pytest.approx(one.loss, rel=5e-3)

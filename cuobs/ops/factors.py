@@ -7,15 +7,16 @@ import numpy as np
 import scipy
 
 from cuobs import blas
-from cuobs.arrays import namespace
+from cuobs.arrays import namespace, to_numpy
 from cuobs.ops.checks import precise, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
 from cuobs.ops.gram import mirror_upper
 from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
-# Order up to which a matrix is factored in one piece, where others are by rows.
-LEAF = 8192
+# Order up to which a matrix is factored in one piece, where others are by rows: one of several side
+# by side, whose pieces are shared out, and one alone, whose pieces everyone makes.
+LEAF, LEAF_OF_ONE = 8192, 4096
 # Strips that products with a triangle are made in at most, each without the zeros beside it, and of
 # what order a GPU is busy with one for longer than it takes to launch it.
 STRIPS, STRIP = 4, 2048
@@ -105,7 +106,7 @@ def check_factored(info: Any) -> None:
     numpy.linalg.LinAlgError
         Which names the matrices.
     """
-    failed = namespace(info).flatnonzero(info)
+    failed = np.flatnonzero(to_numpy(info))
     if not len(failed):
         return
     named = ", ".join(str(b) for b in failed[:8].tolist()) + (", ..." if len(failed) > 8 else "")
@@ -254,7 +255,7 @@ def inverse_factor_solve(U, B, precision="fp32"):
     -------
     array, shape (M, K)
     """
-    half, lower = _times_lower(B, U, precision), namespace(U).ascontiguousarray(U.T)
+    half, lower = _times_lower(B, U, precision), _transposed(U)
     out = namespace(B).empty_like(half)
     for a, b in strips(len(U), STRIPS, STRIP):
         gemm(half[:, :b], lower[a:b, :b].T, out[:, a:b], precision=precision, exact=True)
@@ -278,7 +279,10 @@ def inverse(A: Any, precision: str = "fp32") -> Any:
     numpy.linalg.LinAlgError
         A is not positive definite.
     """
-    return upper_gram(upper_inverse(reversed_cholesky(A), precision), precision)
+    info = namespace(A).zeros(1, np.int32)
+    found = upper_gram(upper_inverse(reversed_cholesky(A, info), precision), precision)
+    check_factored(info)  # a GPU is not waited for before all is launched
+    return found
 
 
 def inverse_by_rows(A, by_rows, precision="fp32"):
@@ -296,14 +300,17 @@ def inverse_by_rows(A, by_rows, precision="fp32"):
     -------
     array, shape (K, K)
     """
-    _, U = factor_by_rows(A, by_rows, precision, factor=False, inverted=True)
-    return gram_by_rows(U, by_rows, precision)
+    noted = []
+    [(_, U)] = _factors_by_rows([(A, False, True)], by_rows, precision, noted)
+    found = gram_by_rows(U, by_rows, precision)
+    _check_all(noted)
+    return found
 
 
 def gram_by_rows(U, by_rows, precision="fp32"):
     """`upper_gram` of a triangular matrix, its rows made one by one as in `inverse_by_rows`."""
     # Tensor cores are quickest where both operands are summed over along rows.
-    lower = namespace(U).ascontiguousarray(U.T)
+    lower = _transposed(U)
     del U
 
     def gram(rows):
@@ -357,14 +364,18 @@ def factors_by_rows(wanted, by_rows, precision="fp32"):
     """
     noted = []
     made = _factors_by_rows(wanted, by_rows, precision, noted)
-    for info in noted:  # a GPU is not waited for before all is launched
-        check_factored(info)
+    _check_all(noted)
     return made
+
+
+def _check_all(noted):
+    """`check_factored` when all is launched: a GPU is waited for once."""
+    check_factored(namespace(noted[0]).concatenate(noted).max(keepdims=True))
 
 
 def _factors_by_rows(wanted, by_rows, precision, noted):
     K = len(wanted[0][0])
-    if K <= LEAF:
+    if K <= (LEAF_OF_ONE if len(wanted) == 1 else LEAF):
         return _leaves(wanted, by_rows, precision, noted)
     m = K // 2
     below = [(A[m:, m:], factor, True) for A, factor, _ in wanted]
@@ -429,7 +440,7 @@ def _together(above, R12, below, by_rows, precision, factor, inverted):
     R = _upper(R11, R12, R22) if factor else None
     if not inverted:
         return R, None
-    lower = namespace(U22).ascontiguousarray(U22.T)
+    lower = _transposed(U22)
 
     def corner(rows):
         return _times_lower(_lower_times(lower, R12.T, rows, precision), U11, precision)
@@ -458,6 +469,12 @@ def _lower_times(L, B, rows, precision):
 def _strips(rows):
     count = rows.stop - rows.start
     return [(rows.start + a, rows.start + b) for a, b in strips(count, STRIPS, STRIP)]
+
+
+@twinned()
+def _transposed(A):
+    """The transpose of a matrix, row after row."""
+    return np.ascontiguousarray(A.T)
 
 
 def _exact(A, B, precision):

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     """A folder with a source and tokens."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "source").mkdir()
-    make_source(folder / "source", blocks=3)
+    make_source(folder / "source")
     np.savez(folder / "tokens.npz", t=make_tokens(9), text=make_tokens(3, seed=1))
     return folder
 
@@ -155,6 +155,7 @@ def test_large_hessians_are_factored_together(tmp_path, monkeypatch):
     """As one process factors them, in a model whose Hessians are all large."""
     monkeypatch.setattr(problem, "SHARED_FROM", 16)
     monkeypatch.setattr(factors, "LEAF", 16)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 16)
     made = []
 
     def prune():

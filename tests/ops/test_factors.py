@@ -55,6 +55,7 @@ def test_reversed_factor(xp, rng, dtype, close, K):
 def test_factors_by_rows_on_tensor_cores(cp, monkeypatch, rng):
     """Products so large that they are split into those of tf32."""
     monkeypatch.setattr(factors, "LEAF", 512)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 512)
     monkeypatch.setattr(factors, "STRIP", 256)
     H = definite(rng, 2000)
     given = cp.asarray(H, "float32")
@@ -77,6 +78,7 @@ def test_factors_by_rows_on_tensor_cores(cp, monkeypatch, rng):
 def test_factors_by_rows(xp, rng, dtype, close, monkeypatch, K, precision):
     """In pieces of any size, whoever makes the rows."""
     monkeypatch.setattr(factors, "LEAF", 8)
+    monkeypatch.setattr(factors, "LEAF_OF_ONE", 8)
     monkeypatch.setattr(factors, "STRIP", 3)
     A = rng.standard_normal((K, 2 * K))
     H, asked = A @ A.T / K + np.eye(K), []

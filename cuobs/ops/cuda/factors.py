@@ -50,6 +50,13 @@ def _potrf(A, info):
     return A
 
 
+def _transposed(A):
+    from cupy import cublas
+
+    out = cupy.empty(A.shape[::-1], A.dtype)
+    return cublas.geam("T", "T", 1.0, A, 0.0, A, out=out)
+
+
 def factor_solve(R, B):
     from cupy.cuda.device import get_cublas_handle
     from cupy_backends.cuda.libs import cublas
