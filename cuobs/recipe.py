@@ -400,6 +400,19 @@ class Settings:
         """
         return number if self.others is None else self.others.total(number)
 
+    def begin_over_all_rows(self, count: Any) -> Any:
+        """`over_all_rows` of a count for `int` to wait for: what is launched meanwhile goes on.
+
+        Parameters
+        ----------
+        count : int, or what `int` makes one of
+
+        Returns
+        -------
+        int, or what `int` makes one of
+        """
+        return count if self.others is None else self.others.begin_total(count)
+
     @property
     def shares(self):
         """How many have rows of the weight, each its own."""

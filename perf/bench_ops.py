@@ -195,7 +195,7 @@ def test_project_update(clock, damped, rng):
         assert _close(v, before + 0.5 * (b - d), 1e-4)
 
     clock(
-        lambda: admm_ops.project_update(B, V, D, mask, 0.5, damped.layout),
+        lambda: admm_ops.project_update(B, V, D, mask, None, damped.layout, 0.5),
         check,
         traffic=4 * B.nbytes + 2 * B.size,
     )

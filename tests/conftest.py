@@ -118,7 +118,7 @@ def made_source(tmp_path_factory):
     """What each test has a copy of."""
     from small_models import make_source
 
-    return make_source(tmp_path_factory.mktemp("made") / "source", blocks=3)
+    return make_source(tmp_path_factory.mktemp("made") / "source")
 
 
 @pytest.fixture
@@ -130,7 +130,6 @@ def source(made_source, tmp_path):
 def pytest_configure(config):
     share_cores()
     keep_files_whole(config.option)
-    gc.disable()
     # A division by zero or an overflow inside a method is a bug even where the result is right.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
 
@@ -156,11 +155,10 @@ def keep_files_whole(option):
 
 
 def pytest_collection_finish():
-    """What is imported is there to stay: no search for garbage looks at it, now or later."""
+    """What was imported is there to stay: no search for garbage looks at it again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
-    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -94,12 +94,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def make_source(path, family="llama", blocks=2, **changes):
+def make_source(path, family="llama", **changes):
     """Save a random model and a tokenizer whose words are w3, w4, ... into a folder."""
     import tokenizers
     import transformers
 
-    model = make_model(family, blocks=blocks, **changes)
+    model = make_model(family, **changes)
     model.save_pretrained(path, max_shard_size="20KB")
     words = {"<unk>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))

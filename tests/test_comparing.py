@@ -1,8 +1,11 @@
 import math
 import os
 
+import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import cuobs
 from cuobs import comparing, plotting
@@ -149,9 +152,6 @@ def test_table_as_json():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_hide_nothing(seed):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rng = np.random.default_rng(seed)
     points = [
         (10 ** rng.uniform(-1, 0), 10 + 3 * rng.standard_normal(), f"method-{i}")
@@ -178,11 +178,9 @@ def test_labels_hide_nothing(seed):
 
 
 def test_picture_is_drawn(tmp_path):
-    from matplotlib.image import imread
-
     path = str(tmp_path / "pareto.png")
     plotting.pareto(TABLE, path)
-    pixels = imread(path)
+    pixels = matplotlib.image.imread(path)
     assert min(pixels.shape[:2]) > 500
     assert 0.01 < (pixels[..., :3].min(axis=2) < 0.5).mean() < 0.2  # ink, and paper
     with pytest.raises(FileExistsError):

@@ -74,31 +74,30 @@ def admm(problem, schedule="default"):
     B, D, V, product = W, W * mask, xp.zeros_like(W), xp.empty_like(W)
     # Operands as tensor cores take them, where they do.
     B_operand = tensor_operand(B, precision)
-    right = product if B_operand is B else xp.empty_like(B_operand)
-
-    def multiply():
-        if B_operand is not B:
-            B_operand[...] = B
-        gemm(B_operand, H_operand, product, precision=precision)
-
+    right, operand = (product, None) if B_operand is B else (xp.empty_like(B_operand), B_operand)
+    multiply = gemm.prepared(B_operand, H_operand, product, precision=precision)
+    turn = ridge_right_side.prepared(D, V, G, B, product, right)
+    update = project_update.prepared(B, V, D, mask, operand, layout)
     settings = problem.settings
     n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
     rho, growth = SCHEDULES[schedule]
-    A, inverted, share = None, 0.0, 1.0
+    correct, inverted, share = None, 0.0, 1.0
     multiply()
     for step in range(MAX_STEPS):
         if rho > LIMIT * inverted:
-            # The last one goes before the next comes.
-            A, inverted = None, AHEAD * rho
+            # The last inverse goes before the next comes.
+            correct, inverted = None, AHEAD * rho
             A = tensor_operand(_shifted_inverse(problem, H, inverted), precision)
-        ridge_right_side(D, V, G, B, product, rho, right)
-        gemm(right, A, B, beta=1, precision=precision)
-        changed = project_update(B, V, D, mask, rho, layout)
+            correct = gemm.prepared(right, A, B, beta=1, precision=precision)
+            del A
+        turn(rho)
+        correct()
+        changed = settings.begin_over_all_rows(update(rho))
         # The next step's product is under way while this one's count is waited for.
         goes_on = step + 1 < MIN_STEPS or share > NEAR * SETTLED
         if goes_on:
             multiply()
-        share = settings.over_all_rows(int(changed)) / n_pruned
+        share = int(changed) / n_pruned
         settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
             break

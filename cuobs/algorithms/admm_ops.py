@@ -6,13 +6,15 @@ from cuobs.ops.dispatch import twinned
 from cuobs.ops.projection import check_project_mask, project_mask
 
 
-def _check_project_update(B, V, D, mask, rho, layout):
+def _check_project_update(B, V, D, mask, operand, layout, rho=None):
     check_project_mask(B, mask, layout)
+    if operand is not None:
+        _check_operand(B, operand)
     for name, array in ("V", V), ("D", D):
         _check_like("B", B, name, array)
 
 
-def _check_ridge_right_side(D, V, G, B, product, rho, out):
+def _check_ridge_right_side(D, V, G, B, product, out, rho=None):
     contiguous("D", D)
     for name, array in ("V", V), ("G", G), ("B", B), ("product", product):
         _check_like("D", D, name, array)
@@ -22,6 +24,15 @@ def _check_ridge_right_side(D, V, G, B, product, rho, out):
     contiguous("out", out)
 
 
+def _check_operand(B, operand):
+    if (B.dtype, operand.dtype) != ("float32", "float16"):
+        raise TypeError(
+            f"operand: found {operand.dtype} for {B.dtype}, expected float16 for float32"
+        )
+    shaped("operand", operand, B.shape)
+    contiguous("operand", operand)
+
+
 def _check_like(name, array, other_name, other):
     same_dtype(name, array, other_name, other)
     shaped(other_name, other, array.shape)
@@ -29,8 +40,8 @@ def _check_like(name, array, other_name, other):
 
 
 @twinned(_check_project_update)
-def project_update(B, V, D, mask, rho, layout):
-    """D ← project(B + V/ρ), V ← V + ρ (B − D).
+def project_update(B, V, D, mask, operand, layout, rho):
+    """D ← project(B + V/ρ), V ← V + ρ (B − D), operand ← B.
 
     The projection keeps, in each scope, the blocks with the largest sum of squares.
 
@@ -42,8 +53,10 @@ def project_update(B, V, D, mask, rho, layout):
         Overwritten.
     mask : array of bool, shape (M, K)
         The mask of the last projection, True = kept. Overwritten.
-    rho : float
+    operand : array of float16, shape (M, K), or None
+        B of float32 as tensor cores take it. Overwritten.
     layout : Layout
+    rho : float
 
     Returns
     -------
@@ -58,11 +71,13 @@ def project_update(B, V, D, mask, rho, layout):
     xp.multiply(D, rho, out=V)
     V *= ~mask
     D *= mask
+    if operand is not None:
+        operand[...] = B
     return changed
 
 
 @twinned(_check_ridge_right_side)
-def ridge_right_side(D, V, G, B, product, rho, out):
+def ridge_right_side(D, V, G, B, product, out, rho):
     """out ← ρ(D − B) − V + G − product, the right-hand side of ADMM's ridge solve less B (H + ρI).
 
     Parameters
@@ -72,9 +87,9 @@ def ridge_right_side(D, V, G, B, product, rho, out):
     V, G, B : array, shape (M, K)
     product : array, shape (M, K)
         B H.
-    rho : float
     out : array, shape (M, K)
         Of the same dtype, such as `product` itself, or of float16. Overwritten.
+    rho : float
     """
     xp = namespace(D)
     D -= B

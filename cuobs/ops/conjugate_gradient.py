@@ -84,6 +84,7 @@ def masked_cg(
     P = P.astype(operand.dtype, copy=False)
     gained = xp.zeros_like(rr)
     Q = xp.empty_like(residual)
+    multiply = gemm.prepared(P, operand, Q, precision=precision)
     for iteration in range(max_iterations):
         if iteration % CHECK_EVERY == 0:
             if iteration:
@@ -96,7 +97,7 @@ def masked_cg(
                     break
             if progress:
                 progress(iteration)
-        gemm(P, operand, Q, precision=precision)
+        multiply()
         cg_step(Q, mask, X, residual, P, rr, limit, gained)
     else:
         converged = bool((rr <= limit).all())

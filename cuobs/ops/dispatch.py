@@ -3,6 +3,10 @@
 An op's array form is written for both namespaces. A twin has its name and its arguments, in the
 module of the same name in the package ``cuda`` beside it: that of ``cuobs.ops.gram.add_gram`` is
 ``cuobs.ops.cuda.gram.add_gram``.
+
+What a method does again and again on the same arrays, it prepares: ``gemm.prepared(A, B, out)`` is
+a function that does what ``gemm(A, B, out)`` does. Arguments are checked then, and ``prepare_gemm``
+beside the twin, where there is one, finds out what a launch is given. What is left is a launch.
 """
 
 import functools
@@ -25,34 +29,44 @@ def twinned(check=None):
     Notes
     -----
     A twin declines what its kernel does not hold by returning NotImplemented; the array form then
-    runs on the device.
+    runs on the device. So does what prepares one.
     """
 
     def decorate(function):
         name = next(iter(inspect.signature(function).parameters))
 
         @functools.cache
-        def twin():
+        def twin(prefix=""):
             package, _, module = function.__module__.rpartition(".")
-            return getattr(import_module(f"{package}.cuda.{module}"), function.__name__)
+            return getattr(import_module(f"{package}.cuda.{module}"), prefix + function.__name__)
 
-        @functools.wraps(function)
-        def op(*args, **kwargs):
+        def on_device(*args, **kwargs):
             first = args[0] if args else kwargs.get(name)
-            on_device = not isinstance(first, np.ndarray)
-            if on_device and not _is_cupy(first):
+            elsewhere = not isinstance(first, np.ndarray)
+            if elsewhere and not _is_cupy(first):
                 raise TypeError(
                     f"{name}: found {type(first).__name__}, expected an array of NumPy or CuPy"
                 )
             if check:
                 check(*args, **kwargs)
-            if on_device:
+            return elsewhere
+
+        @functools.wraps(function)
+        def op(*args, **kwargs):
+            if on_device(*args, **kwargs):
                 result = twin()(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
             return function(*args, **kwargs)
 
-        op.twin = twin
+        def prepared(*args, **kwargs):
+            if on_device(*args, **kwargs):
+                launch = twin("prepare_")(*args, **kwargs)
+                if launch is not NotImplemented:
+                    return launch
+            return functools.partial(function, *args, **kwargs)
+
+        op.twin, op.prepared = twin, prepared
         return op
 
     return decorate

@@ -20,6 +20,7 @@ from op_cases import (
 import cuobs
 from cuobs import arrays
 from cuobs.algorithms import admm_ops
+from cuobs.algorithms.admm_ops import project_update, ridge_right_side
 from cuobs.ops import projection
 
 
@@ -44,7 +45,8 @@ def test_projection(xp, rng, dtype, close, text):
     np.testing.assert_array_equal(host(mask), before)
     rho = 0.3
     b, v, d = xp.array(B), xp.array(V), xp.empty(B.shape, dtype)
-    changed = admm_ops.project_update(b, v, d, mask, rho, layout)
+    half = xp.empty(B.shape, "float16") if dtype == "float32" else None
+    changed = project_update(b, v, d, mask, half, layout, rho)
     after = mask_of(B + V / rho)
     D = (B + V / rho) * after
     np.testing.assert_array_equal(host(mask), after)
@@ -53,6 +55,8 @@ def test_projection(xp, rng, dtype, close, text):
     np.testing.assert_allclose(host(v), V + rho * (B - D), rtol=0,
                                atol={"float32": 1e-5, "float64": 1e-13}[dtype])
     np.testing.assert_array_equal(host(b), B)
+    if half is not None:
+        np.testing.assert_array_equal(host(half), B.astype("float16"))
 
 
 @SINGLE
@@ -62,12 +66,12 @@ def test_ridge_right_side(xp, rng, dtype, close):
     expected = 0.7 * (D - B) - V + G - P
     v, g, b, p = (xp.asarray(a, dtype) for a in (V, G, B, P))
     out, half = xp.empty(D.shape, dtype), xp.empty(D.shape, "float16")
-    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, out)
+    ridge_right_side(xp.array(D, dtype), v, g, b, p, out, 0.7)
     close(out, expected)
     close(p, P)
-    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, half)
+    ridge_right_side(xp.array(D, dtype), v, g, b, p, half, 0.7)
     assert (half == out.astype("float16")).all()
-    admm_ops.ridge_right_side(xp.array(D, dtype), v, g, b, p, 0.7, p)
+    ridge_right_side(xp.array(D, dtype), v, g, b, p, p, 0.7)
     assert (p == out).all()
     for array, given in ((v, V), (g, G), (b, B)):
         assert (array == xp.asarray(given, dtype)).all()
@@ -88,8 +92,8 @@ def test_project_update(cp, rng, pattern, m, n, dtype):
         B = rng.standard_normal((M, K)).astype(dtype)
         B[:, : layout.columns] = V[:, : layout.columns] = 0  # ties
         V_gpu[:, : layout.columns] = 0
-        changed = admm_ops.project_update(B, V, D, mask, rho, layout)
-        found = admm_ops.project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, rho, layout)
+        changed = project_update(B, V, D, mask, None, layout, rho)
+        found = project_update(cp.asarray(B), V_gpu, D_gpu, mask_gpu, None, layout, rho)
         differ = (arrays.to_numpy(mask_gpu) != mask).sum()
         assert differ == 0 if dtype == "float64" else differ <= 1e-3 * mask.size
         assert abs(int(found) - changed) <= differ
@@ -112,10 +116,10 @@ def test_ridge_right_side_by_a_kernel(cp, rng, shape, out, dtype):
     given = [rng.standard_normal(shape).astype(dtype) for _ in range(5)]
     expected = np.empty(shape, dtype)
     on_gpu = [cp.asarray(A) for A in given]
-    admm_ops.ridge_right_side(*given, 0.3, expected)
+    ridge_right_side(*given, expected, 0.3)
     kind = "float16" if out == "half" else dtype
     found = on_gpu[4] if out == "product" else cp.empty(shape, kind)
-    admm_ops.ridge_right_side(*on_gpu, 0.3, found)
+    ridge_right_side(*on_gpu, found, 0.3)
     if out == "half":
         near_largest(found, expected, TOLERANCE["float16"])
     else:
@@ -128,11 +132,44 @@ def test_a_count_is_not_waited_for_by_what_follows(cp):
     layout = layout_of("2:4", 512, 256)
     B = cp.random.standard_normal(layout.shape, "float32")
     V, D, mask = cp.zeros_like(B), cp.empty_like(B), cp.zeros(B.shape, bool)
-    first = admm_ops.project_update(B, V, D, mask, 0.5, layout)
+    first = project_update(B, V, D, mask, None, layout, 0.5)
     kept = mask.copy()
-    again = admm_ops.project_update(cp.roll(B, 1), V, D, mask, 0.5, layout)
+    again = project_update(cp.roll(B, 1), V, D, mask, None, layout, 0.5)
     assert int(again) == int((mask != kept).sum()) > 0
     assert int(first) == B.size // 2
+
+
+@SINGLE
+@pytest.mark.parametrize("text", PATTERNS)
+def test_prepared_passes_do_the_same_each_time(xp, rng, dtype, text):
+    """Two steps with other numbers in the same arrays; each count is that of the last step."""
+    layout = compiled(text)[0]
+    M, K = layout.row_groups * layout.rows, layout.column_groups * layout.columns
+    given = [xp.asarray(rng.standard_normal((M, K)), dtype) for _ in range(5)]
+    ours, theirs = ([a.copy() for a in given] for _ in range(2))
+    masks, halves = xp.zeros((2, M, K), bool), [None, None]
+    if dtype == "float32":
+        halves = xp.zeros((2, M, K), "float16")
+
+    def passes(B, V, D, G, product, mask, half):
+        return (
+            ridge_right_side.prepared(D, V, G, B, product, product),
+            project_update.prepared(B, V, D, mask, half, layout),
+        )
+
+    turn, update = passes(*ours, masks[0], halves[0])
+    for rho in (0.3, 0.9):
+        turn(rho)
+        count = update(rho)
+        B, V, D, G, product = theirs
+        ridge_right_side(D, V, G, B, product, product, rho)
+        expected = project_update(B, V, D, masks[1], halves[1], layout, rho)
+        assert int(count) == int(expected)
+        assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+        assert (masks[0] == masks[1]).all()
+        assert halves[0] is None or (halves[0] == halves[1]).all()
+        for B in (ours[0], theirs[0]):
+            B += ours[4]
 
 
 def test_passes_refuse_what_is_not_row_after_row(xp):
@@ -147,13 +184,15 @@ def test_passes_refuse_what_is_not_row_after_row(xp):
         (whole, whole, whole, xp.zeros((K, M), bool).T),
     ):
         with pytest.raises(ValueError, match="found strides .*, expected row after row"):
-            admm_ops.project_update(B, V, D, kept, 0.5, layout)
+            project_update(B, V, D, kept, None, layout, 0.5)
     with pytest.raises(TypeError, match="V: found dtype float32, expected float64"):
-        admm_ops.project_update(whole, whole.astype("float32"), whole, mask, 0.5, layout)
+        project_update(whole, whole.astype("float32"), whole, mask, None, layout, 0.5)
+    with pytest.raises(TypeError, match="operand: found float16 for float64"):
+        project_update(whole, whole, whole, mask, whole.astype("float16"), layout, 0.5)
     with pytest.raises(ValueError, match="G: found shape"):
-        admm_ops.ridge_right_side(whole, whole, whole[:1], whole, whole, 0.5, whole)
+        ridge_right_side(whole, whole, whole[:1], whole, whole, whole, 0.5)
     with pytest.raises(TypeError, match="out: found dtype float32, expected float64"):
-        admm_ops.ridge_right_side(*[whole] * 5, 0.5, whole.astype("float32"))
+        ridge_right_side(*[whole] * 5, whole.astype("float32"), 0.5)
 
 
 @pytest.mark.parametrize("method", ["admm", "sparsegpt", "true-obs", "obs-local"])

@@ -692,7 +692,7 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_the_activations_are_never_in_memory_whole():
-    K, size = 32, 2**28
+    K, size = 32, 2**29
     np.save("W1.npy", np.random.default_rng(0).standard_normal((4, K)).astype(np.float16))
     # a file with a hole: it takes no space on the disk
     X = np.lib.format.open_memmap("X1.npy", "w+", np.float16, (size // (2 * K), K))

@@ -220,7 +220,7 @@ def test_what_is_measured_is_what_is_written(source, calibration, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_run_goes_on_and_gives_the_same_bits(tmp_path, calibration, how):
-    source = make_source(tmp_path / "source", blocks=6)
+    source = make_source(tmp_path / "source", num_hidden_layers=6)
     arguments = {"device": "cpu", "method": "sparsegpt", "tune": 4, "shard_size": "20KB",
                  "save_masks": True}  # fmt: skip
     prune_folder(source, tmp_path / "whole", calibration, **arguments)
@@ -384,7 +384,7 @@ def test_resume_refuses_another_model(source, tmp_path, calibration, change):
         prune_folder(source, tmp_path / "out", calibration, device="cpu", on_block=stop)
     model = load_model(source)
     change(model)
-    other = make_source(tmp_path / "other", blocks=3)
+    other = make_source(tmp_path / "other")
     model.save_pretrained(other, max_shard_size="20KB")
     with pytest.raises(ValueError, match="resume: found another model than the run began with"):
         prune_folder(other, tmp_path / "out", calibration, device="cpu", resume=True)

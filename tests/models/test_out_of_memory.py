@@ -201,15 +201,15 @@ def rotated(family, windows, **changes):
     report = rotate(model, make_tokens(windows, 512), "2:4", steps=2, device="cpu")
     return report.memory_predicted, report.memory_peak, before
 
-SIZES = dict(hidden_size=384, intermediate_size=1056, num_attention_heads=8, num_hidden_layers=1,
+SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=1,
              max_position_embeddings=512)
 pruned(1, target="pruned")  # what libraries keep for themselves, they have from the first on
 print(*pruned(4, target="pruned"), *pruned(4), *pruned(1, target="pruned"), *pruned(4, tune=1))
 rotate(make_model("llama"), make_tokens(), "2:4", steps=1, device="cpu")  # as above
 print(*rotated("llama", 8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1),
-      *rotated("llama", 1, hidden_size=640, intermediate_size=640, num_hidden_layers=1),
+      *rotated("llama", 1, hidden_size=768, intermediate_size=768, num_hidden_layers=1),
       *rotated("llama", 1, hidden_size=256, intermediate_size=2048, num_hidden_layers=2),
-      *rotated("llama", 1, hidden_size=256, intermediate_size=512, num_hidden_layers=1,
+      *rotated("llama", 1, hidden_size=384, intermediate_size=512, num_hidden_layers=1,
                vocab_size=30000, tie_word_embeddings=True))
 """
 

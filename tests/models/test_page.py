@@ -143,7 +143,7 @@ def test_many_blocks_and_no_loss():
 
 
 def test_from_a_folder(tmp_path):
-    source = make_source(tmp_path / "source", blocks=3)
+    source = make_source(tmp_path / "source")
     np.savez(tmp_path / "t.npz", t=make_tokens(4))
     tokens, out, page = f"{tmp_path / 't.npz'}:t", tmp_path / "out", tmp_path / "page.html"
 

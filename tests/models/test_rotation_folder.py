@@ -117,7 +117,7 @@ def test_command_line(tmp_path, calibration):
     from click.testing import CliRunner
     from cuobs_cli import main
 
-    src = make_source(tmp_path / "src", "llama", blocks=3, tie_word_embeddings=True)
+    src = make_source(tmp_path / "src", "llama", tie_word_embeddings=True)
     arguments = ["rotate", str(src), str(tmp_path / "dst"), "--calibration", calibration]
     result = CliRunner().invoke(main, [*arguments, "--steps", "3", "--pattern", "4:8"])
     assert result.exit_code == 0, result.output
@@ -143,7 +143,7 @@ def test_command_line(tmp_path, calibration):
 
 
 def test_pruning_begins_with_it(tmp_path, calibration):
-    src = make_source(tmp_path / "src", "llama", blocks=3, tie_word_embeddings=True)
+    src = make_source(tmp_path / "src", "llama", tie_word_embeddings=True)
     found = {}
     for name, options in {"plain": {}, "rotated": {"rotate": True, "rotate_steps": 10}}.items():
         report = prune_folder(

@@ -128,7 +128,7 @@ def test_torchs_state_changes_nothing_that_is_done_in_memory(state):
 def of_folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("states")
     np.save(path / "tokens.npy", make_tokens())
-    source = make_source(path / "source")
+    source = make_source(path / "source", blocks=2)
     return source, folder_to_folder(source, path / "plain")
 
 

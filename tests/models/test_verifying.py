@@ -21,7 +21,7 @@ def pruned(tmp_path):
     """Prune a family into a folder; its weights in one file."""
 
     def pruned(family, **options):
-        source = make_source(tmp_path / "source", family, blocks=3)
+        source = make_source(tmp_path / "source", family)
         np.savez(tmp_path / "t.npz", t=make_tokens(4))
         settings = {"device": "cpu", "method": "wanda", "save_masks": True, **options}
         prune_folder(source, tmp_path / "out", f"{tmp_path / 't.npz'}:t", **settings)

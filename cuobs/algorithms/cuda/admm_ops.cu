@@ -1,7 +1,7 @@
 // ADMM's passes over all elements.
 //
-//   project_update(B, V, D, mask, rho, inverse_rho, m, n, changed)    one thread a scope
-//     D <- project(B + V / rho), V <- V + rho (B - D)
+//   project_update(B, V, D, mask, operand, rho, inverse_rho, m, n, changed)    one thread a scope
+//     D <- project(B + V / rho), V <- V + rho (B - D), operand <- B where it is not null
 //   right_side(D, V, G, B, product, rho, out, operand, size)          one thread an element
 //     rho (D - B) - V + G - product, to the one of out and operand that is not null
 //
@@ -11,13 +11,14 @@
 //     changed                    one number, to which the mask's changed elements are added
 //
 // Macros: THREADS, and those of project.cuh; right_side needs REAL and THREADS alone.
+#include <cuda_fp16.h>
 #ifdef N_BLOCKS
 #include "project.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restrict__ D,
-               bool* __restrict__ mask, const REAL rho, const REAL inverse_rho, const int m,
-               const int n, unsigned long long* changed) {
+               bool* __restrict__ mask, __half* __restrict__ operand, const REAL rho,
+               const REAL inverse_rho, const int m, const int n, unsigned long long* changed) {
     each_scope(m, n, changed, [&](const long long first, const long long row) {
         REAL x[ROWS][PLACES];
 #pragma unroll
@@ -27,6 +28,12 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
             load(V + first + q * row, x[q]);
 #pragma unroll
             for (int i = 0; i < PLACES; i++) x[q][i] = x[q][i] * inverse_rho + b[i];
+            if (operand) {
+                __half rounded[PLACES];
+#pragma unroll
+                for (int i = 0; i < PLACES; i++) rounded[i] = __float2half((float)b[i]);
+                store(operand + first + q * row, rounded);
+            }
         }
         const unsigned pruned = project(x);
         const int count = replace_mask(mask, first, row, pruned);
@@ -48,7 +55,6 @@ project_update(const REAL* __restrict__ B, REAL* __restrict__ V, REAL* __restric
 }
 
 #else
-#include <cuda_fp16.h>
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 right_side(const REAL* __restrict__ D, const REAL* __restrict__ V, const REAL* __restrict__ G,

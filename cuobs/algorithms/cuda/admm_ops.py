@@ -7,7 +7,7 @@ import cupyx
 import numpy as np
 
 from cuobs.ops.cuda import loader
-from cuobs.ops.cuda.projection import launch_projection, projection_defines
+from cuobs.ops.cuda.projection import prepare_projection, projection_defines
 from cuobs.ops.cuda.scope import samples, unrolls
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -15,34 +15,69 @@ SOURCE = Path(__file__).with_suffix(".cu")
 ELEMENTS, MAX_BLOCKS = 256, 2**16
 
 
-def project_update(B, V, D, mask, rho, layout):
+def project_update(B, V, D, mask, operand, layout, rho):
+    update = prepare_project_update(B, V, D, mask, operand, layout)
+    return update if update is NotImplemented else update(rho)
+
+
+def prepare_project_update(B, V, D, mask, operand, layout):
     if not unrolls(layout):
         return NotImplemented
-    real = B.dtype.type
-    args = B, V, D, mask, real(rho), real(1 / rho)
-    return Count(launch_projection(SOURCE, "project_update", args, B, layout))
+    changed, real = cupy.zeros((), np.uint64), B.dtype.type
+    arrays = B, V, D, mask, loader.NULL if operand is None else operand
+    launch = prepare_projection(SOURCE, "project_update", B, layout)
+    count = Count(changed)
+
+    def update(rho):
+        changed.fill(0)
+        launch((*arrays, real(rho), real(1 / rho)), changed)
+        return count.again()
+
+    return update
 
 
 class Count:
-    """A number that a GPU still counts: `int` waits for that, and for nothing launched since."""
+    """A number that a GPU still counts: `int` waits for that, and for nothing launched since.
 
-    def __init__(self, number):
-        self._number = cupyx.empty_pinned((), number.dtype)
-        number.get(out=self._number, blocking=False)
+    Attributes
+    ----------
+    array : array, shape ()
+        Where it is counted.
+    """
+
+    def __init__(self, array):
+        self.array, self._number = array, cupyx.empty_pinned((), array.dtype)
         self._counted = cupy.cuda.Event(disable_timing=True)
+
+    def again(self):
+        """What is counted by what was launched so far."""
+        self.array.get(out=self._number, blocking=False)
         self._counted.record()
+        return self
+
+    def holds_up(self, stream):
+        """Let a stream, by its address, go on when it is counted."""
+        cupy.cuda.runtime.streamWaitEvent(stream, self._counted.ptr)
 
     def __int__(self):
         self._counted.synchronize()
         return int(self._number)
 
 
-def ridge_right_side(D, V, G, B, product, rho, out):
+def ridge_right_side(D, V, G, B, product, out, rho):
+    prepare_ridge_right_side(D, V, G, B, product, out)(rho)
+
+
+def prepare_ridge_right_side(D, V, G, B, product, out):
     kernel = loader.kernel_for(SOURCE, "right_side", _element_defines, D.dtype.name)
     blocks = min(-(-D.size // ELEMENTS), MAX_BLOCKS)
     places = (out, loader.NULL) if out.dtype == D.dtype else (loader.NULL, out)
-    kernel((blocks,), (ELEMENTS,), (D, V, G, B, product, D.dtype.type(rho), *places,
-                                    np.int64(D.size)))
+    arrays, size, real = (D, V, G, B, product), np.int64(D.size), D.dtype.type
+
+    def launch(rho):
+        kernel((blocks,), (ELEMENTS,), (*arrays, real(rho), *places, size))
+
+    return launch
 
 
 def _element_defines(dtype):

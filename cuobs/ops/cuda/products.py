@@ -1,6 +1,6 @@
 """Products on a GPU, by cuBLAS."""
 
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import cupy
@@ -23,7 +23,7 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
         return
     if out.ndim == 2:
         A, B, out = A[None], B[None], out[None]
-    tf32 = precision == "tensor" and out.dtype == A.dtype == np.float32
+    tf32 = _in_tf32(A, out, precision)
     if tf32 and exact:
         tf32 = out.size * A.shape[2] >= SPLIT_FROM
         if tf32:
@@ -34,6 +34,17 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
     _multiply(A, B, out, alpha, beta, tf32)
 
 
+def prepare_gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
+    if exact or out.ndim == 3 or not out.size or not A.shape[-1]:
+        return partial(gemm, A, B, out, alpha, beta, precision, exact)
+    tf32 = _in_tf32(A, out, precision)
+    return _prepare(A[None], B[None], out[None], alpha, beta, tf32)
+
+
+def _in_tf32(A, out, precision):
+    return precision == "tensor" and out.dtype == A.dtype == np.float32
+
+
 def tensor_operand(array, precision):
     if precision != "tensor" or array.dtype != np.float32:
         return array
@@ -41,6 +52,11 @@ def tensor_operand(array, precision):
 
 
 def _multiply(A, B, out, alpha, beta, tf32):
+    _prepare(A, B, out, alpha, beta, tf32)()
+
+
+def _prepare(A, B, out, alpha, beta, tf32):
+    """A function that multiplies batches of matrices."""
     library = _library()
     double = out.dtype.itemsize == 8
     compute = library.compute_64 if double else library.tf32 if tf32 else library.compute_32
@@ -57,15 +73,21 @@ def _multiply(A, B, out, alpha, beta, tf32):
             f"out: found strides {out.strides}, expected rows that are runs of memory, each its own"
         )
     handle = library.handle()
-    library.set_pointer_mode(handle, library.host)
-    for first in range(0, batch, CHUNK):
-        library.gemm(
-            handle, op_B, op_A, n, m, k, alpha,
-            B.data.ptr + first * B.strides[0], type_B, ld_B, B.strides[0] // B.itemsize,
-            A.data.ptr + first * A.strides[0], type_A, ld_A, A.strides[0] // A.itemsize, beta,
-            out.data.ptr + first * out.strides[0], type_out, ld_out,
-            out.strides[0] // out.itemsize, min(CHUNK, batch - first), compute, library.default,
-        )  # fmt: skip
+    calls = [
+        (handle, op_B, op_A, n, m, k, alpha,
+         B.data.ptr + first * B.strides[0], type_B, ld_B, B.strides[0] // B.itemsize,
+         A.data.ptr + first * A.strides[0], type_A, ld_A, A.strides[0] // A.itemsize, beta,
+         out.data.ptr + first * out.strides[0], type_out, ld_out,
+         out.strides[0] // out.itemsize, min(CHUNK, batch - first), compute, library.default)
+        for first in range(0, batch, CHUNK)
+    ]  # fmt: skip
+
+    def multiply(operands=(A, B, out)):  # which are held
+        library.set_pointer_mode(handle, library.host)
+        for call in calls:
+            library.gemm(*call)
+
+    return multiply
 
 
 def _operand(array, library):

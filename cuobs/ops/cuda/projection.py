@@ -14,17 +14,18 @@ SOURCE = Path(__file__).with_suffix(".cu")
 def project_mask(B, mask, layout):
     if not unrolls(layout):
         return NotImplemented
-    return int(launch_projection(SOURCE, "project_mask", (B, mask), B, layout))
-
-
-def launch_projection(source, name, args, B, layout):
-    """Launch a thread for each scope of B; the count of changed elements, on the device."""
-    m, n = B.shape[0] // layout.rows, B.shape[1] // layout.columns
     changed = cupy.zeros((), np.uint64)
+    prepare_projection(SOURCE, "project_mask", B, layout)((B, mask), changed)
+    return int(changed)
+
+
+def prepare_projection(source, name, B, layout):
+    """What launches a thread for each scope of B, given a kernel's arrays and where it counts."""
+    m, n = B.shape[0] // layout.rows, B.shape[1] // layout.columns
+    sizes = np.int32(m), np.int32(n)
     kernel = loader.kernel_for(source, name, projection_defines, layout, B.dtype)
     grid, block = scope_grid(m, n)
-    kernel(grid, block, (*args, np.int32(m), np.int32(n), changed))
-    return changed
+    return lambda args, changed: kernel(grid, block, (*args, *sizes, changed))
 
 
 def projection_defines(layout, dtype):
