@@ -25,7 +25,7 @@ PIECE = 2**27
 ITEM = {"cpu": 4, "cuda": 2}
 # Bytes that an element of a piece takes beside that until its gradient is there, of linears that
 # read the stream and of those that write into it, which are transposed.
-TAKEN = {"cpu": (14, 22), "cuda": (16, 20)}
+TAKEN = {"cpu": (14, 22), "cuda": (16, 18)}
 # Float32 numbers that an element of a generator has: itself, its moments and gradient, the basis
 # and its gradient, the best so far, what is kept to go back; and those that the way back through
 # the exponential takes, which is an exponential of twice the order.
