@@ -91,9 +91,11 @@ def energies_together(parts, H, precision):
     """
     xp = arrays.namespace(H)
     with np.errstate(over="ignore", invalid="ignore"):
-        whole = [W / unit for W, _, unit in parts]
-        away = [(W_pruned - W) / unit for W, W_pruned, unit in parts]
-        found = row_energies(xp.concatenate(whole + away), H, precision)
+        both = xp.concatenate(
+            [W / unit for W, _, unit in parts]
+            + [(W_pruned - W) / unit for W, W_pruned, unit in parts]
+        )
+        found = row_energies(both, H, precision)
     stops = np.cumsum([len(W) for W, _, _ in parts])
     found = np.split(arrays.to_numpy(found).reshape(2, -1), stops[:-1], axis=1)
     sums = [part.sum(1) for part in found]

@@ -346,7 +346,7 @@ class Settings:
         GPUs of this host that share the rows of a weight: "all", how many, or which ("0,2").
     others : object, optional
         Those who have the other rows of a weight, where some are at hand: with a ``size``, a
-        ``total`` and a ``by_rows``.
+        ``total``, a ``begin_total`` and a ``by_rows``.
 
     Examples
     --------

@@ -255,7 +255,7 @@ def _add_costs(costs, sets, w, C, before=0):
                 left = column[:, None] * ratio
                 namespace(C).subtract(C[places, places], left, out=left)
                 state = w[places] - ratio * value, left, cost
-                del left
+                del left, ratio
                 if place != last:
                     _add_costs(costs, following, *state)
                     del state  # before the next is made

@@ -1,5 +1,8 @@
 """Cholesky factors and triangular inverses."""
 
+import warnings
+from functools import partial
+
 import numpy as np
 import oracles
 import pytest
@@ -99,8 +102,14 @@ def test_factors_by_rows(xp, rng, dtype, close, monkeypatch, K, precision):
     close(factors.inverse_by_rows(given, by_rows, "fp32"), np.linalg.inv(H))
     close(given, H)
     given[K - 1, K - 1] = -1
-    with pytest.raises(np.linalg.LinAlgError):
-        factors.factor_by_rows(given, by_rows, precision)
+    given[0, 0] = np.finfo(dtype).tiny
+    warnings.simplefilter("error")  # what is looked at when all is made may overflow
+    for function in (
+        partial(factors.factor_by_rows, by_rows=by_rows, inverted=True),
+        partial(factors.inverse_by_rows, by_rows=by_rows), factors.inverse,
+    ):  # fmt: skip
+        with pytest.raises(np.linalg.LinAlgError, match="A: found a matrix whose pivot"):
+            function(given, precision=precision)
 
 
 @SINGLE

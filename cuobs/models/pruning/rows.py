@@ -174,7 +174,7 @@ def _losses(weights, own, new, H, call, ranks, precision):
     def widened(A):
         return arrays.asarray(arrays.receive(A), xp, H.dtype)
 
-    units = energy_units([widened(W) for W in weights], H)
+    units = energy_units((widened(W) for W in weights), H)  # one at a time
     parts = (
         (widened(rows), widened(pruned), unit)
         for rows, pruned, unit in zip(own, new, units, strict=True)
