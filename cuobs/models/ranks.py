@@ -189,8 +189,9 @@ def joined(device="auto"):
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
-        On GPUs each process of a host takes its own, and sums of tensors go by NCCL; those of
-        numbers go by gloo, beside what a GPU is doing, and so does all where there are no GPUs.
+        On GPUs each process of a host takes its own, and sums of tensors go by NCCL, counts that a
+        GPU still makes among them; those of numbers go by gloo, beside what a GPU is doing, and so
+        does all where there are no GPUs.
 
     Yields
     ------
