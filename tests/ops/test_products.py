@@ -23,6 +23,27 @@ def test_gemm_adds(xp, rng, dtype, close, m, k, n):
     assert not host(wide)[:, :2].any() and not host(wide)[:, 2 + n :].any()
 
 
+@SINGLE
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("options", [{}, {"beta": 1}, {"alpha": -0.5, "beta": 2, "exact": True}])
+def test_a_prepared_product_is_of_what_lies_there(xp, rng, dtype, batch, options):
+    """Each time of what its operands hold then; what does not fit is refused before."""
+    A, B, ours = (
+        xp.asarray(rng.standard_normal((*batch, *shape)), dtype)
+        for shape in ((5, 8), (3, 8), (5, 3))
+    )
+    B, theirs = B.swapaxes(-1, -2), ours.copy()
+    multiply = products.gemm.prepared(A, B, ours, **options)
+    for _ in range(2):
+        multiply()
+        products.gemm(A, B, theirs, **options)
+        assert (ours == theirs).all()
+        A += 1
+        B *= 2
+    with pytest.raises(ValueError, match="A, B, out: found shapes"):
+        products.gemm.prepared(A, B, ours[..., :1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (1, 64, 1), (5, 1, 3), (33, 17, 65), (128, 7, 1)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
