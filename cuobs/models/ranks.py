@@ -145,6 +145,14 @@ class Ranks:
         own = torch.from_dlpack(function(shares[self.rank]))
         return tensor_view(self.gather(own, [share.stop - share.start for share in shares]))
 
+    def least(self, number):
+        """The smallest of a number over all processes."""
+        if self.size == 1:
+            return number
+        found = [None] * self.size
+        distributed.all_gather_object(found, number)
+        return min(found)
+
     def agree(self, value):
         """What the first process has, for all."""
         if self.size == 1:

@@ -6,7 +6,7 @@ module of the same name in the package ``cuda`` beside it: that of ``cuobs.ops.g
 
 What a method does again and again on the same arrays, it prepares: ``gemm.prepared(A, B, out)`` is
 a function that does what ``gemm(A, B, out)`` does. Arguments are checked then, and ``prepare_gemm``
-beside the twin, where there is one, finds out what a launch is given. What is left is a launch.
+beside the twin finds out what a launch is given. What is left is a launch.
 """
 
 import functools
@@ -61,7 +61,7 @@ def twinned(check=None):
 
         def prepared(*args, **kwargs):
             if on_device(*args, **kwargs):
-                launch = twin("prepare_")(*args, **kwargs)
+                launch = twin("prepare_")(*args, **kwargs)  # which an op has that is prepared
                 if launch is not NotImplemented:
                     return launch
             return functools.partial(function, *args, **kwargs)

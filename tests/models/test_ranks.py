@@ -146,6 +146,7 @@ def test_rows_are_gathered(tmp_path, dtype, counts):
             square = np.arange(64.0).reshape(8, 8)
             made = ranks.by_rows(lambda rows: square[rows] * 2, 8)
             assert isinstance(made, np.ndarray) and np.array_equal(made, 2 * square)
+            assert ranks.least(7 - ranks.rank) == 6
 
     found = together(tmp_path, both)
     assert found.returncode == 0, found.stderr

@@ -167,7 +167,7 @@ class Objective:
         gathered.clear()
         moments = sum(M.nbytes for M in (*self.norms, *(h.moments for h in self.heads)))
         free = memory.free(device)
-        self.piece = current().agree(piece_within(free, moments, device))  # they share the pieces
+        self.piece = current().least(piece_within(free, moments, device))  # they share the pieces
         self.size = sum(stack.weight.numel() for stack in self.stacks)
         if not self.stacks:
             labels = ", ".join(dict.fromkeys(p.label for p in patterns.values())) or "it"

@@ -35,10 +35,12 @@ def gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
 
 
 def prepare_gemm(A, B, out, alpha=1.0, beta=0.0, precision="fp32", exact=False):
-    if exact or out.ndim == 3 or not out.size or not A.shape[-1]:
+    plain = out.ndim == 2 and out.size and A.shape[-1] and not exact
+    batches = (A[None], B[None]) if plain else ()
+    # Of what is copied first, each call makes a copy of its own.
+    if not plain or any(_operand(batch, _library())[0] is not batch for batch in batches):
         return partial(gemm, A, B, out, alpha, beta, precision, exact)
-    tf32 = _in_tf32(A, out, precision)
-    return _prepare(A[None], B[None], out[None], alpha, beta, tf32)
+    return _prepare(*batches, out[None], alpha, beta, _in_tf32(A, out, precision))
 
 
 def _in_tf32(A, out, precision):
