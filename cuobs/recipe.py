@@ -346,7 +346,7 @@ class Settings:
         GPUs of this host that share the rows of a weight: "all", how many, or which ("0,2").
     others : object, optional
         Those who have the other rows of a weight, where some are at hand: with a ``size``, a
-        ``total``, a ``begin_total`` and a ``by_rows``.
+        ``total`` and a ``by_rows``.
 
     Examples
     --------
@@ -399,19 +399,6 @@ class Settings:
         int or float
         """
         return number if self.others is None else self.others.total(number)
-
-    def begin_over_all_rows(self, count: Any) -> Any:
-        """`over_all_rows` of a count for `int` to wait for: what is launched meanwhile goes on.
-
-        Parameters
-        ----------
-        count : int, or what `int` makes one of
-
-        Returns
-        -------
-        int, or what `int` makes one of
-        """
-        return count if self.others is None else self.others.begin_total(count)
 
     @property
     def shares(self):

@@ -159,22 +159,6 @@ class _Board:
         self.barrier = threading.Barrier(size)
 
 
-class Later:
-    """A number that `int` waits for.
-
-    Parameters
-    ----------
-    finish : callable
-        Gives it.
-    """
-
-    def __init__(self, finish):
-        self._finish = finish
-
-    def __int__(self):
-        return int(self._finish())
-
-
 class _Share:
     """One of the threads that share rows, as `Settings.others`."""
 
@@ -185,10 +169,6 @@ class _Share:
     def total(self, number):
         """The sum of a number over all threads."""
         return self._show(number, sum)
-
-    def begin_total(self, count):
-        """`total` of a count, for `int` to wait for."""
-        return Later(lambda: self.total(int(count)))
 
     def by_rows(self, function, rows):
         """An array of so many rows, some of them made by each thread and copied by all."""

@@ -22,11 +22,11 @@ from typing import NamedTuple
 GROUPS = ((4096, 6144, False), (4096, 4096, True), (4096, 28672, False), (14336, 4096, True))
 WIDTH = 4096
 # Seconds of one GPU, by step, and those of rows that several divide.
-WINDOWS, ROWS, ROWS_OF_SEVERAL, EACH = 0.931, 0.787, 0.722, 0.080
+WINDOWS, ROWS, ROWS_OF_SEVERAL, EACH = 0.908, 0.757, 0.640, 0.065
 # Those of factors and inverses, by what one and two GPUs take; how often the largest Hessian is
 # inverted, and the orders of the largest pieces that are factored whole, of two side by side and of
 # one.
-LEAVES, PRODUCTS = 0.127, 0.216
+LEAVES, PRODUCTS = 0.085, 0.262
 INVERSES, LEAF, LEAF_OF_ONE = 4, 8192, 4096
 # Numbers that all agree on, one a step of ADMM, and seconds of one such sum in a host and of one
 # between hosts; bytes a second that a sum and a gather move into a GPU from its host's links, and

@@ -92,12 +92,12 @@ def admm(problem, schedule="default"):
             del A
         turn(rho)
         correct()
-        changed = settings.begin_over_all_rows(update(rho))
+        changed = update(rho)
         # The next step's product is under way while this one's count is waited for.
         goes_on = step + 1 < MIN_STEPS or share > NEAR * SETTLED
         if goes_on:
             multiply()
-        share = int(changed) / n_pruned
+        share = settings.over_all_rows(int(changed)) / n_pruned
         settings.report(min(step + 1, MIN_STEPS), MIN_STEPS + 1)
         if step + 1 >= MIN_STEPS and share < SETTLED:
             break

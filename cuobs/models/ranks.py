@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 import threading
-from functools import cached_property
 
 import torch
 from torch import distributed
 
 from cuobs.arrays import tensor_view
-from cuobs.sharing import Later, shares_of
+from cuobs.sharing import shares_of
 
 # The exit code of a process that leaves it to another to say what went wrong.
 SILENT = 2
@@ -90,29 +89,6 @@ class Ranks:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         distributed.all_reduce(tensor)
         return tensor.tolist()
-
-    def begin_total(self, count):
-        """`total` of a count, for `int` to wait for.
-
-        What a GPU still counts is added up there: by gloo, numbers take longer than a step of many.
-        """
-        if self.size == 1 or not hasattr(count, "holds_up"):
-            return Later(lambda: self.total(int(count)))
-        tensor = torch.from_dlpack(count.array.view("int64"))
-        count.holds_up(self._aside.cuda_stream)
-        with torch.cuda.stream(self._aside):
-            distributed.all_reduce(tensor)
-
-        def finish():
-            with torch.cuda.stream(self._aside):
-                return tensor.item()
-
-        return Later(finish)
-
-    @cached_property
-    def _aside(self):
-        """A stream for what the GPU's work goes on beside."""
-        return torch.cuda.Stream()
 
     def gather(self, own, counts):
         """A tensor of which each process has its own rows, so many of them."""
@@ -197,9 +173,8 @@ def joined(device="auto"):
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
-        On GPUs each process of a host takes its own, and sums of tensors go by NCCL, counts that a
-        GPU still makes among them; those of numbers go by gloo, beside what a GPU is doing, and so
-        does all where there are no GPUs.
+        On GPUs each process of a host takes its own, and sums of tensors go by NCCL; those of
+        numbers go by gloo, beside what a GPU is doing, and so does all where there are no GPUs.
 
     Yields
     ------

@@ -39,25 +39,21 @@ def prepare_project_update(B, V, D, mask, operand, layout):
 class Count:
     """A number that a GPU still counts: `int` waits for that, and for nothing launched since.
 
-    Attributes
+    Parameters
     ----------
     array : array, shape ()
         Where it is counted.
     """
 
     def __init__(self, array):
-        self.array, self._number = array, cupyx.empty_pinned((), array.dtype)
+        self._array, self._number = array, cupyx.empty_pinned((), array.dtype)
         self._counted = cupy.cuda.Event(disable_timing=True)
 
     def again(self):
         """What is counted by what was launched so far."""
-        self.array.get(out=self._number, blocking=False)
+        self._array.get(out=self._number, blocking=False)
         self._counted.record()
         return self
-
-    def holds_up(self, stream):
-        """Let a stream, by its address, go on when it is counted."""
-        cupy.cuda.runtime.streamWaitEvent(stream, self._counted.ptr)
 
     def __int__(self):
         self._counted.synchronize()
