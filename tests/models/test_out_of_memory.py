@@ -231,7 +231,8 @@ def check_predictions(peaks):
     assert len(peaks) == 4
     for predicted, peak, before in peaks:
         assert 0.85 * peak < predicted < 1.15 * peak
-        assert 0.7 * (peak - before) < predicted - before < 1.4 * (peak - before)
+        # From run to run the heap keeps more or less of what was let go of.
+        assert abs(predicted - peak) < 0.25 * (peak - before) + 2**25
 
 
 def test_predicted_memory_of_a_cpu_is_about_what_is_used(peaks):
