@@ -153,8 +153,7 @@ def _open(run, view, options, ranks):
         take_back(run.dst)
     # A GGUF takes seconds to be read for its config alone.
     if source.gguf is None or run.host_memory is not None:
-        empty = loading.empty_model(source, run.trust_remote_code)
-        empty.to(loading.weights_dtype(source.stored))
+        empty = loading.empty_as_stored(source, run.trust_remote_code)
         _, layers = choose(empty, recipe, place, run.host_memory, empty=True)
         if recipe.rotate:
             work = rotation_work(empty, FEWEST, layers.patterns, recipe.rotation, place)
@@ -309,8 +308,7 @@ def _distill(job, dense, report):
 def plan(run, view, options):
     """Say what `prune` would do and take, without reading weights; a report without blocks."""
     recipe, place = check_arguments(device=run.device, **options)
-    model = loading.empty_model(run.source, run.trust_remote_code)
-    model.to(loading.weights_dtype(run.source.stored))  # of a GGUF float32, as it is read
+    model = loading.empty_as_stored(run.source, run.trust_remote_code)
     if run.packed:
         packed_forms(model, recipe)
     mixture, mask, texts = _read_all(run, model, recipe.distill, place, view, Unwritten)

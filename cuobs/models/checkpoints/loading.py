@@ -91,6 +91,11 @@ def empty_model(source, trust_remote_code=False):
         return from_config(found, config, trust_remote_code)
 
 
+def empty_as_stored(source, trust_remote_code=False):
+    """`empty_model` in the dtype that its weights are read in, float32 of a GGUF."""
+    return empty_model(source, trust_remote_code).to(weights_dtype(source.stored))
+
+
 def from_config(found, config, trust_remote_code=False):
     """A model of a class, or of one of transformers' "Auto" classes, with random weights."""
     if hasattr(found, "forward"):

@@ -46,8 +46,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What pruning a model takes, in numbers.
+class Passing:
+    """How windows pass through a block, in numbers.
 
     Attributes
     ----------
@@ -61,6 +61,23 @@ class Work:
         Windows in a batch, as many as there are at most.
     element : int
         Bytes of an element of the hidden states and weights.
+    """
+
+    groups: list
+    stages: list
+    windows: int
+    length: int
+    width: int
+    batch: int
+    element: int
+
+
+@dataclass(frozen=True)
+class Work(Passing):
+    """What pruning a model takes, in numbers.
+
+    Attributes
+    ----------
     block : int
         Bytes of a block.
     model : int
@@ -80,13 +97,6 @@ class Work:
         Rows of each group that are pruned in some block; by default all.
     """
 
-    groups: list
-    stages: list
-    windows: int
-    length: int
-    width: int
-    batch: int
-    element: int
     block: int
     model: int
     follows: bool
@@ -323,7 +333,7 @@ def work_of(model, blocks, windows, batch, recipe, device, layers):
     width, element = entry.hidden[0].shape[2], entry.hidden[0].element_size()
     head = untied(model) if recipe.rotate else 0
     host = host_bytes(model, windows, parked(block) is not None) + head
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) + head
+    size = weight_bytes(model) + head
     here = host if device.type == "cpu" else size * (home.type == device.type)
     return _work(block, groups, own, stages, windows, batch, recipe, width, element, here, host)
 
@@ -368,13 +378,18 @@ def host_bytes(model, windows, in_files):
         Whether the blocks stay in their files, as parked ones do. Of what is around them come
         into memory the pages that are used: of the embedding those of the tokens.
     """
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = weight_bytes(model)
     if in_files:
         embedding = model.get_input_embeddings().weight
         rows = min(len(embedding), PAGE_ROWS * windows.tokens.numel())
         size = rows * embedding.shape[1] * embedding.element_size()
     memory.trim(torch.device("cpu"))
     return max(memory.resident(), LIBRARIES + size)
+
+
+def weight_bytes(module):
+    """Bytes of a module's parameters, whether they are there or on the meta device."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def untied(model):
@@ -392,7 +407,7 @@ def _work(block, named, own, stages, windows, batch, recipe, width, element, mod
         stages = stages_of(groups, length, width, element, recipe.residual_share != (0, 0))
     return Work(
         groups, stages, count, length, width, min(batch, count), element,
-        block=sum(p.numel() * p.element_size() for p in block.parameters()),
+        block=weight_bytes(block),
         model=model,
         follows=recipe.follows,
         mixed=recipe.target != "pruned",

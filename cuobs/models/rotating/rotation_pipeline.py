@@ -80,8 +80,7 @@ def rotate_source(run, pattern, options, say, progress):
 
 def _check_room(run, pattern, options):
     """Refuse a model that there is no room to rotate, before its weights are read."""
-    model = loading.empty_model(run.source, run.trust_remote_code)
-    model.to(loading.weights_dtype(run.source.stored))
+    model = loading.empty_as_stored(run.source, run.trust_remote_code)
     check_rotation(*_work(run, model, FEWEST, pattern, options))
 
 

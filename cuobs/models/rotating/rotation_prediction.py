@@ -7,10 +7,12 @@ from cuobs.arrays import size_text
 from cuobs.models import memory
 from cuobs.models.pruning.prediction import (
     HOST_OF_GPU,
+    Passing,
     groups_by_shape,
     host_bytes,
     stages_of,
     untied,
+    weight_bytes,
 )
 from cuobs.models.ranks import current
 from cuobs.models.rotating.folding import ROWS
@@ -37,7 +39,7 @@ INVERSE = 24
 
 
 @dataclass(frozen=True)
-class RotationWork:
+class RotationWork(Passing):
     """What learning a rotation takes, in numbers.
 
     Attributes
@@ -52,10 +54,6 @@ class RotationWork:
         Elements of those of the stream and of all heads.
     columns : list of int
         Of the linears of a block whose inputs have all their moments made at first.
-    groups, stages : list
-        Of a block, see `cuobs.models.pruning.prediction.Work`.
-    windows, length, width, batch, element : int
-        Likewise.
     block, largest : int
         Bytes of a block, elements of its largest linear.
     vocabulary : int
@@ -72,13 +70,6 @@ class RotationWork:
     heads: int
     generators: tuple
     columns: list
-    groups: list
-    stages: list
-    windows: int
-    length: int
-    width: int
-    batch: int
-    element: int
     block: int
     largest: int
     vocabulary: int
@@ -120,7 +111,7 @@ def rotation_work(model, windows, patterns, recipe, device):
     count, length = -(-min(windows[0], recipe.windows) // current().size), windows[1]
     element = next(iter(linears(block).values())).weight.element_size()
     host = host_bytes(model, None, False) + untied(model)
-    size = sum(p.nbytes for p in model.parameters()) + untied(model)
+    size = weight_bytes(model) + untied(model)
     here = size * (next(model.parameters()).device.type == device.type)
     return RotationWork(
         stacks=_stacks(prefix, shapes, patterns),
@@ -135,7 +126,7 @@ def rotation_work(model, windows, patterns, recipe, device):
         width=width,
         batch=min(batch_of(length, device), count),
         element=element,
-        block=sum(p.nbytes for p in block.parameters()),
+        block=weight_bytes(block),
         largest=max(sizes),
         vocabulary=len(model.get_input_embeddings().weight),
         weights=sum(sizes),
