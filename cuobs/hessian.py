@@ -152,11 +152,13 @@ class Hessian:
         with np.errstate(over="ignore", invalid="ignore"):
             for piece in pieces:
                 add_gram(piece, total, self._precision)
-                tiny = tiny and float(total.diagonal().max()) < least
-                if tiny:
-                    size = max(size, arrays.largest(piece))
-                if not (again or self._xp.isfinite(total.diagonal()).all()):
-                    self._refuse_overflow(piece, done)
+                if tiny or not again:  # else a GPU is not waited for
+                    largest = float(total.diagonal().max())
+                    tiny = tiny and largest < least
+                    if tiny:
+                        size = max(size, arrays.largest(piece))
+                    if not (again or math.isfinite(largest)):
+                        self._refuse_overflow(piece, done)
                 done += len(piece)
                 if progress and count:
                     progress(done, count)

@@ -20,6 +20,7 @@ from cuobs.hessian import (
 )
 from cuobs.loss import loss
 from cuobs.modules import is_module, weight_of
+from cuobs.ops.sums import count_true
 from cuobs.ops.views import permute_back
 from cuobs.pattern import verify
 from cuobs.problem import Problem, Pruned
@@ -179,7 +180,7 @@ def prune_checked(recipe, settings, layer, H, given, hessian_seconds=0.0):
         weight=arrays.hand_back(new, layer.W),
         mask=arrays.hand_back(mask, layer.W),
         loss=loss(base, new.astype(base.dtype, copy=False), H),
-        sparsity=1 - int(xp.count_nonzero(new)) / new.size,
+        sparsity=1 - count_true(new != 0) / new.size,
         seconds=seconds,
         hessian_seconds=hessian_seconds,
         recipe=recipe,

@@ -10,6 +10,7 @@ from cuobs.hessian import Hessian, check_symmetric
 from cuobs.modules import weight_of
 from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm, matmul
+from cuobs.ops.sums import add_inner, add_row_inner
 
 # Block columns of a Hessian, of which only those above its diagonal are multiplied, and of how many
 # columns each is at least where tensor cores multiply.
@@ -60,7 +61,7 @@ def loss(W, W_pruned, H):
 def energy_units(weights, H):
     """Powers of two: with each weight in terms of its own no square overflows or vanishes."""
     xp = arrays.namespace(H)
-    ends = [end for W in weights for end in (W.max(), -W.min())]
+    ends = [end for W in weights for end in (W.max(), W.min())]
     *ends, largest = arrays.to_numpy(xp.stack([*ends, H.diagonal().max()])).tolist()
     # Where the Hessian is tiny, weights as much larger.
     more = 2.0 ** min(0, math.frexp(largest)[1] // 2)
@@ -113,9 +114,8 @@ def row_energies(D, H, precision):
         rows, product = H[a:b, :b].copy(), xp.empty((len(D), b - a), D.dtype)
         rows[:, a:] *= 0.5
         gemm(D[:, :b], rows.T, product, precision=precision, exact=True)
-        product *= D[:, a:b]
-        found += 2 * product.sum(1, dtype="float64")
-    return found
+        add_row_inner(product, D[:, a:b], found)
+    return 2 * found
 
 
 def _check_energy(energy, W):
@@ -138,14 +138,14 @@ def output_energy(D, H):
 
     H is symmetric: blocks above its diagonal count twice, those below are not read.
     """
-    energy = 0.0  # on a GPU, which is waited for at the end
+    half = arrays.namespace(D).zeros(())  # on a GPU, which is waited for at the end
     for a, b in strips(len(H), BLOCKS):
         part = D[:, a:b]
         product = matmul(part, 0.5 * H[a:b, a:b])
         if a:
             gemm(D[:, :a], H[:a, a:b], product, beta=1)
-        energy = energy + 2 * (product * part).sum(dtype="float64")
-    return float(energy)
+        add_inner(product, part, half)
+    return 2 * float(half)
 
 
 def loss_bytes(size):

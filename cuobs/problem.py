@@ -119,17 +119,20 @@ class Problem:
             Bytes under the limit of the settings that the caller holds.
         """
         xp = arrays.namespace(H)
-        W = xp.ascontiguousarray(views.permute(W, layout))
+        W = views.permute(W, layout).copy(order="C")
         columns = layout.column_order.ravel()
         H = H.copy() if views.ordered(columns) else H[xp.ix_(*(xp.asarray(columns),) * 2)]
-        diagonal = H.diagonal().copy()
+        # On the host: of a vector a GPU makes in each step less than its kernel takes to compile.
+        diagonal = arrays.to_numpy(H.diagonal()).copy()
         hessian_unit = _unit(float(diagonal.mean(dtype="float64")))
         if hessian_unit != 1:
             H /= hessian_unit
             diagonal /= hessian_unit
         # λ is that of the original diagonal; a dead column then stands alone with H_jj = 1.
-        H.ravel()[:: len(H) + 1] += damping(diagonal, damp, xp.where).astype(H.dtype)
-        W = xp.where(diagonal == 0, W.dtype.type(0), W)
+        H.ravel()[:: len(H) + 1] += xp.asarray(damping(diagonal, damp, np.where).astype(H.dtype))
+        if (dead := np.flatnonzero(diagonal == 0)).size:
+            W[:, xp.asarray(dead)] = 0
+        diagonal = xp.asarray(diagonal)
         weight_unit = _unit(arrays.largest(W))
         if weight_unit != 1:
             W /= weight_unit

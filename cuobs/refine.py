@@ -8,6 +8,7 @@ from cuobs.batches import run_batches
 from cuobs.ops.conjugate_gradient import cg_bytes, masked_cg
 from cuobs.ops.factors import upper_solve
 from cuobs.ops.products import matmul
+from cuobs.ops.sums import inner
 from cuobs.ops.systems import factor_solve_bytes, masked_factor_solve
 
 # Residuals to stop at, by the norm of the target; both with columns scaled to a unit diagonal of H.
@@ -53,7 +54,8 @@ def resolve(problem, mask, start=None):
     dtype = problem.dtype.name
     xp, target = problem.xp, problem.W
     M, K = mask.shape
-    if _by_factors(device_name(xp), int(mask.sum()) / M, K, dtype):
+    device = device_name(xp)
+    if device == "cpu" and _by_factors(device, int(mask.sum()) / M, K, dtype):
         return _factor_rows(problem, mask, start), True
 
     def begin():
@@ -105,8 +107,7 @@ def _descend(problem, mask, X, precision, further=False):
     away = target - X
     # What is left where it has settled is less than what tensor cores round.
     residual = matmul(away, H, "fp32" if further else precision)
-    away *= residual
-    energy = float(away.sum(dtype="float64"))
+    energy = inner(away, residual)
     squares = problem.xp.multiply(target, target, out=away)
     squares *= H.diagonal()
     limit = TOLERANCE[dtype] ** 2 * squares.sum(1)
@@ -136,13 +137,11 @@ def excess(problem, mask, X):
     target, mask = problem.W[rows], mask[rows]
     away = target - X[rows]
     residual = matmul(away, problem.H)
-    lost = float((away * residual).sum(dtype="float64"))
+    lost = inner(away, residual)
     above = upper_solve(problem.R, (residual * mask).T)
-    above = float((above * above).sum(dtype="float64"))
+    above = inner(above, above)
     # No residual is smaller than its rounding.
-    rounding = TOLERANCE["float32"] ** 2 * float(
-        (target * target * problem.H.diagonal()).sum(dtype="float64")
-    )
+    rounding = TOLERANCE["float32"] ** 2 * inner(target * problem.H.diagonal(), target)
     return above / lost if above > rounding and lost > 0 else 0.0
 
 

@@ -70,7 +70,7 @@ def admm(problem, schedule="default"):
     G = matmul(W, H, precision)
     H_operand = tensor_operand(H, precision)
     mask = xp.zeros(W.shape, bool)
-    project_mask(W, mask, layout)
+    n_kept = project_mask(W, mask, layout)
     B, D, V, product = W, W * mask, xp.zeros_like(W), xp.empty_like(W)
     # Operands as tensor cores take them, where they do.
     B_operand = tensor_operand(B, precision)
@@ -79,7 +79,7 @@ def admm(problem, schedule="default"):
     turn = ridge_right_side.prepared(D, V, G, B, product, right)
     update = project_update.prepared(B, V, D, mask, operand, layout)
     settings = problem.settings
-    n_pruned = settings.over_all_rows(mask.size - int(xp.count_nonzero(mask)))
+    n_pruned = settings.over_all_rows(mask.size - n_kept)
     rho, growth = SCHEDULES[schedule]
     correct, inverted, share = None, 0.0, 1.0
     multiply()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuobs.arrays import namespace
+from cuobs.arrays import namespace, to_numpy
 from cuobs.ops.checks import boolean, precise, real, same_dtype, shaped, square
 from cuobs.ops.dispatch import twinned
 from cuobs.ops.products import gemm, tensor_operand
@@ -68,20 +68,12 @@ def masked_cg(
     _check_system(A, residual, mask, X, limit, precision)
     xp = namespace(A)
     # A copy: a kernel reads several at once, from places that a caller's view need not start at.
-    mask = xp.array(mask, order="C")
+    mask = mask.copy(order="C")
     scale = xp.sqrt(A.diagonal())
     operand = A / scale
     operand /= scale[:, None]
     operand = tensor_operand(operand, precision)
-    residual = xp.where(mask, residual, 0)
-    residual /= scale
-    X = xp.zeros_like(residual) if X is None else xp.where(mask, X, 0)
-    X *= scale
-    rr = row_squares(residual)
-    # A residual below this counts as none: the unit of its direction would overflow.
-    limit = xp.maximum(limit, 4 * len(A) / float(xp.finfo(rr.dtype).max))
-    P = residual * xp.sqrt(len(A) / xp.where(rr > limit, rr, 1))[:, None]
-    P = P.astype(operand.dtype, copy=False)
+    residual, X, P, rr, limit = cg_start(residual, mask, X, scale, limit, operand.dtype)
     gained = xp.zeros_like(rr)
     Q = xp.empty_like(residual)
     multiply = gemm.prepared(P, operand, Q, precision=precision)
@@ -89,7 +81,7 @@ def masked_cg(
         if iteration % CHECK_EVERY == 0:
             if iteration:
                 # Since the last look: beside the whole gain, these would be lost in rounding.
-                gain = float(gained.sum(dtype="float64"))
+                gain = float(to_numpy(gained).sum(dtype="float64"))
                 gained.fill(0)
                 energy -= gain
                 if not gain > CHECK_EVERY * settled * energy:
@@ -100,7 +92,7 @@ def masked_cg(
         multiply()
         cg_step(Q, mask, X, residual, P, rr, limit, gained)
     else:
-        converged = bool((rr <= limit).all())
+        converged = bool((to_numpy(rr) <= to_numpy(limit)).all())
     X /= scale
     return X, converged
 
@@ -126,6 +118,45 @@ def _check_system(A, residual, mask, X, limit, precision):
     if X is not None:
         shaped("X", X, residual.shape)
         same_dtype("A", A, "X", X)
+
+
+@twinned()
+def cg_start(residual, mask, X, scale, limit, operand):
+    """What the iterations begin with, in terms of columns with a unit diagonal of A.
+
+    Parameters
+    ----------
+    residual : array, shape (M, K)
+    mask : array of bool, shape (M, K)
+    X : array, shape (M, K), or None
+        Where to start; None is zeros.
+    scale : array, shape (K,)
+        The root of the diagonal of A.
+    limit : array, shape (M,)
+    operand : dtype
+        Of P.
+
+    Returns
+    -------
+    residual, X, P : array, shape (M, K)
+        New ones, 0 outside the mask.
+    rr, limit : array, shape (M,)
+        Likewise. All as in `cg_step`.
+    """
+    xp, K = namespace(residual), residual.shape[1]
+    residual = xp.where(mask, residual, 0)
+    residual /= scale
+    X = xp.zeros_like(residual) if X is None else xp.where(mask, X, 0)
+    X *= scale
+    rr = _row_squares(residual)
+    limit = xp.maximum(limit, smallest_square(K, rr.dtype))
+    P = residual * xp.sqrt(K / xp.where(rr > limit, rr, 1))[:, None]
+    return residual, X, P.astype(operand, copy=False), rr, limit
+
+
+def smallest_square(K, dtype):
+    """A row's residual below this counts as none: the unit of its direction would overflow."""
+    return 4 * K / float(np.finfo(dtype).max)
 
 
 @twinned()
@@ -158,14 +189,13 @@ def cg_step(Q, mask, X, residual, P, rr, limit, gained):
     X += step[:, None] * P
     residual -= step[:, None] * Q
     # Where the curvature is not positive, a row has come as far as the digits go, and ends.
-    after = xp.where(active, row_squares(residual), 0)
+    after = xp.where(active, _row_squares(residual), 0)
     goes_on = after > limit
     P *= xp.sqrt(xp.where(goes_on, after / xp.where(active, rr, 1), 0))[:, None]
     P += residual * xp.sqrt(xp.where(goes_on, K / xp.where(goes_on, after, 1), 0))[:, None]
     rr[:] = xp.where(runs, after, rr)
 
 
-@twinned()
-def row_squares(A):
+def _row_squares(A):
     """The squared norm of each row of a matrix (M, K)."""
-    return np.einsum("mk,mk->m", A, A)
+    return namespace(A).einsum("mk,mk->m", A, A)

@@ -2,6 +2,11 @@
 // product Q = P A. Rows that have converged are left as they are; a row in which the curvature P·Q
 // is not positive has come as far as the digits go, and ends.
 //
+//   cg_start(B, mask, start, scale, at_least, least, residual, X, P, rr, limit, K)
+//     B, start, at_least   REAL: the residual and X of columns as they are, the latter may be null,
+//                          and the limit before it is raised to `least`
+//     scale                REAL, (K,): the root of the diagonal of A
+//     residual, X, P, rr, limit   as below, written
 //   cg_step(Q, mask, X, residual, P, rr, limit, gained, K)
 //     Q, X, residual   REAL, (M, K); the residual is 0 outside the mask
 //     P                OPERAND, (M, K): the direction, by the root mean square of the residual
@@ -26,6 +31,31 @@ __device__ __forceinline__ REAL block_sum(REAL value) {
     value = 0;
     for (int i = 0; i < THREADS / 32; i++) value += part[i];
     return value;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+cg_start(const REAL* __restrict__ B, const bool* __restrict__ mask, const REAL* __restrict__ start,
+         const REAL* __restrict__ scale, const REAL* __restrict__ at_least, const REAL least,
+         REAL* __restrict__ residual, REAL* __restrict__ X, OPERAND* __restrict__ P,
+         REAL* __restrict__ rr, REAL* __restrict__ limit, const int K) {
+    const long long row = blockIdx.x * (long long)K;
+    REAL squares = 0;
+    for (int j = threadIdx.x; j < K; j += THREADS) {
+        const bool kept = mask[row + j];
+        const REAL r = kept ? B[row + j] / scale[j] : REAL(0);
+        residual[row + j] = r;
+        X[row + j] = kept && start ? start[row + j] * scale[j] : REAL(0);
+        squares += r * r;
+    }
+    squares = block_sum(squares);
+    const REAL enough = fmax(at_least[blockIdx.x], least);
+    const REAL unit = sqrt(K / (squares > enough ? squares : REAL(1)));
+    for (int j = threadIdx.x; j < K; j += THREADS)
+        P[row + j] = OPERAND(residual[row + j] * unit);
+    if (threadIdx.x == 0) {
+        rr[blockIdx.x] = squares;
+        limit[blockIdx.x] = enough;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ITEMS * WIDTH * sizeof(REAL) <= 96 ? 2 : 1)

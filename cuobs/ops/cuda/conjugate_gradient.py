@@ -2,23 +2,37 @@
 
 from pathlib import Path
 
+import cupy
 import numpy as np
 
+from cuobs.ops.conjugate_gradient import smallest_square
 from cuobs.ops.cuda import loader
 
 SOURCE = Path(__file__).with_suffix(".cu")
 THREADS = 512
 
 
+def cg_start(residual, mask, X, scale, limit, operand):
+    M, K = residual.shape
+    dtype = residual.dtype
+    given = (cupy.ascontiguousarray(residual), mask,
+             loader.NULL if X is None else cupy.ascontiguousarray(X), scale,
+             cupy.ascontiguousarray(limit, dtype))
+    residual, X = cupy.empty((2, M, K), dtype)
+    P = cupy.empty((M, K), operand)
+    rr, limit = cupy.empty((2, M), dtype)
+    least = dtype.type(smallest_square(K, dtype))
+    _launch("cg_start", dtype, P.dtype, M, K, (*given, least, residual, X, P, rr, limit))
+    return residual, X, P, rr, limit
+
+
 def cg_step(Q, mask, X, residual, P, rr, limit, gained):
-    M, K = Q.shape
-    kernel = loader.kernel_for(SOURCE, "cg_step", _defines, K, Q.dtype, P.dtype)
-    kernel((M,), (THREADS,), (Q, mask, X, residual, P, rr, limit, gained, np.int32(K)))
+    _launch("cg_step", Q.dtype, P.dtype, *Q.shape, (Q, mask, X, residual, P, rr, limit, gained))
 
 
-def row_squares(A):
-    # A product might run on tensor cores, and round.
-    return (A * A).sum(1)
+def _launch(name, dtype, operand, M, K, args):
+    kernel = loader.kernel_for(SOURCE, name, _defines, K, dtype, operand)
+    kernel((M,), (THREADS,), (*args, np.int32(K)))
 
 
 def _defines(K, dtype, operand):
