@@ -12,12 +12,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from cuobs import validation
 from cuobs.arrays import FLOATS, dtype_of, namespace, receive
 from cuobs.layout import Layout, compile_layout
 from cuobs.modules import weight_of
+from cuobs.ops.selection import block_sums
+from cuobs.ops.views import by_scope, permute
 
 
 def _items(text):
@@ -261,20 +261,15 @@ def verify(W: Any, pattern: str | Pattern) -> Verification:
     if W.ndim != 2:
         raise ValueError(f"W: found {W.ndim} dimensions, expected 2 (rows, columns)")
     layout = parse(pattern).compile(*W.shape)
-    m, r, n, c = layout.row_groups, layout.rows, layout.column_groups, layout.columns
-    nonzero = (W != 0)[xp.asarray(layout.row_order.ravel())]
-    nonzero = nonzero[:, xp.asarray(layout.column_order.ravel())]
-    nonzero = nonzero.reshape(m, r, n, c).transpose(0, 2, 1, 3).reshape(m, n, r * c)
-    used = xp.stack(
-        [nonzero[:, :, xp.asarray(np.flatnonzero(layout.blocks.ravel() == b))].any(2)
-         for b in range(layout.n_blocks)]
-    )
-    broken = xp.argwhere(used.sum(0) > layout.keep)
-    first = None
-    if len(broken):
-        row, column = (int(v) for v in broken[0])
-        first = int(layout.row_order[row, 0]), int(layout.column_order[column, 0])
-    return Verification(len(broken), m * n, first)
+    # Sums of bool are whether any is true.
+    used = block_sums(by_scope(permute(W != 0, layout), layout), layout)
+    kept = used.sum(0)
+    if int(kept.max()) <= layout.keep:
+        return Verification(0, kept.size, None)
+    broken = xp.argwhere(kept > layout.keep)
+    row, column = (int(v) for v in broken[0])
+    first = int(layout.row_order[row, 0]), int(layout.column_order[column, 0])
+    return Verification(len(broken), kept.size, first)
 
 
 _N_M = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:x([0-9]{1,9}))?")
