@@ -11,6 +11,9 @@
 //   TILE     order of a tile of group_blocks;  WIDTH, DEEP  columns of C and of P in one of
 //            gather_blocks
 //   LANES    threads that share a scope in update_scopes;  UNROLLED  the widest scope it takes
+//
+// A program holds what needs the blocks of a scope, what needs its size alone, or what needs
+// neither: the compiler takes longest by far for wide scopes.
 #include <cuda_fp16.h>
 
 #include "scope.cuh"
@@ -109,6 +112,7 @@ __device__ __forceinline__ T select_rank(const int n, const int rank, Take take,
     return prefix;
 }
 
+#ifndef PLACES
 // first_scopes(key, key_row, scopes, scopes_row, n, size, chosen)
 //   key     REAL, (m, n);  scopes  int, (m, n)
 //   chosen  int, (m, size): positions, ascending, of the smallest keys; the lowest scope first
@@ -151,6 +155,8 @@ first_scopes(const REAL* __restrict__ key, const long long key_row,
         written += total;
     }
 }
+
+#endif
 
 #ifdef N_BLOCKS
 // take_pruned(blocks, chosen, size, scopes, scopes_row, w, its 4 strides, n, groups, p, mask, places,
@@ -219,6 +225,7 @@ __device__ __forceinline__ void copy(const void* from, void* to, const int bytes
     for (int i = thread; i < bytes / 16; i += threads) target[i] = source[i];
 }
 
+#ifndef PLACES
 // gather_factor(Z, its 2 strides, places, count, used, out, its 2 strides)
 //   Z       FACTOR, (B, n c, room);  places  int, (B, count), or null for 0, 1, 2 ...
 //   out     FACTOR, (B, count, used): rows of Z, zeros where places is -1
@@ -300,7 +307,28 @@ solve_group(const REAL* __restrict__ inverse, const REAL* __restrict__ weights, 
     }
 }
 
-#ifdef PLACES
+// append_rows(Zn, its 2 strides, count, starts, advances, zeros, used, Z, its 2 strides)
+//   Zn      FACTOR, (B, count, p);  starts, advances  int, (B,)
+//   Z       FACTOR, (B, count, room), zero from starts[b] to `zeros`: row b takes the first
+//           advances[b] columns of Zn at starts[b], and zeros from there to `used`
+// A warp a row of Z; blocks (count / 8, B).
+extern "C" __global__ void __launch_bounds__(THREADS)
+append_rows(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
+            const int count, const int* __restrict__ starts, const int* __restrict__ advances,
+            const int zeros, const int used, FACTOR* __restrict__ Z, const long long Z_matrix,
+            const long long Z_row) {
+    const int lane = threadIdx.x % 32;
+    const int i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    const long long b = blockIdx.y;
+    if (i >= count) return;
+    const int start = starts[b], end = start + advances[b];
+    FACTOR* to = Z + b * Z_matrix + i * Z_row;
+    copy(Zn + b * Zn_matrix + i * Zn_row, to + start, advances[b] * int(sizeof(FACTOR)), lane, 32);
+    for (int k = max(end, zeros) + lane; k < used; k += 32) to[k] = convert<FACTOR>(0.0f);
+}
+#endif
+
+#if defined(PLACES) && !defined(N_BLOCKS)
 // drop_scopes(chosen, size, n, scopes, scopes_row, w, its 4 strides, D, its 5 strides, Z, its 2
 //             strides, used)
 //   chosen  int, (m, size): positions of the scopes to forget, ascending
@@ -470,23 +498,3 @@ update_scopes(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const lo
 }
 #endif
 #endif
-
-// append_rows(Zn, its 2 strides, count, starts, advances, zeros, used, Z, its 2 strides)
-//   Zn      FACTOR, (B, count, p);  starts, advances  int, (B,)
-//   Z       FACTOR, (B, count, room), zero from starts[b] to `zeros`: row b takes the first
-//           advances[b] columns of Zn at starts[b], and zeros from there to `used`
-// A warp a row of Z; blocks (count / 8, B).
-extern "C" __global__ void __launch_bounds__(THREADS)
-append_rows(const FACTOR* __restrict__ Zn, const long long Zn_matrix, const long long Zn_row,
-            const int count, const int* __restrict__ starts, const int* __restrict__ advances,
-            const int zeros, const int used, FACTOR* __restrict__ Z, const long long Z_matrix,
-            const long long Z_row) {
-    const int lane = threadIdx.x % 32;
-    const int i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    const long long b = blockIdx.y;
-    if (i >= count) return;
-    const int start = starts[b], end = start + advances[b];
-    FACTOR* to = Z + b * Z_matrix + i * Z_row;
-    copy(Zn + b * Zn_matrix + i * Zn_row, to + start, advances[b] * int(sizeof(FACTOR)), lane, 32);
-    for (int k = max(end, zeros) + lane; k < used; k += 32) to[k] = convert<FACTOR>(0.0f);
-}

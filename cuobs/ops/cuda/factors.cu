@@ -7,17 +7,22 @@
 //     info  int, (B,): where 0, first + 1 + k if pivot k is not positive
 //   triangular_inverse(L, its strides, n)
 //     L     REAL, (B, n, n), n <= TILE: lower triangular, replaced by its inverse
+//
+// And what cuSOLVER leaves, put right:
 //   reverse_transpose(U, R, n)    TRANSPOSED x any threads a tile
 //     U, R  REAL, (n, n): R is the upper triangle of U' with rows and columns in reverse order
 //
-// Macros: REAL; SIDE; TILE, a multiple of SIDE; TRANSPOSED, the order of a tile.
+// Macros: REAL; FACTOR, whether the tile is factored too, SIDE, and TILE, a multiple of SIDE; or in
+// their place TRANSPOSED, the order of a tile. A program holds one kernel: the first two take a
+// compiler most of a second each, and few callers need both.
 
+#ifndef TRANSPOSED
 constexpr int E = TILE / SIDE;
 
 // Gauss-Jordan without pivoting on [A | I], kept in one place: column k of A makes room for column
 // k of the inverse. Step k scales row k and takes multiples of it from the rows below. FACTOR
-// does so on a symmetric A, whose row k is also its column k, and else on a triangle.
-template <bool FACTOR>
+// does so on a symmetric A, whose row k is also its column k, and else on a triangle, of which
+// nothing above the diagonal is touched.
 __device__ __forceinline__ void invert(REAL* A, const long long row, const long long column,
                                        const int n, const int first, int* info) {
     __shared__ REAL across[2][TILE], down[2][TILE];
@@ -26,7 +31,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
 #pragma unroll
     for (int i = 0; i < E; i++) {
 #pragma unroll
-        for (int j = 0; j < E; j++) {
+        for (int j = 0; j < (FACTOR ? E : i + 1); j++) {
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             a[i][j] = x == y;
             if (y < n && x < n) {
@@ -37,6 +42,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
     }
 #pragma unroll
     for (int block = 0; block < E; block++) {
+        const int columns = FACTOR ? E : block + 1;
         for (int part = 0; part < SIDE; part++) {
             const int k = SIDE * block + part;
             if (k >= n) break;
@@ -45,7 +51,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             REAL* const column_k = down[k % 2];
             if (ty == part) {
 #pragma unroll
-                for (int j = 0; j < E; j++) row_k[tx + SIDE * j] = a[block][j];
+                for (int j = 0; j < columns; j++) row_k[tx + SIDE * j] = a[block][j];
             }
             if (tx == part) {
 #pragma unroll
@@ -57,7 +63,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             if (FACTOR && threadIdx.x == 0 && !(pivot > 0) && !*info) *info = first + k + 1;
             REAL v[E];
 #pragma unroll
-            for (int j = 0; j < E; j++) {
+            for (int j = 0; j < columns; j++) {
                 const int x = tx + SIDE * j;
                 v[j] = x == k ? scale : FACTOR || x < k ? row_k[x] * scale : REAL(0);
             }
@@ -68,10 +74,10 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
                     const REAL l = FACTOR ? column_k[y] * scale : column_k[y];
                     if (tx == part) a[i][block] = 0;
 #pragma unroll
-                    for (int j = 0; j < E; j++) a[i][j] -= l * v[j];
+                    for (int j = 0; j < columns; j++) a[i][j] -= l * v[j];
                 } else if (y == k) {
 #pragma unroll
-                    for (int j = 0; j < E; j++) a[i][j] = v[j];
+                    for (int j = 0; j < columns; j++) a[i][j] = v[j];
                 }
             }
         }
@@ -79,7 +85,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
 #pragma unroll
     for (int i = 0; i < E; i++) {
 #pragma unroll
-        for (int j = 0; j < E; j++) {
+        for (int j = 0; j < (FACTOR ? E : i + 1); j++) {
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             if (y < n && x < n && (FACTOR || x <= y))
                 A[y * row + x * column] = x <= y ? a[i][j] : REAL(0);
@@ -87,18 +93,21 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
     }
 }
 
+#if FACTOR
 extern "C" __global__ void __launch_bounds__(SIDE * SIDE)
 factor_inverse(REAL* A, const long long matrix, const long long row, const long long column,
                const int n, const int first, int* info) {
-    invert<true>(A + blockIdx.x * matrix, row, column, n, first, info + blockIdx.x);
+    invert(A + blockIdx.x * matrix, row, column, n, first, info + blockIdx.x);
 }
-
+#else
 extern "C" __global__ void __launch_bounds__(SIDE * SIDE)
 triangular_inverse(REAL* L, const long long matrix, const long long row, const long long column,
                    const int n) {
-    invert<false>(L + blockIdx.x * matrix, row, column, n, 0, nullptr);
+    invert(L + blockIdx.x * matrix, row, column, n, 0, nullptr);
 }
+#endif
 
+#else
 extern "C" __global__ void
 reverse_transpose(const REAL* __restrict__ U, REAL* __restrict__ R, const int n) {
     __shared__ REAL tile[TRANSPOSED][TRANSPOSED + 1];
@@ -114,3 +123,4 @@ reverse_transpose(const REAL* __restrict__ U, REAL* __restrict__ R, const int n)
         if (i < n && j < n) R[i * (long long)n + j] = i <= j ? tile[threadIdx.x][k] : REAL(0);
     }
 }
+#endif

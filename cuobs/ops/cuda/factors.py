@@ -28,7 +28,7 @@ def _reversed_factor(H, info):
     # cuBLAS takes no rows that run backwards.
     reverse, R = _potrf(H[::-1, ::-1], info), cupy.empty(H.shape, H.dtype)
     tiles = -(-len(H) // TRANSPOSED)
-    _kernel("reverse_transpose", H.dtype)(
+    _kernel("reverse_transpose", _transposing, H.dtype)(
         (tiles, tiles), (TRANSPOSED, TRANSPOSED_ROWS), (reverse, R, np.int32(len(H)))
     )
     return R
@@ -114,7 +114,7 @@ def _factor_inverse(A, info, precision, first=0):
     B, n, _ = A.shape
     tile = TILE[A.dtype.name]
     if n <= tile:
-        _kernel("factor_inverse", A.dtype)(
+        _kernel("factor_inverse", _tiling, A.dtype, True)(
             (B,), (SIDE * SIDE,), (A, *loader.strides(A), np.int32(n), np.int32(first), info)
         )
         return
@@ -149,21 +149,26 @@ def _stack(U, first, step, size, count):
 def _launch_triangular(U, size, count):
     # The kernel takes a lower triangle, so rows and columns change places.
     row, column = loader.strides(U)
-    _kernel("triangular_inverse", U.dtype)(
+    _kernel("triangular_inverse", _tiling, U.dtype, False)(
         (count,), (SIDE * SIDE,), (U, np.int64(size * (row + column)), column, row, np.int32(size))
     )
 
 
-def _kernel(name, dtype):
-    return loader.kernel_for(SOURCE, name, _defines, dtype.name)
+def _kernel(name, define, dtype, *args):
+    return loader.kernel_for(SOURCE, name, define, dtype.name, *args)
 
 
-def _defines(dtype):
-    return {"REAL": loader.real(dtype), "TILE": TILE[dtype], "SIDE": SIDE,
-            "TRANSPOSED": TRANSPOSED}
+def _tiling(dtype, factor):
+    return {"REAL": loader.real(dtype), "TILE": TILE[dtype], "SIDE": SIDE, "FACTOR": factor}
+
+
+def _transposing(dtype):
+    return {"REAL": loader.real(dtype), "TRANSPOSED": TRANSPOSED}
 
 
 def variants():
     """The macros that the kernels may be compiled with."""
     for dtype in ("float32", "float64"):
-        yield _defines(dtype)
+        yield _transposing(dtype)
+        for factor in (True, False):
+            yield _tiling(dtype, factor)
