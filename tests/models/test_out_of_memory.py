@@ -1,5 +1,6 @@
 """Where the device's memory is too small for a batch, parts of it give the same model."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -253,5 +254,8 @@ def test_predicted_memory_of_a_rotation_on_a_device(width, inner, blocks):
         "llama", hidden_size=width, intermediate_size=inner, num_attention_heads=8,
         num_hidden_layers=blocks, max_position_embeddings=1024,
     )  # fmt: skip
+    gc.collect()
+    before = torch.cuda.memory_allocated()  # by what other tests hold
     report = rotate(model, make_tokens(16, 1024), "2:4", steps=2, device="cuda")
-    assert 0.85 * report.memory_peak < report.memory_predicted < 1.15 * report.memory_peak
+    peak = report.memory_peak - before
+    assert 0.85 * peak < report.memory_predicted < 1.15 * peak
