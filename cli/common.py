@@ -39,6 +39,16 @@ def one_layer(config):
     sharing.first(config.settings)
 
 
+def parse_headers_once():
+    """Halve what most kernels of CuPy's take to compile: a first call waits for dozens.
+
+    CuPy reads this where it is imported. What is parsed lies in the folder of temporary files, some
+    10 MB for each kind of program, and stays there if the process is killed: this is for commands
+    that end soon.
+    """
+    os.environ.setdefault("CUPY_NVRTC_USE_PCH", "1")
+
+
 def load_layer(w, x, hessian, device):
     """W, and X and the Hessian or None, mapped and not yet read."""
     W = files.load(w)

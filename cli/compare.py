@@ -24,6 +24,7 @@ def compare(w, x, hessian, config, methods, own, force, as_json, **outputs):
     An option goes to the methods that take it. Rows are printed as they are found; Ctrl-C keeps
     them, in the files too.
     """
+    common.parse_headers_once()
     common.one_layer(config)
     shared = {
         "pattern": config.recipe.pattern,

@@ -19,9 +19,6 @@ from cuobs_cli.common import COMMAND
 import cuobs
 from cuobs import files
 
-# Read where CuPy is imported. Its headers are parsed once then, and not for each kernel: of those
-# that a first call compiles, most take half as long.
-os.environ.setdefault("CUPY_NVRTC_USE_PCH", "1")
 BAD_INPUT = 2
 INTERRUPTED = 130
 # Where each command is. A module is imported when its command is asked for, and imports neither

@@ -21,6 +21,7 @@ from cuobs import files
 @options.as_json
 def prune(w, x, hessian, config, out, mask_out, report, force, quiet, as_json):
     """Prune the weight W under the activations X, or under their Hessian."""
+    common.parse_headers_once()
     common.one_layer(config)
     common.check_layer(w, x, hessian)
     out = _output(w, out)

@@ -54,8 +54,9 @@ def resolve(problem, mask, start=None):
     dtype = problem.dtype.name
     xp, target = problem.xp, problem.W
     M, K = mask.shape
-    device = device_name(xp)
-    if device == "cpu" and _by_factors(device, int(mask.sum()) / M, K, dtype):
+    on_gpu = device_name(xp) == "cuda"
+    # Not asked on a GPU: it would be waited for.
+    if not on_gpu and _by_factors(int(mask.sum()) / M, K, dtype):
         return _factor_rows(problem, mask, start), True
 
     def begin():
@@ -68,7 +69,7 @@ def resolve(problem, mask, start=None):
     X, converged = _descend(problem, mask, X, problem.precision, further=True)
     left = excess(problem, mask, X)
     if left > CERTAIN:
-        if device_name(xp) == "cuda" and problem.precision == "tensor":
+        if on_gpu and problem.precision == "tensor":
             # What tensor cores leave can be far off: with all digits from the beginning.
             X, _ = _descend(problem, mask, begin(), "fp32")
         X, converged = _descend(problem, mask, X, "fp32", further=True)
@@ -76,16 +77,17 @@ def resolve(problem, mask, start=None):
     return X, converged and left <= CERTAIN
 
 
-def _by_factors(device, kept, K, dtype):
-    """Whether rows that keep so many of K columns are solved by a factor each."""
+def _by_factors(kept, K, dtype):
+    """Whether the CPU solves rows that keep so many of K columns by a factor each."""
     # That costs kept³/3, an iteration of all rows K² each; both twice that in FLOP.
-    return device == "cpu" and kept**3 / 3 < ITERATIONS[dtype] * K**2
+    return kept**3 / 3 < ITERATIONS[dtype] * K**2
 
 
 def resolve_bytes(size):
     """Bytes that `resolve` takes beside the problem, the factor R, mask and start."""
     layout, K = size.layout, size.layout.shape[1]
-    if _by_factors(size.device, K * layout.keep / layout.n_blocks, K, f"float{8 * size.itemsize}"):
+    share, dtype = layout.keep / layout.n_blocks, f"float{8 * size.itemsize}"
+    if size.device == "cpu" and _by_factors(K * share, K, dtype):
         kept = layout.column_groups * (layout.columns - layout.pruned_columns[0])
         return 2 * size.weight + factor_solve_bytes(kept, K, size.itemsize)
     # X and the residual to start from.
@@ -141,7 +143,8 @@ def excess(problem, mask, X):
     above = upper_solve(problem.R, (residual * mask).T)
     above = inner(above, above)
     # No residual is smaller than its rounding.
-    rounding = TOLERANCE["float32"] ** 2 * inner(target * problem.H.diagonal(), target)
+    diagonal = problem.xp.broadcast_to(problem.H.diagonal(), target.shape)
+    rounding = TOLERANCE["float32"] ** 2 * inner(target * target, diagonal)
     return above / lost if above > rounding and lost > 0 else 0.0
 
 

@@ -99,20 +99,27 @@ def nonempty(name, array):
 
 def all_finite(name, array, offset=0):
     """Refuse NaN and infinity, saying how many there are and where the first one is."""
-    xp = namespace(array)
-    # A sum is one pass without a temporary; only where it fails does the slow look follow.
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = xp.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)
-    if xp.isfinite(total):
+    if _is_finite(array):
         return
+    xp = namespace(array)
     bad = xp.argwhere(~xp.isfinite(array))
-    if len(bad):
-        first = [int(v) for v in bad[0]]
-        first[0] += offset
-        raise ValueError(
-            f"{name}: found {len(bad)} elements that are NaN or infinite, the first at "
-            f"{tuple(first)}, expected finite numbers"
-        )
+    first = [int(v) for v in bad[0]]
+    first[0] += offset
+    raise ValueError(
+        f"{name}: found {len(bad)} elements that are NaN or infinite, the first at "
+        f"{tuple(first)}, expected finite numbers"
+    )
+
+
+def _is_finite(array):
+    """Whether an array holds neither NaN nor infinity; no second array is made on the way."""
+    if namespace(array) is not np:
+        # A sum of half precision would be compiled first, for seconds.
+        return math.isfinite(largest(array))
+    # Half precision has no fast largest; a sum that fails may have overflowed.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
 
 
 def squares(name, array, dtype):
@@ -128,7 +135,7 @@ def squares(name, array, dtype):
 
 def holds(array, like):
     """Refuse pruned weights that became infinite in the dtype of `like`."""
-    if not math.isfinite(largest(array)):
+    if not _is_finite(array):
         raise ValueError(
             f"W: found pruned weights that {dtype_of(like)} can't hold, expected a wider dtype"
         )

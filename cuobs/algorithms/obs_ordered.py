@@ -44,7 +44,7 @@ def obs_ordered(problem, group=None, order="largest"):
         n = len(left)
         w = W.reshape(m, r, n, c).transpose(3, 0, 1, 2)
         pruned, best, _ = select(w, scope_blocks(C, c), layout)
-        chosen = _first(best.sum(0, dtype="float64"), group, order)
+        chosen = _first(best, group, order)
         rest = np.setdiff1d(np.arange(n), chosen)
         columns, others = (xp.asarray(_columns(part, c)) for part in (chosen, rest))
         kept = ~expand(pruned[:, :, xp.asarray(chosen)], layout).reshape(M, -1)
@@ -79,10 +79,11 @@ def default_group(scopes):
 
 
 def _first(costs, group, order):
-    """Positions, ascending, of the scopes to prune next."""
-    key = to_numpy(costs)
-    if order == "left":
-        return np.arange(min(group, len(key)))
+    """Positions, ascending, of the scopes to prune next, by what row groups lose in them."""
+    n = costs.shape[1]
+    if order == "left" or n <= group:
+        return np.arange(min(group, n))
+    key = to_numpy(costs.sum(0, dtype="float64"))
     key = -key if order == "largest" else key
     return np.sort(np.argsort(key, kind="stable")[:group])
 

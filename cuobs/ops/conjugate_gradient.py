@@ -128,10 +128,11 @@ def cg_start(residual, mask, X, scale, limit, operand):
     ----------
     residual : array, shape (M, K)
     mask : array of bool, shape (M, K)
+        Row after row.
     X : array, shape (M, K), or None
         Where to start; None is zeros.
     scale : array, shape (K,)
-        The root of the diagonal of A.
+        The root of the diagonal of A, element after element.
     limit : array, shape (M,)
     operand : dtype
         Of P.

@@ -7,6 +7,7 @@ from cuobs.ops.checks import boolean, contiguous, real, shaped
 from cuobs.ops.dispatch import twinned
 from cuobs.ops.pieces import piece_bytes, pieces
 from cuobs.ops.selection import keep_highest, score_bytes
+from cuobs.ops.sums import count_true
 
 
 def check_project_mask(B, mask, layout):
@@ -50,6 +51,6 @@ def project_mask(B: Any, mask: Any, layout: Any) -> int:
     for part in pieces(xp, len(B) // r, score_bytes(layout, B.shape[1], B.dtype.itemsize)):
         rows = slice(part.start * r, part.stop * r)
         new = keep_highest(B[rows] * B[rows], layout)
-        changed += int(xp.count_nonzero(new != mask[rows]))
+        changed += count_true(new != mask[rows])
         mask[rows] = new
     return changed

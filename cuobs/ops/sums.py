@@ -7,8 +7,9 @@ each when they are called first.
 import numpy as np
 
 from cuobs.arrays import namespace
-from cuobs.ops.checks import boolean, real, same_dtype, shaped
+from cuobs.ops.checks import boolean, contiguous, real, same_dtype, shaped
 from cuobs.ops.dispatch import twinned
+from cuobs.ops.pieces import pieces
 
 
 def _check_inner(A, B, out):
@@ -33,6 +34,7 @@ def _check_total(out, shape):
     if out.dtype != "float64":
         raise TypeError(f"out: found dtype {out.dtype}, expected float64")
     shaped("out", out, shape)
+    contiguous("out", out)
 
 
 @twinned(_check_inner)
@@ -42,10 +44,10 @@ def add_inner(A, B, out):
     Parameters
     ----------
     A, B : array, shape (M, K)
-        float32 or float64, of any strides; a GPU copies one whose rows are no runs of memory. A
-        product is rounded to their dtype.
+        float32 or float64, of any strides; a GPU copies one whose rows are no runs of memory.
+        Products of float32 are rounded to it.
     out : array of float64, shape ()
-        Overwritten.
+        What is added to.
     """
     out += (A * B).sum(dtype="float64")
 
@@ -59,9 +61,10 @@ def add_row_inner(A, B, out):
     A, B : array, shape (M, K)
         As in `add_inner`.
     out : array of float64, shape (M,)
-        Overwritten.
+        What is added to.
     """
-    out += (A * B).sum(1, dtype="float64")
+    for rows in pieces(namespace(A), len(A), A.shape[1] * A.itemsize):
+        out[rows] += (A[rows] * B[rows]).sum(1, dtype="float64")
 
 
 def inner(A, B):

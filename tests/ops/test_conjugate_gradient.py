@@ -94,6 +94,30 @@ def test_cg_step(cp, rng, M, K, dtype, operand):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype, operand", [("float32", "float16"), ("float32", "float32"),
+                                            ("float64", "float64")])
+@pytest.mark.parametrize("M, K", [(1, 1), (6, 511), (33, 513), (6, 1700)])
+def test_cg_start(cp, rng, M, K, dtype, operand):
+    mask = rng.random((M, K)) < 0.5
+    B, X = (rng.standard_normal((M, K)).astype(dtype) for _ in range(2))
+    B[1::3] = 0
+    scale = rng.uniform(0.5, 2, K).astype(dtype)
+    limit = np.where(np.arange(M) % 3 == 2, 1e9, 0).astype(dtype)  # above what every third has
+    for start in None, X:
+        for order in "C", "F":
+            expected = conjugate_gradient.cg_start(B, mask, start, scale, limit, operand)
+            given = [None if a is None else cp.array(a, order=order) for a in (B, start)]
+            found = conjugate_gradient.cg_start(
+                given[0], cp.asarray(mask), given[1], cp.asarray(scale),
+                cp.asarray(np.repeat(limit, 2))[::2], operand,
+            )
+            assert found[2].dtype == operand
+            for one, other in zip(found, expected, strict=True):
+                near(one.astype(dtype), other.astype(dtype), dtype, single=1e-3)
+            assert (host(found[4]) > 0).all() and not host(found[0])[~mask].any()
+
+
+@pytest.mark.gpu
 @SINGLE
 @pytest.mark.parametrize("M, K", [(1, 5), (40, 130), (7, 600)])
 def test_masked_cg_on_a_device(cp, rng, M, K, dtype):

@@ -1,12 +1,12 @@
-// One step of conjugate gradients on the kept columns of every row, one block a row, after the
-// product Q = P A. Rows that have converged are left as they are; a row in which the curvature P·Q
-// is not positive has come as far as the digits go, and ends.
+// Conjugate gradients on the kept columns of every row, one block a row: what they begin with, and a
+// step, after the product Q = P A. Rows that have converged are left as they are; a row in which the
+// curvature P·Q is not positive has come as far as the digits go, and ends.
 //
 //   cg_start(B, mask, start, scale, at_least, least, residual, X, P, rr, limit, K)
 //     B, start, at_least   REAL: the residual and X of columns as they are, the latter may be null,
 //                          and the limit before it is raised to `least`
 //     scale                REAL, (K,): the root of the diagonal of A
-//     residual, X, P, rr, limit   as below, written
+//     residual, X, P, rr, limit   as below
 //   cg_step(Q, mask, X, residual, P, rr, limit, gained, K)
 //     Q, X, residual   REAL, (M, K); the residual is 0 outside the mask
 //     P                OPERAND, (M, K): the direction, by the root mean square of the residual

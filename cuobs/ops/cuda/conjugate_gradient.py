@@ -1,4 +1,4 @@
-"""A step of conjugate gradients on a GPU, a block of threads a row."""
+"""Conjugate gradients on a GPU: what they begin with, and a step; a block of threads a row."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def cg_start(residual, mask, X, scale, limit, operand):
     given = (cupy.ascontiguousarray(residual), mask,
              loader.NULL if X is None else cupy.ascontiguousarray(X), scale,
              cupy.ascontiguousarray(limit, dtype))
-    residual, X = cupy.empty((2, M, K), dtype)
+    residual, X = (cupy.empty((M, K), dtype) for _ in range(2))  # X outlives the other
     P = cupy.empty((M, K), operand)
     rr, limit = cupy.empty((2, M), dtype)
     least = dtype.type(smallest_square(K, dtype))

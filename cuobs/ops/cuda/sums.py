@@ -33,7 +33,7 @@ def _by_rows(A):
 def count_true(mask):
     mask, count = cupy.ascontiguousarray(mask), cupy.zeros((), np.uint64)
     blocks = min(-(-mask.size // THREADS), MAX_BLOCKS)
-    # The program of float32, which is there where anything was pruned.
+    # The program of float32: most that is pruned has made it already.
     _kernel("count_true", np.dtype(np.float32))(
         (blocks,), (THREADS,), (mask, np.int64(mask.size), count)
     )
