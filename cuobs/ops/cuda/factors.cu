@@ -20,9 +20,9 @@
 constexpr int E = TILE / SIDE;
 
 // Gauss-Jordan without pivoting on [A | I], kept in one place: column k of A makes room for column
-// k of the inverse. Step k scales row k and takes multiples of it from the rows below. FACTOR
-// does so on a symmetric A, whose row k is also its column k, and else on a triangle, of which
-// nothing above the diagonal is touched.
+// k of the inverse. Step k scales row k and takes multiples of it from the rows below. FACTOR does
+// so on a symmetric A, of which row k right of the diagonal is column k below it, and else on a
+// triangle. Tiles of SIDE x SIDE above the diagonal are not touched before the end.
 __device__ __forceinline__ void invert(REAL* A, const long long row, const long long column,
                                        const int n, const int first, int* info) {
     __shared__ REAL across[2][TILE], down[2][TILE];
@@ -31,7 +31,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
 #pragma unroll
     for (int i = 0; i < E; i++) {
 #pragma unroll
-        for (int j = 0; j < (FACTOR ? E : i + 1); j++) {
+        for (int j = 0; j <= i; j++) {
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             a[i][j] = x == y;
             if (y < n && x < n) {
@@ -42,7 +42,6 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
     }
 #pragma unroll
     for (int block = 0; block < E; block++) {
-        const int columns = FACTOR ? E : block + 1;
         for (int part = 0; part < SIDE; part++) {
             const int k = SIDE * block + part;
             if (k >= n) break;
@@ -51,7 +50,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             REAL* const column_k = down[k % 2];
             if (ty == part) {
 #pragma unroll
-                for (int j = 0; j < columns; j++) row_k[tx + SIDE * j] = a[block][j];
+                for (int j = 0; j <= block; j++) row_k[tx + SIDE * j] = a[block][j];
             }
             if (tx == part) {
 #pragma unroll
@@ -63,10 +62,12 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             if (FACTOR && threadIdx.x == 0 && !(pivot > 0) && !*info) *info = first + k + 1;
             REAL v[E];
 #pragma unroll
-            for (int j = 0; j < columns; j++) {
+            for (int j = 0; j <= block; j++) {
                 const int x = tx + SIDE * j;
                 v[j] = x == k ? scale : FACTOR || x < k ? row_k[x] * scale : REAL(0);
             }
+#pragma unroll
+            for (int j = block + 1; j < E && FACTOR; j++) v[j] = column_k[tx + SIDE * j] * scale;
 #pragma unroll
             for (int i = block; i < E; i++) {
                 const int y = ty + SIDE * i;
@@ -74,10 +75,10 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
                     const REAL l = FACTOR ? column_k[y] * scale : column_k[y];
                     if (tx == part) a[i][block] = 0;
 #pragma unroll
-                    for (int j = 0; j < columns; j++) a[i][j] -= l * v[j];
+                    for (int j = 0; j <= (FACTOR ? i : block); j++) a[i][j] -= l * v[j];
                 } else if (y == k) {
 #pragma unroll
-                    for (int j = 0; j < columns; j++) a[i][j] = v[j];
+                    for (int j = 0; j <= block; j++) a[i][j] = v[j];
                 }
             }
         }
@@ -85,10 +86,10 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
 #pragma unroll
     for (int i = 0; i < E; i++) {
 #pragma unroll
-        for (int j = 0; j < (FACTOR ? E : i + 1); j++) {
+        for (int j = 0; j < E; j++) {
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             if (y < n && x < n && (FACTOR || x <= y))
-                A[y * row + x * column] = x <= y ? a[i][j] : REAL(0);
+                A[y * row + x * column] = j <= i && x <= y ? a[i][j] : REAL(0);
         }
     }
 }
