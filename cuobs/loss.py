@@ -141,7 +141,8 @@ def output_energy(D, H):
     half = arrays.namespace(D).zeros(())  # on a GPU, which is waited for at the end
     for a, b in strips(len(H), BLOCKS):
         part = D[:, a:b]
-        product = matmul(part, 0.5 * H[a:b, a:b])
+        product = matmul(part, H[a:b, a:b])
+        product *= 0.5
         if a:
             gemm(D[:, :a], H[:a, a:b], product, beta=1)
         add_inner(product, part, half)
@@ -151,4 +152,4 @@ def output_energy(D, H):
 def loss_bytes(size):
     """Bytes that `loss` takes: a weight, and three blocks of its columns."""
     K = size.layout.shape[1]
-    return size.weight + 3 * size.weight * -(-K // BLOCKS) // K + size.matrix // BLOCKS**2
+    return size.weight + 3 * size.weight * -(-K // BLOCKS) // K
