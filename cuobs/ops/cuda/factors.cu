@@ -27,9 +27,6 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
                                        const int n, const int first, int* info) {
     __shared__ REAL across[2][TILE], down[2][TILE];
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
-    REAL* const own = A + ty * row + tx * column;
-    const REAL* const mirrored = A + tx * row + ty * column;
-    const long long below = SIDE * row, beside = SIDE * column;
     REAL a[E][E];
 #pragma unroll
     for (int i = 0; i < E; i++) {
@@ -38,8 +35,8 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             a[i][j] = x == y;
             if (y < n && x < n) {
-                if (x <= y) a[i][j] = own[i * below + j * beside];
-                else a[i][j] = FACTOR ? mirrored[j * below + i * beside] : REAL(0);
+                if (x <= y) a[i][j] = A[y * row + x * column];
+                else a[i][j] = FACTOR ? A[x * row + y * column] : REAL(0);
             }
         }
     }
@@ -92,7 +89,7 @@ __device__ __forceinline__ void invert(REAL* A, const long long row, const long 
         for (int j = 0; j < (FACTOR ? E : i + 1); j++) {
             const int y = ty + SIDE * i, x = tx + SIDE * j;
             if (y < n && x < n && (FACTOR || x <= y))
-                own[i * below + j * beside] = j <= i && x <= y ? a[i][j] : REAL(0);
+                A[y * row + x * column] = j <= i && x <= y ? a[i][j] : REAL(0);
         }
     }
 }
