@@ -153,7 +153,7 @@ class Hessian:
             for piece in pieces:
                 add_gram(piece, total, self._precision)
                 if tiny or not again:  # else a GPU is not waited for
-                    largest = float(total.diagonal().max())
+                    largest = largest_square(total)
                     tiny = tiny and largest < least
                     if tiny:
                         size = max(size, arrays.largest(piece))
@@ -181,7 +181,7 @@ class Hessian:
         if held is not None:
             with np.errstate(over="ignore", invalid="ignore"):
                 part += held
-        return float(part.diagonal().max())
+        return largest_square(part)
 
     def _replace(self, total, tokens):
         before = self._state[1]
@@ -326,14 +326,15 @@ def check_symmetric(H, K):
     """A Hessian as a matrix (K, K) that is symmetric and has no negative diagonal."""
     H = validation.matrix("hessian", H, (K, K))
     xp = arrays.namespace(H)
-    largest = float(xp.abs(H.diagonal()).max())
+    diagonal = arrays.to_numpy(H.diagonal())
+    largest = float(np.abs(diagonal).max())
     # Rounding in another program's product; a matrix of something else fails by far more.
     tolerance = 1e-2 if H.dtype.itemsize < 4 else 1e-4
     probe = xp.asarray(np.random.default_rng(0).standard_normal(K), xp.result_type(H, "float32"))
     difference = H @ probe - probe @ H
     if float(xp.abs(difference).max()) > tolerance * largest * K**0.5:
         raise ValueError("hessian: found a matrix that is not symmetric, expected XᵀX")
-    if float(H.diagonal().min()) < 0:
+    if float(diagonal.min()) < 0:
         raise ValueError("hessian: found a negative diagonal element, expected XᵀX")
     return H
 
@@ -399,7 +400,7 @@ def damping(diagonal, damp, where=None):
 
 def check_held(H, dtype, name="hessian"):
     """Refuse a Hessian of nothing, and one whose diagonal a compute dtype can't hold."""
-    largest = float(H.diagonal().max())
+    largest = largest_square(H)
     if not largest:
         raise ValueError(
             f"{name}: found nothing but zeros, or no token, expected inputs that the layer is given"
@@ -411,6 +412,11 @@ def check_held(H, dtype, name="hessian"):
         )
     if largest < least_square(dtype):
         raise _too_small(name, largest, "which", dtype)
+
+
+def largest_square(H):
+    """The largest element of a Hessian's diagonal, NaN if there is one."""
+    return float(arrays.to_numpy(H.diagonal()).max())
 
 
 def least_square(dtype):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cuobs import arrays, validation
-from cuobs.hessian import Hessian, check_symmetric
+from cuobs.hessian import Hessian, check_symmetric, largest_square
 from cuobs.modules import weight_of
 from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm, matmul
@@ -62,9 +62,9 @@ def energy_units(weights, H):
     """Powers of two: with each weight in terms of its own no square overflows or vanishes."""
     xp = arrays.namespace(H)
     ends = [end for W in weights for end in (W.max(), W.min())]
-    *ends, largest = arrays.to_numpy(xp.stack([*ends, H.diagonal().max()])).tolist()
+    ends = arrays.to_numpy(xp.stack(ends)).tolist()
     # Where the Hessian is tiny, weights as much larger.
-    more = 2.0 ** min(0, math.frexp(largest)[1] // 2)
+    more = 2.0 ** min(0, math.frexp(largest_square(H))[1] // 2)
     sizes = [max(map(abs, pair)) for pair in zip(ends[::2], ends[1::2], strict=True)]
     units = [more * 2.0 ** (math.frexp(size)[1] - 1) if size else more for size in sizes]
     return [max(unit, float(np.finfo(H.dtype).tiny)) for unit in units]

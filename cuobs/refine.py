@@ -136,8 +136,9 @@ def excess(problem, mask, X):
     something positive semidefinite.
     """
     rows = slice(None, None, -(-len(X) // SAMPLE))
-    target, mask = problem.W[rows], mask[rows]
-    away = target - X[rows]
+    # Copies: whole arrays are taken by kernels that are there already.
+    target, X, mask = problem.W[rows].copy(), X[rows].copy(), mask[rows].copy()
+    away = target - X
     residual = matmul(away, problem.H)
     lost = inner(away, residual)
     above = upper_solve(problem.R, (residual * mask).T)
