@@ -11,9 +11,8 @@ from cuobs.ops.pieces import strips
 from cuobs.ops.products import gemm
 
 SOURCE = Path(__file__).with_suffix(".cu")
-# Order of the matrices that a kernel holds in registers, of triangles, and its SIDE x SIDE threads.
+# Order of the matrices that a kernel holds in registers, and its SIDE x SIDE threads.
 TILE = {"float32": 128, "float64": 64}
-TRIANGLE = 64
 SIDE = 16
 # Order of the tiles that a kernel transposes, and the rows of one that it moves at once.
 TRANSPOSED, TRANSPOSED_ROWS = 32, 8
@@ -85,7 +84,7 @@ def upper_solve(U, B):
 
 def upper_inverse(U, precision="fp32"):
     U = cupy.array(U, order="C")
-    K, tile = len(U), TRIANGLE
+    K, tile = len(U), TILE[U.dtype.name]
     for a, size, count in _diagonal_blocks(K, tile):
         _launch_triangular(U[a:, a:], size, count)
     while tile < K:
@@ -160,8 +159,7 @@ def _kernel(name, define, dtype, *args):
 
 
 def _tiling(dtype, factor):
-    tile = TILE[dtype] if factor else TRIANGLE
-    return {"REAL": loader.real(dtype), "TILE": tile, "SIDE": SIDE, "FACTOR": factor}
+    return {"REAL": loader.real(dtype), "TILE": TILE[dtype], "SIDE": SIDE, "FACTOR": factor}
 
 
 def _transposing(dtype):
