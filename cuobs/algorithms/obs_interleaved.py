@@ -101,7 +101,7 @@ def memory(size, splits):
     # Each span has two arrays, which are objects of Python.
     spans = 2 * K * width * size.itemsize + 1024 * (K // width)
     span = M * width * size.itemsize
-    chosen = mask_bytes(size) if width == K else mask_bytes(size) * width // K
+    chosen = mask_bytes(size, width // size.layout.columns)
     rest = size.product * (K - width) // K
     work = span + max(chosen, solutions_bytes(size, width), span + max(span, rest))
     return Memory(

@@ -13,7 +13,7 @@ import numpy as np
 from cuobs.arrays import namespace
 from cuobs.ops.checks import boolean, real, rows_in_a_piece, same_dtype, square
 from cuobs.ops.dispatch import twinned
-from cuobs.ops.pieces import piece_bytes, pieces
+from cuobs.ops.pieces import PIECE, piece_bytes, pieces
 
 # Up to this many blocks, ranks come from all comparisons; above, from a sort.
 COMPARED = 16
@@ -345,11 +345,19 @@ def select(w: Any, C: Any, layout: Any) -> tuple:
 
 def _chosen(w, C, layout):
     """Pieces of row groups, each with what `choose` finds there."""
-    own = C.ndim > 3
-    for part in pieces(namespace(w), w.shape[1], select_bytes(layout, w.dtype.itemsize, own)):
+    xp, own = namespace(w), C.ndim > 3
+    each = select_bytes(layout, w.dtype.itemsize, own)
+    if xp is np:  # a GPU's pieces are few as they are
+        each = _bytes_of_scopes(each, w.shape[3], layout)
+    for part in pieces(xp, w.shape[1], each):
         yield part, *choose(
             candidate_costs(w[:, part], C[:, :, part] if own else C, layout), layout
         )  # fmt: skip
+
+
+def _bytes_of_scopes(each, scopes, layout):
+    """Of the bytes that all scopes of a row group take, those of some."""
+    return -(-each * scopes // layout.column_groups)
 
 
 @lru_cache(maxsize=64)
@@ -378,10 +386,14 @@ def _numbers_left(sets, share):
     return most
 
 
-def mask_bytes(size):
-    """Bytes that `select_mask` makes on the way, of a shared C."""
-    each = select_bytes(size.layout, size.itemsize)
-    return piece_bytes(size.layout.row_groups, each, size.device)
+def mask_bytes(size, scopes=None):
+    """Bytes that `select_mask` makes on the way, of a shared C, for so many scopes or fewer."""
+    layout, each = size.layout, select_bytes(size.layout, size.itemsize)
+    scopes = scopes or layout.column_groups
+    if size.device == "cpu":
+        each = _bytes_of_scopes(each, scopes, layout)
+        return min(layout.row_groups * each, max(each, PIECE["cpu"]))
+    return _bytes_of_scopes(piece_bytes(layout.row_groups, each, size.device), scopes, layout)
 
 
 def _check_select_mask(w, C, layout, out):

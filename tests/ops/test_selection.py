@@ -199,3 +199,20 @@ def test_selection_refuses_other_shapes(xp):
         selection.select(w, C.astype("float32"), layout)
     with pytest.raises(ValueError, match="out: found shape"):
         selection.select_mask(w, C, layout, xp.zeros((8, 11), bool))
+
+
+def test_few_scopes_are_no_more_pieces_than_they_fill(rng, monkeypatch):
+    """The pieces of a span hold as much as those of a whole weight."""
+    layout = layout_of("2:4", 600, 400)
+    sizes, first = [], {}
+    costs = selection.candidate_costs
+    monkeypatch.setattr(selection, "candidate_costs",
+                        lambda w, *rest: sizes.append(w.nbytes) or costs(w, *rest))
+    C = definite(rng, 400, 4).transpose(1, 2, 0)
+    for n in 400, 6:
+        sizes.clear()
+        w = rng.standard_normal((4, 600, 1, n))
+        selection.select(w, np.ascontiguousarray(C[..., :n]), layout)
+        assert sum(sizes) == w.nbytes
+        first[n] = sizes[0]
+    assert first[6] >= first[400]
