@@ -112,11 +112,12 @@ def all_finite(name, array, offset=0):
 
 
 def _is_finite(array):
-    """Whether an array holds neither NaN nor infinity; no second array is made on the way."""
+    """Whether an array holds neither NaN nor infinity."""
     if namespace(array) is not np:
         # A sum of half precision would be compiled first, for seconds.
         return math.isfinite(largest(array))
-    # Half precision has no fast largest; a sum that fails may have overflowed.
+    # Half precision has no fast largest. A sum is one pass without a temporary; one that is not
+    # finite may have overflowed, and only then does the slow look follow.
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.sum(array, dtype=np.float32 if array.dtype.itemsize < 8 else None)
     return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
